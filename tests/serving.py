@@ -137,6 +137,22 @@ class Running:
             copy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     @contextmanager
+    def in_one_turn(self) -> Iterator[None]:
+        """What is sent inside the block is read at once."""
+        paused, go_on = threading.Event(), threading.Event()
+
+        def pause() -> None:
+            paused.set()
+            go_on.wait(PATIENCE)
+
+        self.uvicorn.loop.call_soon_threadsafe(pause)
+        try:
+            assert paused.wait(PATIENCE)
+            yield
+        finally:
+            go_on.set()
+
+    @contextmanager
     def holding(self, name: str, version: str | None = None) -> Iterator["HeldEngine"]:
         """Inside the block, a batch of the model runs but is not answered: its chunks stay in flight."""
         loop = self.model(name, version).loop

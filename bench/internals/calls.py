@@ -228,11 +228,11 @@ class Server:
         await send([self.request(_SESSIONS, {"session_id": session}, **headers)])
         return self.request(f"{_SESSIONS}/{session}/steps", body, **headers)
 
-    async def infer(self) -> Request:
+    async def infer(self, sequence: int) -> Request:
         """A step of a new sequence of the Open Inference Protocol."""
         connection = self.connect()
-        await send([Request(connection, infer_request(_MODEL, 1, _ROW[0], start=True))])
-        return Request(connection, infer_request(_MODEL, 1, _ROW[0]))
+        await send([Request(connection, infer_request(_MODEL, sequence, _ROW[0], start=True))])
+        return Request(connection, infer_request(_MODEL, sequence, _ROW[0]))
 
     async def frame(self, handles: Sequence[int]) -> Request:
         """A step of each of these new sessions of a new stream."""
@@ -244,14 +244,18 @@ class Server:
 
 
 async def _in_memory(server: Server) -> Figures:
-    raw = _ROW.tobytes()
+    raw, text = _ROW.tobytes(), {"inputs": _ROW.tolist()}
     together = [await server.step(f"together-{i}", raw) for i in range(_TOGETHER)]
+    in_json = [await server.step(f"json-{i}", text) for i in range(_TOGETHER)]
+    infer = [await server.infer(i) for i in range(1, _TOGETHER + 1)]
     sequence = server.request(f"/v1/models/{_MODEL}/sequences", _STEPS * raw, **{"unroll-steps": str(_STEPS)})
     return {
         f"{_TOGETHER} raw steps in one turn": await count(together),
+        f"{_TOGETHER} JSON steps in one turn": await count(in_json),
+        f"{_TOGETHER} infer steps in one turn": await count(infer),
         "raw step": await count([await server.step("raw", raw)]),
-        "JSON step": await count([await server.step("json", {"inputs": _ROW.tolist()})]),
-        "infer step": await count([await server.infer()]),
+        "JSON step": await count(in_json[:1]),
+        "infer step": await count(infer[:1]),
         f"sequence of {_STEPS} steps": await count([sequence]),
         "frame of 1": await count([await server.frame([_ENTRIES])]),
         f"frame of {_ENTRIES}": await count([await server.frame(range(_ENTRIES))]),

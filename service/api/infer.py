@@ -13,6 +13,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.infer_reply import ReplyPlan
 from unroll.service.api.parameters import require_streamable
+from unroll.service.api.repeated_steps import RepeatedStep
 from unroll.service.api.request import (
     HEADER_LENGTH,
     NOT_KEPT,
@@ -23,17 +24,59 @@ from unroll.service.api.request import (
     Respond,
     nothing_to_cancel,
 )
-from unroll.service.core.errors import InvalidRequest, InvalidShape
+from unroll.service.core.errors import InvalidRequest, InvalidShape, UnrollError
 from unroll.service.core.session_ids import check_id, shown
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import open_inference
-from unroll.service.protocol.open_inference import InferRequest, SequenceParameters
+from unroll.service.protocol.open_inference import InferRequest, RepeatedText, SequenceParameters
 from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import Session
 
+#: Of a reply: its plan, and the id of the request.
+_Form = tuple[ReplyPlan, str | None]
+
 _log = structlog.get_logger(__name__)
+
+
+class RepeatedInferStep(RepeatedStep):
+    """A step of a sequence, whose session was found for the step before."""
+
+    __slots__ = ("_id", "_name", "_plan", "_request_id", "_text")
+
+    failure = staticmethod(open_inference_error)
+
+    def __init__(
+        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond, name: str
+    ) -> None:
+        super().__init__(app, served, session, request, respond)
+        self._name = name
+        self._id = shown(session.id)
+        self._text = RepeatedText()
+
+    def read(self, request: Request) -> bytes | None:
+        try:
+            length = request.whole_number(HEADER_LENGTH)
+            parsed = self._text.parse(request.body, length, self._app.limits.max_json_bytes)
+            sequence = parsed.sequence
+            if sequence is None or sequence.id != self._id or sequence.start or sequence.end or parsed.header.timeout:
+                return None
+            step = open_inference.read_step(parsed, self._served.manifest.inputs)
+            if step is None:
+                batch = _batch(self._served, parsed)
+                if len(batch) > 1 or len(batch[0][0]) > 1:
+                    return None
+                step = self._served.codec.to_raw(batch[0])
+            self._plan, self._request_id = _plan(self._served, self._name, parsed), parsed.id
+        except UnrollError:
+            return None
+        self.write = self._plan.rows
+        request.session, request.position = sequence.id, sequence.position
+        return step
+
+    def encode(self, written: tuple[bytes, ...], position: int) -> Answer:
+        return self._plan.encode_row(self._request_id, written, position)
 
 
 def _plan(served: ServedModel, name: str, parsed: InferRequest) -> ReplyPlan:
@@ -44,17 +87,21 @@ def _plan(served: ServedModel, name: str, parsed: InferRequest) -> ReplyPlan:
     return plan
 
 
+def _form(served: ServedModel, name: str, parsed: InferRequest) -> _Form:
+    return _plan(served, name, parsed), parsed.id
+
+
 def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
     if request.document is not None:
-        parsed = InferRequest(open_inference.header(request.document), memoryview(b""))
+        parsed = open_inference.read(request.document, memoryview(b""))
     else:
         parsed = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
-    if parsed.header.sequence is not None:
-        return _sequence_steps(app, name, version, parsed, parsed.header.sequence, request, respond)
+    if parsed.sequence is not None:
+        return _sequence_steps(app, name, version, parsed, parsed.sequence, request, respond)
     served = app.models.resolve(name, version)
     _refuse_static(served)
-    settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, parsed))
+    settled = Answering(respond, open_inference_error, _answer_sequences, _form(served, name, parsed))
     batch = _batch(served, parsed)
     app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
     return served.loop.submit_sequences(batch, _timeout(app, parsed), settled, tenant=request.tenant)
@@ -72,8 +119,11 @@ def _refuse_static(served: ServedModel) -> None:
         )
 
 
-def _answer_sequences(plan: ReplyPlan, replies: list[Reply]) -> Answer:
-    return plan.encode(tuple(np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)))
+def _answer_sequences(form: _Form, replies: list[Reply]) -> Answer:
+    plan, request_id = form
+    return plan.encode(
+        request_id, tuple(np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True))
+    )
 
 
 def _sequence_steps(
@@ -94,7 +144,7 @@ def _sequence_steps(
     if sequence.start:
         app.refuse_if_draining()
         _refuse_static(served)
-    settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, parsed), again)
+    settled = Answering(respond, open_inference_error, _answer_steps, _form(served, name, parsed), again)
     batch = _batch(served, parsed)
     if len(batch) != 1:
         raise InvalidShape("a request for a sequence must have batch size 1")
@@ -113,11 +163,14 @@ def _sequence_steps(
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     app.meter.take(request.tenant, len(batch[0][0]))
     accepted = served.loop.submit(chunk, timeout, settled)
+    if request.repeats and chunk.length == 1 and chunk.session is not None:
+        request.repeat = RepeatedInferStep(app, served, chunk.session, request, respond, name)
     return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 
 
-def _answer_steps(plan: ReplyPlan, reply: Reply) -> Answer:
-    answer = plan.encode(tuple([array[np.newaxis] for array in reply.outputs]), reply.position)
+def _answer_steps(form: _Form, reply: Reply) -> Answer:
+    plan, request_id = form
+    answer = plan.encode(request_id, tuple([array[np.newaxis] for array in reply.outputs]), reply.position)
     if not reply.kept:
         answer.fields += NOT_KEPT
     return answer

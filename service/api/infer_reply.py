@@ -1,14 +1,20 @@
 """Encodes the replies to infer calls; what depends on the request's header alone is computed once."""
 
+import math
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
 import numpy as np
 
 from unroll.bundle import TensorSpec
-from unroll.service.api.request import RAW, Answer, json_answer
+from unroll.service.api.request import JSON, RAW, Answer, json_answer
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
-from unroll.service.protocol import open_inference
+from unroll.service.protocol import json, open_inference
 from unroll.service.protocol.open_inference import InferHeader
+from unroll.service.protocol.tensors import Codec
 
 
 class ReplyPlan:
@@ -19,38 +25,60 @@ class ReplyPlan:
 
     def __init__(self, served: ServedModel, name: str, header: InferHeader) -> None:
         self.manifest = served.manifest
-        self._selected = _selected_outputs(served, header)  # each with whether it is sent as binary
-        self._head: dict = {"model_name": name, "model_version": served.version}
-        if header.id is not None:
-            self._head["id"] = header.id
-        self._binary = all(binary for _, binary in self._selected)
-        self._shapes: tuple[tuple[int, ...], ...] = ()
-        self._json = b"", b""  # of a reply with these shapes, before and after the position
+        self._selected = _selected_outputs(served, header)
+        self._head: dict[str, Any] = {"model_name": name, "model_version": served.version}
+        self._binary = all(binary for _, _, binary in self._selected)
+        self._shapes: list[tuple[int, ...]] = []
+        self._form = b""  # of the JSON of a reply to a sequence, with outputs of these shapes
 
-    def encode(self, outputs: Tensors, position: int | None = None) -> Answer:
+    def encode(self, request_id: str | None, outputs: Tensors, position: int | None = None) -> Answer:
         """The reply.
 
         Args:
+            request_id: The client's.
             outputs: All of the model's, each (batch, time, *shape), or (batch, *shape) without time.
             position: Of the sequence after the step; None for whole sequences.
         """
-        arrays = dict(zip((spec.name for spec in self.manifest.outputs), outputs, strict=True))
-        if position is None or not self._binary:
-            head = self._head if position is None else {**self._head, "parameters": {"sequence_position": position}}
-            return _answer(head, [(spec, arrays[spec.name], binary) for spec, binary in self._selected])
-        selected = [arrays[spec.name] for spec, _ in self._selected]
-        shapes = tuple([array.shape for array in selected])
-        if shapes != self._shapes:
-            self._shapes, self._json = shapes, self._split_json(selected)
-        text = b"%b%d%b" % (self._json[0], position, self._json[1])
-        fields = b"inference-header-content-length: %d\r\n" % len(text)
-        return Answer(200, RAW, b"".join([text, *[array.tobytes() for array in selected]]), fields)
+        if position is not None and self._binary:
+            return self.encode_row(request_id, self.rows(outputs)[0], position)
+        head = self._head if request_id is None else {**self._head, "id": request_id}
+        if position is not None:
+            head = {**head, "parameters": {"sequence_position": position}}
+        return _answer(head, [(spec, outputs[i], binary) for i, spec, binary in self._selected])
 
-    def _split_json(self, arrays: list[np.ndarray]) -> tuple[bytes, bytes]:
-        """The JSON of a reply, split where the position belongs: it is the last member."""
-        entries = [(spec, array, True) for (spec, _), array in zip(self._selected, arrays, strict=True)]
-        body, length = open_inference.encode({**self._head}, entries)
-        return body[: (length or 1) - 1] + b',"parameters":{"sequence_position":', b"}}"
+    def rows(self, outputs: Tensors) -> list[tuple[bytes, ...]]:
+        """What replies to sequences have of these outputs, one row each."""
+        shapes = [(1, *outputs[i].shape[1:]) for i, _, _ in self._selected]
+        if shapes != self._shapes:
+            self._shapes, self._form = shapes, self._form_of(shapes)
+        tensors = [outputs[i] for i, _, binary in self._selected if binary]
+        data = [outputs[i].reshape(len(outputs[i]), -1) for i, _, binary in self._selected if not binary]
+        contents = Codec.rows_to_raw(tensors) if tensors else repeat(b"")
+        return [*zip(repeat(self._form, len(outputs[0])), contents, *map(json.dump_rows, data), strict=False)]
+
+    def encode_row(self, request_id: str | None, row: tuple[bytes, ...], position: int) -> Answer:
+        """The reply to such a sequence. row: what `rows` wrote for it."""
+        form, tensors, *data = row
+        own = b"" if request_id is None else b',"id":' + json.dump(request_id)
+        answer = Answer(200, RAW if tensors else JSON, tensors)
+        answer.put_first(form % (own, position, *data))
+        return answer
+
+    def _form_of(self, shapes: Sequence[tuple[int, ...]]) -> bytes:
+        """JSON with places for the id, the position and the data; without data, the position is the last."""
+        entries = []
+        for (_, spec, binary), shape in zip(self._selected, shapes, strict=True):
+            entry = _opened({"name": spec.name, "datatype": open_inference.DATATYPES[spec.dtype], "shape": shape})
+            size = math.prod(shape) * spec.numpy.itemsize
+            entries.append(entry + (b',"parameters":{"binary_data_size":%d}}' % size if binary else b',"data":%b}'))
+        outputs, parameters = b',"outputs":[%b]' % b",".join(entries), b',"parameters":{"sequence_position":%d}'
+        members = outputs + parameters if self._binary else parameters + outputs
+        return _opened(self._head) + b"%b" + members + b"}"
+
+
+def _opened(document: dict[str, Any]) -> bytes:
+    """An object in a form, before further members."""
+    return json.dump(document)[:-1].replace(b"%", b"%%")
 
 
 def _answer(head: dict, outputs: list[tuple[TensorSpec, np.ndarray, bool]]) -> Answer:
@@ -58,9 +86,10 @@ def _answer(head: dict, outputs: list[tuple[TensorSpec, np.ndarray, bool]]) -> A
     return json_answer(document, sum(array.size for _, array, as_binary in outputs if not as_binary), tensors=binary)
 
 
-def _selected_outputs(served: ServedModel, header: InferHeader) -> list[tuple[TensorSpec, bool]]:
-    available = {spec.name: spec for spec in served.manifest.outputs}
+def _selected_outputs(served: ServedModel, header: InferHeader) -> list[tuple[int, TensorSpec, bool]]:
+    """Of each its place among the model's, its spec, and whether it is sent as binary."""
+    available = {spec.name: (i, spec) for i, spec in enumerate(served.manifest.outputs)}
     selected = header.outputs or tuple((name, header.binary_output) for name in available)
     if unknown := {name for name, _ in selected} - available.keys():
         raise InvalidRequest(f"outputs {sorted(unknown)} are not among {sorted(available)}")
-    return [(available[name], binary) for name, binary in selected]
+    return [(*available[name], binary) for name, binary in selected]

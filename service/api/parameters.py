@@ -25,8 +25,8 @@ def position_of(document: dict, header: int | None) -> int | None:
 
 def split_reference(model: str) -> tuple[str, str | None]:
     """`name` or `name:version`."""
-    name, _, version = model.partition(":")
-    return name, version or None
+    name, colon, version = model.partition(":")
+    return name, version if colon else None
 
 
 def require_streamable(model: ServedModel) -> None:

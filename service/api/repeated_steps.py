@@ -1,25 +1,37 @@
-"""Raw single steps that come again and again on one connection: what was looked up for one is kept for the next."""
+"""Single steps that come again and again on one connection: what was looked up for one is kept for the next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
-from unroll.service.api.parameters import POSITION
-from unroll.service.api.request import RAW, Answer, Cancel, Request, Respond
-from unroll.service.core.errors import SessionContended
+from unroll.service.api.parameters import POSITION, position_of
+from unroll.service.api.request import JSON, RAW, Answer, Cancel, Request, Respond
+from unroll.service.core.errors import SessionContended, UnrollError
+from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
+from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import GroupReply
 from unroll.service.scheduler.session import Session
 
 
 class RepeatedStep:
-    """A step with headers that are known: only the position and the values are new.
+    """A step in raw bytes, with headers that are known: only the numbers in them may be new.
 
-    request, respond: of the first such step of a connection, which has one of each.
+    Args:
+        request: The first such step of a connection, which has one.
+        respond: Takes the answers to all of them.
+
+    Attributes:
+        failure: The form of an error.
+        write: Writes what the answers to a group's rows have of the outputs.
     """
 
-    __slots__ = ("_again", "_app", "_form", "_respond", "_served", "_session", "_tenant")
+    __slots__ = ("_again", "_app", "_form", "_served", "_session", "_tenant", "respond", "write")
+
+    failure = staticmethod(problem)
+    write: Callable[[Tensors], Sequence[Any]]
 
     def __init__(
         self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond
@@ -28,39 +40,82 @@ class RepeatedStep:
         self._served = served
         self._session = session
         self._tenant = request.tenant
-        self._form = _RawSteps(served.codec)
-        self._again, self._respond = request.again, respond
+        self._form = _Joined(served.codec)
+        self._again, self.respond = request.again, respond
+        self.write = served.codec.rows_to_raw
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
         """Begin it together with others; None if it must be begun as any request."""
         tenant = request.tenant
         if tenant != self._tenant or (tenant and self._app.meter.limits(tenant)):
             return None
-        position = request.position = request.whole_number(POSITION)
+        step = self.read(request)
+        if step is None:
+            return None
         timeout = self._app.limits.request_timeout
         if self._session.durable is not None:
-            request.again, respond = self._again, self._finish
-        return self._served.loop.join(self._session, position, request.body, timeout, self._form, respond)
+            request.again = self._again
+        return self._served.loop.join(self._session, request.position, step, timeout, self._form, self)
 
-    def _finish(self, answer: Answer) -> None:
-        """Answer a durable session's step, or begin it again, because another replica updated the session."""
-        if not (isinstance(answer.error, SessionContended) and self._again and self._again(self._session.id)):
-            self._respond(answer)
+    def read(self, request: Request) -> bytes | None:
+        """The inputs one after another; None if this is no such step. Sets the position of the request."""
+        position = request.headers.get(POSITION)
+        if position is not None:
+            request.position = int(position)
+        return request.body
+
+    def encode(self, written: Any, position: int) -> Answer:
+        """The answer. written: what `write` wrote for it."""
+        return Answer(200, RAW, written, b"unroll-position: %d\r\n" % position)
+
+    def fail(self, error: UnrollError) -> None:
+        """Answer with the error; or begin it again, because another replica updated the session."""
+        if not (isinstance(error, SessionContended) and self._again and self._again(self._session.id)):
+            self.respond(self.failure(error))
 
 
-class _RawSteps:
-    """Steps as raw bytes, and their answers."""
+class RepeatedJsonStep(RepeatedStep):
+    """The same in JSON."""
 
-    __slots__ = ("_codec", "faults")
+    __slots__ = ()
+
+    def __init__(
+        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond
+    ) -> None:
+        super().__init__(app, served, session, request, respond)
+        self.write = served.codec.rows_to_json
+
+    def read(self, request: Request) -> bytes | None:
+        try:
+            document = json.parse_object(request.body, self._app.limits.max_json_bytes)
+            if "inputs" not in document or document.keys() - {"inputs", "position"}:
+                return None
+            request.position = position_of(document, request.whole_number(POSITION))
+            return self._served.codec.step_from_json(document["inputs"])
+        except UnrollError:
+            return None
+
+    def encode(self, written: bytes, position: int) -> Answer:
+        body = b'{"outputs":%b,"position":%d}' % (written, position)
+        return Answer(200, JSON, body, b"unroll-position: %d\r\n" % position)
+
+
+class _Joined:
+    """Steps of any kind, and their answers."""
+
+    __slots__ = ("faults",)
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
         self.faults = codec.faults
 
-    def answer(self, listeners: Sequence[Respond], reply: GroupReply) -> None:
-        values, positions, errors = self._codec.rows_to_raw(reply.outputs), reply.positions.tolist(), reply.errors
-        for row, respond in enumerate(listeners):
+    def answer(self, listeners: Sequence[RepeatedStep], reply: GroupReply) -> None:
+        positions, errors = reply.positions.tolist(), reply.errors
+        written: dict[Callable[[Tensors], Sequence[Any]], Sequence[Any]] = {}
+        for row, step in enumerate(listeners):
             if row in errors:
-                respond(problem(errors[row]))
-            else:
-                respond(Answer(200, RAW, values[row], b"unroll-position: %d\r\n" % positions[row]))
+                step.fail(errors[row])
+                continue
+            rows = written.get(step.write)
+            if rows is None:
+                rows = written[step.write] = step.write(reply.outputs)
+            step.respond(step.encode(rows[row], positions[row]))

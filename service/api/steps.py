@@ -14,7 +14,7 @@ from unroll.service.api.parameters import (
     split_reference,
     timeout_of,
 )
-from unroll.service.api.repeated_steps import RepeatedStep
+from unroll.service.api.repeated_steps import RepeatedJsonStep, RepeatedStep
 from unroll.service.api.request import (
     NOT_KEPT,
     RAW,
@@ -54,8 +54,8 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
-    if request.repeats and raw and len(inputs[0]) == 1 and TIMEOUT not in request.headers:
-        request.repeat = RepeatedStep(app, served, session, request, respond)
+    if request.repeats and len(inputs[0]) == 1 and TIMEOUT not in request.headers:
+        request.repeat = (RepeatedStep if raw else RepeatedJsonStep)(app, served, session, request, respond)
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 

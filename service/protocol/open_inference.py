@@ -5,26 +5,30 @@ Follows the protocol's REST specification and Triton's sequence and binary-tenso
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import orjson
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidDtype, InvalidRequest, InvalidShape
 from unroll.service.protocol import json
-from unroll.service.protocol.tensors import dtype_hint, from_bytes, numbers
+from unroll.service.protocol.tensors import dtype_hint, from_bytes, numbers, pack
+
+#: Is it a text in JSON, without its quotes? Not all are.
+_PLAIN = re.compile(rb"[ !#-\[\]-~]*").fullmatch
+#: What a client's requests repeat is kept, if it is no longer than this.
+_KEPT_BYTES = 1024
 
 DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
 _MAX_ELEMENTS = 2**31
 
-#: The JSON of a request with tensors after it is parsed once and cached, if it is no longer than this.
-_CACHED_BYTES = 1024
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceParameters:
     """The sequence parameters. `position`: our optional `sequence_position`."""
 
@@ -36,42 +40,51 @@ class SequenceParameters:
 
 @dataclass(slots=True, eq=False)
 class InferHeader:
-    """The JSON of a request.
+    """What the JSON of a client's requests repeats.
 
     Attributes:
         timeout: seconds.
         outputs: (name, as binary) of the outputs to return; None for all.
         binary_output: the default of "as binary".
-        inputs: the JSON entries, from which `read_inputs` makes arrays.
-        layout: found when the inputs were read last; a client sends the same header at every step.
+        layout: found when the inputs were read last. data_step: their only one, if it was a time step in the JSON.
         plan: the same for the reply; owned by the caller.
     """
 
-    id: str | None
-    sequence: SequenceParameters | None
     timeout: float | None
     outputs: tuple[tuple[str, bool], ...] | None
     binary_output: bool
-    inputs: list[dict[str, Any]]
     layout: "BinaryLayout | None" = None
+    data_step: TensorSpec | None = None
     plan: Any = None
 
 
 @dataclass(slots=True, eq=False)
 class InferRequest:
-    """binary: the bytes after the JSON."""
+    """A request.
+
+    Attributes:
+        inputs: the JSON entries, from which `read_inputs` makes arrays.
+        binary: the bytes after the JSON.
+    """
 
     header: InferHeader
+    id: str | None
+    sequence: SequenceParameters | None
+    inputs: list[dict[str, Any]]
     binary: memoryview
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BinaryLayout:
-    """Where the inputs are in the `size` bytes after the JSON; tensors: each input's spec, shape and offset."""
+    """Where the inputs are in the `size` bytes after the JSON.
+
+    tensors: each input's spec, shape and offset. step: the places of the inputs, if they are one time step.
+    """
 
     specs: Sequence[TensorSpec]
     tensors: tuple[tuple[TensorSpec, tuple[int, ...], int], ...]
     size: int
+    step: tuple[slice, ...]
 
 
 def parse(body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
@@ -83,14 +96,11 @@ def parse(body: bytes, header_length: int | None, json_limit: int) -> InferReque
         header_length = len(body)
     if not 0 < header_length <= len(body):
         raise InvalidRequest(f"Inference-Header-Content-Length is {header_length}; the body has {len(body)} bytes")
-    text, binary = body[:header_length], memoryview(body)[header_length:]
-    if binary and header_length <= min(_CACHED_BYTES, json_limit):
-        return InferRequest(_cached_header(text), binary)
-    return InferRequest(header(json.parse_object(text, json_limit)), binary)
+    return read(json.parse_object(body[:header_length], json_limit), memoryview(body)[header_length:])
 
 
-def header(document: dict[str, Any]) -> InferHeader:
-    """What the JSON of a request says. Raises InvalidRequest."""
+def read(document: dict[str, Any], binary: memoryview) -> InferRequest:
+    """The request with this JSON. Raises InvalidRequest."""
     parameters = _object(document, "parameters")
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
@@ -99,19 +109,66 @@ def header(document: dict[str, Any]) -> InferHeader:
     if not isinstance(inputs, list) or not all(isinstance(item, dict) for item in inputs):
         raise InvalidRequest("'inputs' must be a list of objects")
     binary_output = _flag(parameters, "binary_data_output")
-    return InferHeader(
-        request_id,
-        _sequence(parameters),
-        _timeout(parameters),
-        _requested(document.get("outputs"), binary_output),
-        binary_output,
-        inputs,
-    )
+    sequence = _sequence(parameters)
+    outputs, timeout = document.get("outputs"), parameters.get("timeout")
+    tensors = [{**item, "data": None} if "data" in item else item for item in inputs]
+    try:
+        repeated = json.dump((tensors, outputs, timeout, binary_output))
+    except TypeError:  # nested so deeply that it can be read, and not be written
+        header = _header(outputs, timeout, binary_output)
+    else:
+        header = (_kept_header if len(repeated) <= _KEPT_BYTES else _written_header)(repeated)
+    return InferRequest(header, request_id, sequence, inputs, binary)
 
 
-@functools.lru_cache(maxsize=2048)
-def _cached_header(text: bytes) -> InferHeader:
-    return header(json.parse_object(text, _CACHED_BYTES))
+def _header(outputs: Any, timeout: Any, binary_output: bool) -> InferHeader:
+    seconds = _timeout({"timeout": timeout})
+    return InferHeader(seconds, _requested(outputs, binary_output), binary_output)
+
+
+def _written_header(repeated: bytes) -> InferHeader:
+    return _header(*orjson.loads(repeated)[1:])
+
+
+_kept_header = functools.lru_cache(maxsize=2048)(_written_header)
+
+
+class RepeatedText:
+    """The JSON before tensors that was parsed last: if it comes again, perhaps with another id, it is not parsed."""
+
+    __slots__ = ("_after", "_before", "_request")
+
+    def __init__(self) -> None:
+        self._request: InferRequest | None = None
+        self._before = self._after = b""  # what is around the id; without an id that may differ, all is before
+
+    def parse(self, body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
+        """As the function `parse`; the request is valid until the next call."""
+        last, begin = self._request, len(self._before)
+        if last is not None and header_length is not None and begin <= header_length - len(self._after):
+            own = body[begin : header_length - len(self._after)]
+            if (
+                body.startswith(self._before)
+                and body.startswith(self._after, begin + len(own))
+                and (_PLAIN(own) if self._after else not own)
+                and header_length <= min(len(body), json_limit)
+            ):
+                if self._after:
+                    last.id = own.decode()
+                last.binary = memoryview(body)[header_length:]
+                return last
+        request = self._request = parse(body, header_length, json_limit)
+        self._before, self._after = body[:header_length], b""
+        if header_length is not None and last is not None and request.sequence == last.sequence:
+            self._find_id(request)
+        return request
+
+    def _find_id(self, request: InferRequest) -> None:
+        """Find the place where another text would be another id: that is tried."""
+        before, found, after = self._before.partition(json.dump(request.id))
+        trial = b'%b"0"%b' % (before, after)
+        if found and request.id not in (None, "0") and parse(trial, None, len(trial)).id == "0":
+            self._before, self._after = before + b'"', b'"' + after
 
 
 def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
@@ -125,7 +182,7 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
     by_name = {spec.name: spec for spec in specs}
     arrays: dict[str, np.ndarray] = {}
     offsets: dict[str, int] = {}
-    for item in request.header.inputs:
+    for item in request.inputs:
         name = item.get("name")
         spec = by_name.get(name) if isinstance(name, str) else None
         if spec is None or name in arrays:
@@ -141,10 +198,26 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
         raise InvalidRequest(f"{len(binary)} bytes follow the last tensor")
     if len({array.shape[:2] for array in arrays.values()}) > 1:
         raise InvalidShape("the inputs differ in batch or time")
+    is_step = arrays[specs[0].name].shape[:2] == (1, 1)
     if len(offsets) == len(specs):
         tensors = tuple((spec, arrays[spec.name].shape, offsets[spec.name]) for spec in specs)
-        request.header.layout = BinaryLayout(specs, tensors, len(request.binary))
+        places = tuple(slice(offset, offset + spec.nbytes) for spec, _, offset in tensors) if is_step else ()
+        request.header.layout = BinaryLayout(specs, tensors, len(request.binary), places)
+    elif len(specs) == 1 and is_step:
+        request.header.data_step = specs[0]
     return [arrays[spec.name] for spec in specs]
+
+
+def read_step(request: InferRequest, specs: Sequence[TensorSpec]) -> bytes | None:
+    """The inputs of one time step, one after another and not checked; None unless `read_inputs` saw them like this."""
+    header, binary = request.header, request.binary
+    if (layout := header.layout) is not None:
+        if layout.specs is not specs or layout.size != len(binary) or not layout.step:
+            return None
+        return b"".join([binary[place] for place in layout.step])
+    if header.data_step is not specs[0] or binary:
+        return None
+    return pack(specs[0], request.inputs[0]["data"])
 
 
 def encode(head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]) -> tuple[bytes, int | None]:

@@ -5,6 +5,7 @@ or a value out of range is an error that names the tensor and the expected type,
 """
 
 import math
+import struct
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -15,6 +16,7 @@ from unroll.bundle import Manifest, TensorSpec
 from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.engine.rows import FEW, all_finite
+from unroll.service.protocol import json
 
 #: By the kind of a tensor's dtype: the types that its values in JSON may have.
 _ACCEPTED: dict[str, set[type]] = {"f": {float, int}, "i": {int}, "b": {bool}}
@@ -88,7 +90,8 @@ class Codec:
     def to_raw(self, outputs: Tensors) -> bytes:
         return outputs[0].tobytes() if len(outputs) == 1 else b"".join([array.tobytes() for array in outputs])
 
-    def rows_to_raw(self, outputs: Tensors) -> list[bytes]:
+    @staticmethod
+    def rows_to_raw(outputs: Sequence[np.ndarray]) -> list[bytes]:
         """`to_raw` for single steps, by row; outputs: each (rows, 1, *shape), or (rows, *shape) without time."""
         columns = []
         for array in outputs:
@@ -108,6 +111,15 @@ class Codec:
         if len({len(array) for array in arrays}) > 1:
             raise InvalidShape("the inputs differ in their number of time steps")
         return arrays
+
+    def step_from_json(self, value: Any) -> bytes | None:
+        """One step that `from_json` reads, its inputs one after another; None if there are more steps."""
+        if len(self.inputs) == 1 and len(self.inputs[0].shape) == 1 and isinstance(value, list) and len(value) == 1:
+            packed = pack(self.inputs[0], value[0])
+            if packed is not None:
+                return packed
+        inputs = self.from_json(value)
+        return self.to_raw(inputs) if len(inputs[0]) == 1 else None
 
     def sequences_from_json(self, value: Any) -> list[Tensors]:
         """`[sequence, ...]` (lengths may differ), or `{name: [sequence, ...]}`."""
@@ -171,6 +183,14 @@ class Codec:
     def to_json(self, outputs: Tensors) -> object:
         """The value of `"outputs"`: the array, or `{name: array}` for a model with several outputs."""
         return outputs[0] if len(outputs) == 1 else _named(self.outputs, outputs)
+
+    def rows_to_json(self, outputs: Tensors) -> list[bytes]:
+        """What `to_json` returns for single steps, as text, by row; outputs: as of `rows_to_raw`."""
+        columns = [json.dump_rows(array) for array in outputs]
+        if len(columns) == 1:
+            return columns[0]
+        form = b"{" + b",".join([json.dump(spec.name).replace(b"%", b"%%") + b":%b" for spec in self.outputs]) + b"}"
+        return [form % row for row in zip(*columns, strict=True)]
 
     def inputs_to_json(self, inputs: Tensors) -> object:
         """The value of `"inputs"`, likewise."""
@@ -252,6 +272,16 @@ def valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
     else:
         return None
     return valid if b"\0" in valid.tobytes() else None  # for one step, half the time of valid.all()
+
+
+def pack(spec: TensorSpec, values: Any) -> bytes | None:
+    """A list of as many floats as the tensor has, as its bytes. None for anything else: `numbers` takes more."""
+    if spec.dtype != "float32" or not isinstance(values, list) or len(values) != spec.size:
+        return None
+    try:
+        return struct.pack(f"<{spec.size}f", *values) if {*map(type, values)} == {float} else None
+    except OverflowError:  # too large for float32
+        return None
 
 
 def numbers(spec: TensorSpec, value: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ has it: what has run is handed over as a `PendingCommit` before.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -115,11 +116,15 @@ class Completion:
         else:
             self.fail(chunk, error, now)
 
-    def shed(self, now: float) -> None:
-        """An overload has begun: refuse what waits longer than new work may, of every owner what came last."""
+    def shed(self, joined: Sequence[Session], now: float) -> None:
+        """An overload has begun: refuse what waits longer than new work may, of every owner what came last.
+
+        Args:
+            joined: whose steps have joined the open group, which the next batch takes.
+        """
         waiting = [work for work in self.lanes if isinstance(work, Chunk) and work.is_new and not work.patient]
-        room = self.admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting}))
-        steps = Counter[Owner]()
+        steps = Counter[Owner](session.owner for session in joined)
+        room = self.admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting} | steps.keys()))
         for chunk in waiting:
             steps[chunk.owner] += self.lanes.next_steps(chunk)
             if steps[chunk.owner] > room:

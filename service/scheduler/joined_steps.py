@@ -1,4 +1,4 @@
-"""Single steps that arrive one by one while nothing waits: they join a group, which the next batch takes.
+"""Single steps that arrive one by one while nothing else waits: they join a group, which the next batch takes.
 
 A step that cannot join is submitted as a chunk. Until the batch is formed a step can leave its group, and then it is as
 if it had never come.
@@ -76,6 +76,7 @@ class JoinedSteps:
         self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
         self._sessions, self._counters = completion.sessions, completion.counters
         self.group: OpenGroup | None = None
+        self._room = self._most  # rows that it may have, beside what waits for the same batch
 
     def join(
         self,
@@ -108,8 +109,11 @@ class JoinedSteps:
         if durable is not None and durable.stale:
             return False
         if group is None:
+            self._room = self._most
             if not self._lanes.idle:
-                return False
+                self._room -= self._admission.in_flight
+                if self._room <= 0 or not self._lanes.has_single_steps_only:
+                    return False
             self._sessions.expire(now)
             group = OpenGroup(self._layout, deadline, form)
             group.is_durable = durable is not None
@@ -119,7 +123,7 @@ class JoinedSteps:
             or (now - group.ready_at) * _SHARE > deadline - now
         ):
             return False
-        if session.life is not OPEN or len(group.sessions) == self._most or not self._admission.take(1, now, deadline):
+        if session.life is not OPEN or len(group.sessions) >= self._room or not self._admission.take(1, now, deadline):
             return False
         if self.group is None:
             self.group = group

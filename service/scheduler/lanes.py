@@ -70,6 +70,10 @@ class Lanes:
     def idle(self) -> bool:
         return not self._starved and not self._lanes
 
+    @property
+    def has_single_steps_only(self) -> bool:
+        return not self._starved and self._lanes.keys() <= {1}
+
     def is_long(self, steps: int) -> bool:
         """Would a chunk of so many steps run in pieces?"""
         return steps > self._longest

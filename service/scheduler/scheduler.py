@@ -288,7 +288,7 @@ class Scheduler:
             row += 1
         self._completion.batch_rows = 0
         if self._admission.begins_overload(batch.rows, now):
-            self._completion.shed(now)
+            self._completion.shed([] if self.joined.group is None else self.joined.group.sessions, now)
         return self._completion.take_commits() if self._completion.commits else []
 
     def estimated_wait(self) -> float:

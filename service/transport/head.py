@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Sequence
+from urllib.parse import unquote_to_bytes
 
 import httptools
 import structlog
@@ -62,6 +63,14 @@ def check_head(version: str, fields: Fields) -> Headers:
     if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
         raise Refused(417, "the only expectation that is met is 100-continue")
     return headers
+
+
+def check_url(url: bytes) -> None:
+    """Raises Refused for a path that is not UTF-8 once it is decoded: different ones would name the same session."""
+    try:
+        unquote_to_bytes(url.partition(b"?")[0]).decode()
+    except UnicodeDecodeError:
+        raise Refused(400, "what is percent-encoded in the path must be UTF-8") from None
 
 
 def check_size(fields: Fields, limit: int) -> None:

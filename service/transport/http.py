@@ -38,6 +38,7 @@ from unroll.service.transport.head import (
     Refused,
     check_head,
     check_size,
+    check_url,
     offers_stream,
     refusal_of,
     without_offer,
@@ -159,6 +160,8 @@ class HttpProtocol(LimitedProtocol):
         if self._held_bytes or self._segment > self.limits.header_bytes:  # of several segments, or long
             check_size(self.headers, self.limits.header_bytes)
         headers = check_head(version, self.headers)
+        if b"%" in self.url:
+            check_url(self.url)
         if self.parser.should_upgrade():
             self._consider_offer(version, headers)
             return
@@ -253,10 +256,8 @@ class HttpProtocol(LimitedProtocol):
     def _handle_later(self) -> None:
         """Read a long body in turns of its own: JSON is parsed in one, and becomes arrays in the next."""
         exchange = self._exchange
-        if exchange.document is None and exchange.media_type != RAW and HEADER_LENGTH not in exchange.headers:
-            self.unroll.turns.call(self._parse)
-        else:
-            self.unroll.turns.call(self._handle_unless_lost)
+        is_json = exchange.media_type != RAW and HEADER_LENGTH not in exchange.headers
+        self.unroll.turns.call(self._parse if is_json else self._handle_unless_lost)
 
     def _parse(self) -> None:
         if self.transport.is_closing():

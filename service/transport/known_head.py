@@ -4,57 +4,72 @@ from typing import Self
 
 from unroll.service.access.held_bytes import SMALL
 from unroll.service.api.parameters import POSITION
-from unroll.service.api.request import CONTENT_ENCODING, Headers
+from unroll.service.api.request import CONTENT_ENCODING, HEADER_LENGTH, RAW, Headers
 
 _END = b"\r\n\r\n"
-_POSITION_LINE = b"\r\n%b:" % POSITION
+_LENGTH = b"content-length"
+#: Headers whose numbers may differ from request to request; steps in raw bytes are all of one length.
+_NUMBERS, _NUMBERS_OF_RAW = (POSITION, HEADER_LENGTH, _LENGTH), (POSITION,)
 _MAX_DIGITS = 18
 #: A longer head is not kept.
 _MOST_BYTES = 4096
 
 
 class KnownHead:
-    """A head as it came, in which only the digits of the position may differ, before a body of the same length.
+    """A head as it came, in which only the digits of a position and of lengths may differ.
 
     headers: of the last request with it.
     """
 
-    __slots__ = ("_after", "_before", "_most_digits", "_rest", "headers")
+    __slots__ = ("_body_bytes", "_numbers", "_rest", "headers")
 
-    def __init__(self, head: bytes, position: slice, headers: Headers, body_bytes: int) -> None:
-        """position: where the digits are; empty without them."""
+    def __init__(self, head: bytes, numbers: list[tuple[slice, bytes]], headers: Headers, body_bytes: int) -> None:
+        """numbers: where digits are, and whose, in order. body_bytes: of each body; 0 if the length is one of them."""
         self.headers = headers
-        self._before, self._after = head[: position.start], head[position.stop :]
-        self._most_digits = _MAX_DIGITS if position.stop > position.start else 0
-        self._rest = len(self._after) + body_bytes
+        self._body_bytes = body_bytes
+        self._numbers: list[tuple[bytes, int, bytes]] = []  # what comes before the digits, its size, and the header
+        end = 0
+        for place, name in numbers:
+            self._numbers.append((head[end : place.start], place.start - end, name))
+            end = place.stop
+        self._rest = head[end:]
 
     @classmethod
     def of(cls, data: bytes, headers: Headers, body: bytes) -> Self | None:
         """data: received at once, when no earlier request was open. None if it has more than one small request."""
         size = len(data) - len(body)
-        if not 0 < len(body) <= SMALL or b"content-length" not in headers or CONTENT_ENCODING in headers:
+        if not 0 < len(body) <= SMALL or _LENGTH not in headers or CONTENT_ENCODING in headers:
             return None
         if size > _MOST_BYTES or not data.startswith(b"POST ") or data.find(_END) + len(_END) != size:
             return None
-        position, begin = headers.get(POSITION), size
-        if position is not None:
-            line = data[:size].lower().find(_POSITION_LINE)
-            begin = data.find(position, line + len(_POSITION_LINE))
-            if line < 0 or not position.isdigit():
+        is_raw = headers.get(b"content-type") == RAW and HEADER_LENGTH not in headers
+        lines, numbers = data[:size].lower(), []
+        for name in _NUMBERS_OF_RAW if is_raw else _NUMBERS:
+            if (digits := headers.get(name)) is None:
+                continue
+            line = lines.find(b"\r\n%b:" % name)
+            begin = data.find(digits, line + len(name) + 3)
+            if line < 0 or not digits.isdigit():
                 return None
-        return cls(data[:size], slice(begin, begin + len(position or b"")), headers, len(body))
+            numbers.append((slice(begin, begin + len(digits)), name))
+        numbers.sort(key=lambda number: number[0].start)
+        return cls(data[:size], numbers, headers, len(body) if is_raw else 0)
 
     def body_of(self, data: bytes) -> bytes | None:
         """The body, if the data is one whole request with this head; then `headers` are its own.
 
         Call it only when the last request with this head is answered: until then, that one may be begun again.
         """
-        begin, end = len(self._before), len(data) - self._rest
-        if not data.startswith(self._before) or not begin <= end <= begin + self._most_digits:
-            return None
-        if self._most_digits:
-            digits = data[begin:end]
-            if not digits.isdigit() or not data.startswith(self._after, end):
+        end, headers = 0, self.headers
+        for before, size, name in self._numbers:
+            begin = end + size
+            if not data.startswith(before, end):
                 return None
-            self.headers[POSITION] = digits
-        return data[end + len(self._after) :]
+            end = data.find(b"\r", begin, begin + _MAX_DIGITS + 1)
+            digits = headers[name] = data[begin:end]
+            if end < 0 or not digits.isdigit():
+                return None
+        if not data.startswith(self._rest, end):
+            return None
+        body = data[end + len(self._rest) :]
+        return body if len(body) == (self._body_bytes or int(headers[_LENGTH])) <= SMALL else None

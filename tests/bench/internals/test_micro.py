@@ -69,7 +69,7 @@ def test_inputs_of_the_decoders_are_valid() -> None:
     assert (frame.handles, frame.steps, frame.positions) == ([0, 1, 2], [1, 1, 1], [None] * 3)
     head, body = infer_body(frame.chunk(0)[0])
     request = open_inference.parse(body, head, len(body))
-    assert request.header.sequence is not None
+    assert request.sequence is not None
     assert open_inference.read_inputs(request, specs)[0].shape == (1, 1, 16)
 
 

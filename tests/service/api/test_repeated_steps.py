@@ -6,7 +6,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,7 +238,7 @@ def test_durable_steps_share_a_commit_and_each_has_its_own_result(
             assert step(wire, name, STEP, position)[0] == 200
         asyncio.run_coroutine_threadsafe(begin_anew(names[1]), running.uvicorn.loop).result()
         monkeypatch.setattr(store, "commit", slow)
-        with in_one_turn(running):
+        with running.in_one_turn():
             for i, (wire, name) in enumerate(zip(wires, names, strict=True)):
                 wire.send(head("gru", name, position=None if i == 1 else 3) + STEP.tobytes())
         until(lambda: together == [len(names)])
@@ -252,7 +252,7 @@ def test_durable_steps_share_a_commit_and_each_has_its_own_result(
                 status, headers, body = wire.answer()
                 assert (status, headers["unroll-position"], body) == (200, str(at), outputs[at - 1].tobytes())
         result.append(StoreUnavailable("as asked", 0.1))
-        with in_one_turn(running):
+        with running.in_one_turn():
             for i in (0, 2):
                 wires[i].send(head("gru", names[i], position=4) + STEP.tobytes())
         for i in (0, 2):
@@ -271,23 +271,6 @@ def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Call
         )
         assert wire.answer()[1]["unroll-position"] == str(i + 1)
     assert [step(wire, name)[1]["unroll-position"] for _ in range(3)] == ["13", "14", "15"]
-
-
-@contextmanager
-def in_one_turn(running: Running) -> Iterator[None]:
-    """What is sent inside the block is read at once."""
-    paused, go_on = threading.Event(), threading.Event()
-
-    def pause() -> None:
-        paused.set()
-        go_on.wait(PATIENCE)
-
-    running.uvicorn.loop.call_soon_threadsafe(pause)
-    try:
-        assert paused.wait(PATIENCE)
-        yield
-    finally:
-        go_on.set()
 
 
 def outcomes(
@@ -322,7 +305,7 @@ def test_steps_that_are_read_at_once_get_what_they_would_get_in_some_order(
     valid = [STEP, 2 * STEP]
     for _ in range(40):
         sent: dict[str, list[tuple[int | None, np.ndarray]]] = {name: [] for name in taken}
-        with in_one_turn(server):
+        with server.in_one_turn():
             for name, each in connections.items():
                 at = len(taken[name])
                 for wire, knows in zip(each[: chance.randint(1, 3)], (True, True, False), strict=False):

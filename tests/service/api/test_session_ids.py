@@ -1,7 +1,7 @@
 """Any string is a session id, and names the same session wherever it stands: in a path, in JSON, on the wire of v2."""
 
 from collections.abc import Callable
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import httpx
 import numpy as np
@@ -61,6 +61,21 @@ def test_ids_that_look_alike_are_different_sessions(client: httpx.Client) -> Non
     assert positions == [0, 1, 2, 3, 4]
     for session_id in ids:
         client.delete(f"{sessions}/{quote(session_id, safe='')}")
+
+
+@pytest.mark.parametrize("segment", ["Z%e4hler", "Z%E5hler", "%ff", "%C0%AF", "%ed%a0%80"])
+def test_a_name_that_is_not_utf_8_is_refused_and_no_other_session(client: httpx.Client, segment: str) -> None:
+    read_as = unquote(segment)
+    session = client.post("/v1/models/lstm/sessions", json={"session_id": read_as}).json()["session_id"]
+    for method, path in (("POST", f"{segment}/steps"), ("GET", segment), ("GET", f"{segment}/state")):
+        answer = client.request(method, f"/v1/models/lstm/sessions/{path}", content=b"" if method == "GET" else b"{}")
+        assert (answer.status_code, answer.json()["code"]) == (400, "malformed_request")
+    assert client.delete(f"/v1/models/lstm/sessions/{quote(session, safe='')}").json()["position"] == 0
+
+
+def test_a_version_that_is_left_empty_is_not_the_current_one(client: httpx.Client) -> None:
+    for answer in (client.get("/v1/models/lstm:"), client.post("/v1/models/lstm:/sessions")):
+        assert (answer.status_code, answer.json()["code"]) == (404, "model_unknown")
 
 
 @pytest.mark.parametrize("session_id", IDS[:6])

@@ -218,15 +218,15 @@ def test_what_a_request_asks_for() -> None:
         "outputs": [{"name": "y"}, {"name": "z", "parameters": {"binary_data": False}}],
     }
     asked = parse(orjson.dumps(body), None, LIMIT)
-    assert asked.header.id == "r"
+    assert asked.id == "r"
     assert asked.header.timeout == 0.0015
     assert asked.header.outputs == (("y", True), ("z", False))
-    assert asked.header.sequence is not None
+    assert asked.sequence is not None
     assert (
-        asked.header.sequence.id,
-        asked.header.sequence.start,
-        asked.header.sequence.end,
-        asked.header.sequence.position,
+        asked.sequence.id,
+        asked.sequence.start,
+        asked.sequence.end,
+        asked.sequence.position,
     ) == (
         "7",
         True,
@@ -238,7 +238,7 @@ def test_what_a_request_asks_for() -> None:
 @pytest.mark.parametrize("parameters", [{}, {"sequence_id": 0}, {"sequence_id": ""}, {"sequence_id": 0, "timeout": 0}])
 def test_no_sequence(parameters: dict) -> None:
     asked = parse(orjson.dumps({"inputs": [], "parameters": parameters}), None, LIMIT)
-    assert asked.header.sequence is None
+    assert asked.sequence is None
     assert asked.header.timeout is None
     assert asked.header.outputs is None
 

@@ -1,8 +1,21 @@
-"""Steps that arrive one by one while nothing waits run as one group, and until then can leave it."""
+"""Steps that arrive one by one while nothing else waits run as one group, and until then can leave it."""
 
 import numpy as np
 import pytest
-from fold import LATER, FoldForm, answer, failure, find, fold, inputs, join, run_until_idle, submit, turn
+from fold import (
+    LATER,
+    FoldForm,
+    answer,
+    failure,
+    find,
+    fold,
+    inputs,
+    join,
+    run_until_idle,
+    submit,
+    submit_sequence,
+    turn,
+)
 
 from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionContended, SessionExpired, UnrollError
 from unroll.service.core.session_ids import owned
@@ -56,8 +69,17 @@ def test_a_step_joins_only_its_session_at_its_position_and_at_rest(settled, engi
     run_until_idle(settled, engine)
 
 
+def test_steps_join_beside_single_steps_that_wait_as_many_as_the_batch_has_room_for(settled, engine):
+    log = Log()
+    alone = submit(settled, "a", inputs(2), 0, LATER)
+    assert joined(settled, "bcd", log) == [True, True, False]
+    assert turn(settled, engine).rows == 3
+    assert [answer(alone), *log.values()] == [fold([1, 2])[-1:]] * 3
+    settled.check_invariants()
+
+
 def test_no_step_joins_while_other_work_waits(settled, engine):
-    submit(settled, "a", inputs(2), 0, LATER)
+    submit(settled, "a", inputs(2, 3), 0, LATER)
     assert joined(settled, "b", Log()) == [False]
     run_until_idle(settled, engine)
     assert joined(settled, "b", Log()) == [True]
@@ -215,3 +237,17 @@ def test_a_full_queue_has_a_place_for_another_tenant_than_those_that_wait(settle
     with pytest.raises(QueueFull):
         scheduler.submit(Chunk(inputs(2), mine[5]), 0, LATER)
     assert scheduler.in_flight == 5
+
+
+def test_when_an_overload_begins_steps_that_joined_count_as_waiting(settled, engine, monkeypatch):
+    submit_sequence(settled, inputs(1), 0, LATER)
+    _, batch = settled.next_turn(0)
+    log = Log()
+    assert joined(settled, "abc", log) == [True, True, True]
+    chunks = [submit_sequence(settled, inputs(1), 0, LATER) for _ in range(6)]
+    monkeypatch.setattr(settled.overload, "begins", lambda *_: True)
+    settled.pace.seconds_per_step, settled.overload.most_wait = 1.0, 4.5
+    settled.complete(batch, *engine.run(batch), 0, 1.0)
+    assert [chunk.outcome is None for chunk in chunks] == [True] + 5 * [False]  # with the three, four steps wait
+    run_until_idle(settled, engine)
+    assert log == dict.fromkeys("abc", fold([1, 2])[-1:])
