@@ -12,15 +12,6 @@ from conformance.packages.entry import bare, entry
 _ASTEROID = "asteroid-filterbanks", "tqdm"
 
 
-@entry("asteroid", "StackedResidualRNN", "x:float32:8", alone=True, needs=_ASTEROID)
-def asteroid_residual() -> nn.Module:
-    bare("asteroid", "asteroid.masknn")
-    from asteroid.masknn.recurrent import StackedResidualRNN
-
-    layers: nn.Module = StackedResidualRNN("GRU", 8, n_layers=3)
-    return layers
-
-
 @entry("asteroid", "DPRNNBlock, causal between chunks", "x:float32:8x6", alone=True, needs=_ASTEROID)
 def asteroid_dprnn() -> nn.Module:
     bare("asteroid", "asteroid.masknn")
@@ -84,13 +75,6 @@ def voice_encoder() -> nn.Module:
     return encoder
 
 
-@entry("speechbrain", "LSTM, 2 layers", "x:float32:4", own=with_state)
-def speechbrain_lstm() -> nn.Module:
-    from speechbrain.nnet.RNN import LSTM
-
-    return First(LSTM(8, (None, None, 4), 2))
-
-
 @entry("speechbrain", "LiGRU, 2 layers", "x:float32:4")
 def speechbrain_ligru() -> nn.Module:
     from speechbrain.nnet.RNN import LiGRU
@@ -112,24 +96,6 @@ def speechbrain_qrnn() -> nn.Module:
             return y
 
     return Layers()
-
-
-@entry("espnet", "RNNEncoder, an LSTM without subsampling", "x:float32:8", alone=True)
-def espnet_encoder() -> nn.Module:
-    from espnet2.asr.encoder.rnn_encoder import RNNEncoder
-
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = RNNEncoder(
-                8, bidirectional=False, num_layers=2, hidden_size=6, output_size=5, subsample=None
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.encoder(x, torch.full((x.shape[0],), x.shape[1]))[0]
-            return y
-
-    return Encoder()
 
 
 @entry("torchaudio", "the predictor of an RNN transducer", "x:int64:", alone=True)
