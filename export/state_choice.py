@@ -35,7 +35,7 @@ def choose_state(
     # only by a model that does not stream without: they may as well be those that other steps begin with.
     known = [place for place in history if place is None or place.first is None]
     histories = [known, _without_counts(known)]
-    if len(known) < len(history):
+    if len(known) < len(history) and _hands_on(lifted, known, output_names):
         histories += [history, _without_counts(history)]
     carried = find_carried_attributes(lifted, attributes)
     reason = None
@@ -51,6 +51,16 @@ def choose_state(
                 break
     _give(lifted, {}, [])
     return reason, None
+
+
+def _hands_on(lifted: LiftedModel, history: list[Place | None], output_names: list[str] | None) -> bool:
+    """Does it hand anything on with this history? One that takes the first time step alone is no stream."""
+    _give(lifted, {}, history if any(history) else [])
+    try:
+        observe(lifted, output_names)
+    except ExportError as error:
+        return error.code != "no_recurrent_layer"
+    return True
 
 
 def _without_counts(history: list[Place | None]) -> list[Place | None]:

@@ -33,6 +33,31 @@ class Cut(nn.Module):
         return x[..., : -self.steps]
 
 
+class Sound(nn.Module):
+    """Takes the next piece of a sound in each step, and answers with one, as enhancers and codecs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(1, 4, 8, 4), nn.Conv1d(4, 4, 4, 2)
+        self.rnn = gru(4, 4)
+        self.third, self.last = nn.ConvTranspose1d(4, 4, 4, 2), nn.ConvTranspose1d(4, 1, 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sound = x.flatten(1)
+        outer = self.first(functional.pad(sound.unsqueeze(1), (12, 0))).relu()
+        y = self.rnn(self.second(outer).transpose(1, 2))[0].transpose(1, 2)
+        y = self.last((self.third(y) + outer).relu())
+        return y[..., : sound.shape[1]].reshape(x.shape)
+
+
+def over_bands(s: Any, x: Tensor) -> Tensor:
+    """Convolutions over time and bands, and back, as enhancers of spectra do."""
+    batch, time, _ = x.shape
+    y = s.down(functional.pad(x.unsqueeze(1), (0, 0, 1, 0))).relu()
+    z = s.rnn(y.transpose(1, 2).flatten(2))[0].reshape(batch, time, 2, -1).transpose(1, 2)
+    return s.up(z + y)[:, 0, :-1]
+
+
 def cumulative_norm(s: Any, x: Tensor) -> Tensor:
     """By the mean and the variance of everything so far."""
     count = torch.ones_like(x[..., :1]).cumsum(1)
@@ -67,6 +92,28 @@ HISTORIES = [
             ),
             rnn=gru(),
         ),
+        bit_exact=False,
+    ),
+    Kind(
+        "convolutions that are cut at the end",
+        lambda: made(
+            lambda s, x: s.rnn(s.two(s.one(x.transpose(1, 2)).relu())[..., :-4].transpose(1, 2))[0],
+            one=nn.Conv1d(4, 4, 3, padding=2),
+            two=nn.Conv1d(4, 4, 3, padding=2),
+            rnn=gru(),
+        ),
+        bit_exact=False,
+    ),
+    Kind("pieces of a sound", Sound, lambda: {"x": torch.randn(2, 7, 8)}, bit_exact=False),
+    Kind(
+        "convolutions over time and bands, and back",
+        lambda: made(
+            over_bands,
+            down=nn.Conv2d(1, 2, (2, 3), (1, 2)),
+            rnn=gru(8, 8),
+            up=nn.ConvTranspose2d(2, 1, (2, 3), (1, 2)),
+        ),
+        lambda: {"x": torch.randn(2, 7, 9)},
         bit_exact=False,
     ),
     Kind("cumulative norm", lambda: made(cumulative_norm, rnn=gru())),

@@ -245,7 +245,7 @@ REFUSED = [
         "every second step",
         lambda: made(lambda s, x: s.rnn(x[:, ::2])[0], rnn=gru()),
         refused="layer_axes",
-        says="'rnn'",
+        says="Pad the beginning",
     ),
     Kind(
         "a sequence per sensor",

@@ -30,14 +30,14 @@ def main(argv: list[str]) -> int:
     for name in options.entries or ENTRIES:
         results[name] = result = _measured(ENTRIES[name])
         print(f"{name}: {result.outcome} {result.says}", flush=True)
-    if options.write_docs:
-        documents.replace("packages", block(results, _PAGE.read_text()), _PAGE)
+        if options.write_docs:
+            documents.replace("packages", block({name: result}, _PAGE.read_text()), _PAGE)
     return 1 if any(result.outcome == "wrong" for result in results.values()) else 0
 
 
 def _measured(entry: Entry) -> Result:
     try:
-        python = environments.python(entry.package, entry.alone)
+        python = environments.python(entry.package, entry.alone, entry.needs)
     except environments.NotInstalled as error:
         return Result("", "not installed", str(error).splitlines()[-1])
     command = [str(python), "-m", "conformance.packages.trial", entry.name]

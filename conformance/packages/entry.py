@@ -1,5 +1,7 @@
 """One row of docs/packages.md: a module of a package, and how it is exported."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -26,7 +28,8 @@ class Entry:
         options: more arguments of `unroll export`.
         trained: the package's wheel holds its weights.
         own: the package's own streaming call, or None if it has none.
-        alone: the module needs nothing of what the package requires, which is left out.
+        alone: what the package requires is left out.
+        needs: what the module needs of that.
     """
 
     package: str
@@ -37,6 +40,7 @@ class Entry:
     trained: bool = False
     own: Streaming | None = None
     alone: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,3 +69,10 @@ def entry(package: str, module: str, *inputs: str, **more: Any) -> Callable[[Bui
         return seeded
 
     return register
+
+
+def bare(*packages: str) -> None:
+    """Import these without what their __init__ does, which may import more than the module needs."""
+    for name in packages:
+        if name not in sys.modules and (spec := importlib.util.find_spec(name)):
+            sys.modules[name] = importlib.util.module_from_spec(spec)

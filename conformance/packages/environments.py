@@ -14,8 +14,16 @@ class NotInstalled(Exception):
     """A package could not be installed; the message has the end of pip's output."""
 
 
-def python(package: str, alone: bool = False) -> Path:
-    """The interpreter that has `package`; installs it first, `alone` without what it requires. Raises NotInstalled."""
+def python(package: str, alone: bool = False, needs: tuple[str, ...] = ()) -> Path:
+    """The interpreter that has `package`; installs it first.
+
+    Args:
+        alone: without what it requires.
+        needs: other requirements.
+
+    Raises:
+        NotInstalled: pip failed.
+    """
     folder = FOLDER / package
     found, done = folder / "bin" / "python", folder / "installed"
     if not done.is_file():
@@ -25,8 +33,11 @@ def python(package: str, alone: bool = False) -> Path:
         shared = sysconfig.get_path("purelib")
         (site / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
         more = ["--no-deps"] if alone else []
-        pip = [sys.executable, "-m", "pip", "--python", str(found)]
-        _run(*pip, "install", "-q", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"), *more, package)
+        pip = [sys.executable, "-m", "pip", "--python", str(found), "install", "-q", "--disable-pip-version-check"]
+        pip += ["-c", str(ROOT / "constraints.txt")]
+        _run(*pip, *more, package)
+        if needs:
+            _run(*pip, *needs)
         done.touch()
     return found
 

@@ -109,7 +109,7 @@ def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: 
         Client(f"http://127.0.0.1:{server.port}") as client,
     ):
         if manifest.streamable:
-            served, seconds = _sessions(client, given, rng)
+            served, seconds = _sessions(client, given, rng, {spec.name for spec in manifest.outputs if spec.time})
             result.step = 1e3 * median(seconds)
         else:
             rows = [{name: array[row] for name, array in given.items()} for row in range(_SESSIONS)]
@@ -130,9 +130,12 @@ def _drawn(spec: bundle.TensorSpec, rng: np.random.Generator) -> Any:
 
 
 def _sessions(
-    client: Client, given: dict[str, Any], rng: np.random.Generator
+    client: Client, given: dict[str, Any], rng: np.random.Generator, timed: set[str]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Three sessions that take turns, each in chunks of its own; and how long single steps took."""
+    """Three sessions that take turns, each in chunks of its own; and how long single steps took.
+
+    timed: the outputs that have a value for each step; of others, the last counts.
+    """
     sessions = [client.session("m") for _ in range(_SESSIONS)]
     at, pieces, seconds = [0] * _SESSIONS, [[] for _ in sessions], []  # type: ignore[var-annotated]
     while min(at) < _STEPS:
@@ -146,7 +149,11 @@ def _sessions(
         at[row] = end
     for session in sessions:
         session.close()
-    return [{name: np.concatenate([p[name] for p in row]) for name in row[0]} for row in pieces], seconds or [np.nan]
+    answers = [
+        {name: np.concatenate([p[name] for p in row]) if name in timed else last for name, last in row[-1].items()}
+        for row in pieces
+    ]
+    return answers, seconds or [np.nan]
 
 
 def _by_name(answer: Any) -> dict[str, Any]:

@@ -32,12 +32,16 @@ class Place:
         batch, time: their numbers.
         counted: it is numbers along time, without a batch.
         first: for a call that picks the first time step, how many that may have come before it.
+        rate: its frames for each time step of the input.
+        ahead: the frames at its end that the next time steps complete, as of a transposed convolution.
     """
 
     batch: int
     time: int
     counted: bool = False
     first: int | None = None
+    rate: int = 1
+    ahead: int = 0
 
 
 class WatchHistory(Observer):
@@ -57,22 +61,23 @@ class WatchHistory(Observer):
         return result
 
 
-def places(base: Watched, wide: Watched, long: Watched, time: int) -> list[Place | None]:
+def places(base: Watched, wide: Watched, long: Watched, time: int, longer: int) -> list[Place | None]:
     """Where batch and time are in the sequences watched at three sizes; None where a sequence is not the input's.
 
     Those of calls that pick the first time step come last, and are left out where a sequence is not the input's.
 
-    base, wide, long: of the same forward; wide has another batch size, long another length. time: the length of base.
+    base, wide, long: of the same forward; wide has another batch size, long another length.
+    time, longer: the length of base, and of long.
     """
     found: list[Place | None] = []
     for of_start in (False, True):
         chosen = [[one for one in watched if one[1].of_start == of_start] for watched in (base, wide, long)]
-        each = _places(chosen, time) if len({len(one) for one in chosen}) == 1 else []
+        each = _places(chosen, time, longer) if len({len(one) for one in chosen}) == 1 else []
         found += [replace(p, first=n) for n, p in enumerate(each) if p] if of_start else each
     return found
 
 
-def _places(sizes: list[Watched], time: int) -> list[Place | None]:
+def _places(sizes: list[Watched], time: int, longer: int) -> list[Place | None]:
     found: list[Place | None] = []
     for watched in zip(*sizes, strict=True):
         tensors, call = [tensor for tensor, _ in watched], watched[0][1]
@@ -82,14 +87,20 @@ def _places(sizes: list[Watched], time: int) -> list[Place | None]:
             else []
             for other in tensors[1:]
         )
-        if len(steps) != 1 or len(batch) > 1 or batch == steps or tensors[0].shape[steps[0]] != time:
+        if len(steps) != 1 or len(batch) > 1 or batch == steps:
             found.append(None)
-        elif call.counts:
-            alike = torch.equal(tensors[0], tensors[2][:time])
+            continue
+        frames, more = (tensors[size].shape[steps[0]] for size in (0, 2))
+        rate, rest = divmod(more - frames, longer - time)
+        ahead = frames - rate * time
+        if call.counts:
+            alike = (rate, ahead) == (1, 0) and torch.equal(tensors[0], tensors[2][:time])
             found.append(Place(0, 0, counted=True) if alike else None)
-        else:
-            picked = batch and (not call.of_start or call.memory(steps[0]))
-            found.append(Place(batch[0], steps[0]) if picked else None)
+            continue
+        known = batch and not rest and rate > 0 and ahead >= 0
+        if call.of_start:
+            known = known and (rate, ahead) == (1, 0) and call.memory(steps[0])
+        found.append(Place(batch[0], steps[0], rate=rate, ahead=ahead) if known else None)
     return found
 
 
@@ -164,8 +175,8 @@ class KeepHistory(Observer):
     def _run(self, memory: Memory, place: Place) -> Tensor:
         x, path, batch_axis, time_axis = memory.x, self._path(), place.batch, place.time
         first, major = (tensor.movedim((batch_axis, time_axis), (0, 1)) for tensor in (memory.first, x))
-        batch, time, *rest = major.shape
-        frames = int(first.shape[1])
+        batch, length, *rest = major.shape
+        frames, length = int(first.shape[1]), length - place.ahead
         index, (start,) = self._tape.begin(path, lambda: [to_row(first.flatten(1))])
         past = from_row(start, x.dtype).reshape(batch, frames, *rest)
         joined = torch.cat([past, major], 1).movedim((0, 1), (batch_axis, time_axis))
@@ -174,17 +185,19 @@ class KeepHistory(Observer):
         if not memory.of_start:
             values = result[0] if isinstance(result, tuple) else result
             kept = (values if memory.of_result else joined).movedim((batch_axis, time_axis), (0, 1))
-            final = to_row(_last(kept, frames, time, self._tape.lens))
+            lens = None if self._tape.lens is None else self._tape.lens.long() * place.rate
+            final = to_row(_last(kept[:, : kept.shape[1] - place.ahead], frames, length, lens))
+        time = length // place.rate
         self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [start], [final]))
         return result
 
 
-def _last(kept: Tensor, frames: int, time: Any, lens: Tensor | None) -> Tensor:
-    """(batch, frames * rest): the frames up to the end of each row. kept: (batch, more + time, ...)."""
+def _last(kept: Tensor, frames: int, length: Any, lens: Tensor | None) -> Tensor:
+    """(batch, frames * rest): the frames up to the end of each row. kept: (batch, more + length, ...)."""
     if lens is None:
         return kept[:, -frames:].flatten(1)
-    more = kept.shape[1] - time
-    steps = (lens.long() + more - frames).unsqueeze(1) + count_up(frames)
+    more = kept.shape[1] - length
+    steps = (lens + more - frames).unsqueeze(1) + count_up(frames)
     if isinstance(kept.shape[0], int) and kept.shape[0] == 1:
         return kept[:, steps[0]].flatten(1)  # PyTorch's own rule for `gather` fixes the number of rows
     flat = kept.flatten(2) if kept.dim() > 2 else kept.unsqueeze(2)

@@ -207,6 +207,39 @@ def _convolution(function: Any) -> Rule:
     return rule
 
 
+def _transposed(function: Any) -> Rule:
+    """The earlier frames whose results reach into those of the next; what lies before these is cut off."""
+
+    def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
+        def call(
+            input: Tensor,
+            weight: Tensor,
+            bias: Any = None,
+            stride: Any = 1,
+            padding: Any = 0,
+            output_padding: Any = 0,
+            groups: int = 1,
+            dilation: Any = 1,
+        ) -> Memory | None:
+            count, axis = input.dim() - 2, time - 2
+            if axis < 0 or _each(padding, count)[axis]:
+                return None
+            step = _each(stride, count)[axis]
+            frames = _each(dilation, count)[axis] * (weight.shape[time] - 1) // step
+            if frames < 1:
+                return None
+
+            def finish(joined: Tensor) -> Tensor:
+                y = function(joined, weight, bias, stride, padding, output_padding, groups, dilation)
+                return y.narrow(time, frames * step, y.shape[time] - frames * step)
+
+            return Memory(input, _full(input, time, frames, 0.0), finish)
+
+        return call(*args, **kwargs)
+
+    return rule
+
+
 def _each(value: Any, count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
 
@@ -278,6 +311,8 @@ RULES: dict[Any, Rule] = {
     functional.pad: _pad,
     torch.conv1d: _convolution(torch.conv1d),
     torch.conv2d: _convolution(torch.conv2d),
+    torch.conv_transpose1d: _transposed(torch.conv_transpose1d),
+    torch.conv_transpose2d: _transposed(torch.conv_transpose2d),
     torch.diff: _difference,
     Tensor.diff: _difference,
     torch.cumsum: _sum,

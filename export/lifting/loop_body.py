@@ -125,7 +125,7 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
         return ""
     return (
         "leaves the first time step out of its loop; let the loop run over all steps, from a state before the first "
-        "one, as x[:, 0] for a mean that begins with it"
+        "one: zeros in place of None, or x[:, 0] for a mean that begins with it"
     )
 
 

@@ -96,7 +96,7 @@ def _watched(lifted: LiftedModel, mode: Callable[[], Any]) -> list[Any]:
 def find_history(lifted: LiftedModel) -> list[Place | None]:
     """Where forward needs the past outside its recurrent layers; empty if it needs none."""
     base, wide, long = _watched(lifted, WatchHistory)
-    found = [] if lifted.single.arguments.unbatched else places(base, wide, long, time=_SIZES[0][1])
+    found = [] if lifted.single.arguments.unbatched else places(base, wide, long, _SIZES[0][1], _SIZES[2][1])
     return found if any(found) else []
 
 
@@ -171,10 +171,13 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
                 "batch_first=True; or, if forward expects that too, export with batch_first=False",
             )
         if (call.batch, call.time) != (batch, time):
+            fewer = call.batch == batch and call.time < time
+            remedy = ". Pad the beginning by what convolutions take, or give the frames of a step as one time step"
             raise ExportError(
                 "layer_axes",
                 f"layer {call.module!r} gets {call.batch} sequences of {call.time} steps where the model gets {batch} "
-                f"of {time}; for one state per client, every recurrent layer needs the model's batch and time",
+                f"of {time}; for one state per client, every recurrent layer needs the model's batch and time"
+                + (remedy if fewer else ""),
             )
 
 

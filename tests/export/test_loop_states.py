@@ -177,13 +177,11 @@ def in_a_scripted_function(s: Any, x: Tensor) -> Tensor:
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
     *(two_loops, many_names, changed_in_place, in_a_scripted_function, layers_over_lists, from_the_first),
-    *(count_of_all_rows, running),
+    *(count_of_all_rows, running, viewed),
 ]
 
 
-@pytest.mark.parametrize(
-    "forward", [viewed, cut_before, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)]
-)
+@pytest.mark.parametrize("forward", [cut_before, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)])
 def test_a_loop_may_hand_on_what_it_was_given_or_made(few_steps: None, tmp_path: Path, forward: Forward) -> None:
     layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
     answers_step_by_step(
@@ -254,10 +252,11 @@ def state_space(s: Any, x: Tensor) -> Tensor:
     return torch.stack(outs, 1) * s.head(x).repeat(1, 1, 2)
 
 
-@pytest.mark.parametrize("build", [LinearRecurrence, pytest.param(None, marks=pytest.mark.long)])
-def test_complex_states_are_pairs_of_real_numbers(few_steps: None, tmp_path: Path, build: Any) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("module", [LinearRecurrence, state_space])
+def test_complex_states_are_pairs_of_real_numbers(few_steps: None, tmp_path: Path, module: Any) -> None:
     parts = {"r": nn.Parameter(torch.rand(4) / 2), "head": nn.Linear(4, 4)}
-    answers_step_by_step(build() if build else made(state_space, **parts), tmp_path)
+    answers_step_by_step(module() if module is LinearRecurrence else made(module, **parts), tmp_path)
 
 
 def squashed(s: Any, x: Tensor) -> Tensor:

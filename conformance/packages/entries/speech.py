@@ -1,0 +1,118 @@
+"""Layers of toolkits for speech and sound."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from conformance.packages.entries.sequences import First, with_state
+from conformance.packages.entry import bare, entry
+
+_ASTEROID = "asteroid-filterbanks", "tqdm"
+
+
+@entry("asteroid", "DPRNNBlock, causal between chunks", "x:float32:8x6", alone=True, needs=_ASTEROID)
+def asteroid_dprnn() -> nn.Module:
+    bare("asteroid", "asteroid.masknn")
+    from asteroid.masknn.recurrent import DPRNNBlock
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = DPRNNBlock(8, 6, norm_type="cLN", bidirectional=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.block(x.movedim(1, 3))
+            return y.movedim(3, 1)
+
+    return Block()
+
+
+@entry(
+    "denoiser", "Demucs, causal, which starts with the sound it needs", "mix:float32:16", alone=True, needs=("tqdm",)
+)
+def denoiser_demucs() -> nn.Module:
+    from denoiser.demucs import Demucs
+
+    class Frames(nn.Module):
+        """Its answer comes 20 samples late: as far as two layers look ahead."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.demucs = Demucs(hidden=4, depth=2, resample=1, normalize=False)
+            self.demucs.valid_length = lambda length: length  # it is one, and an int() of it would hold for it alone
+
+        def forward(self, mix: Tensor) -> Tensor:
+            sound = mix.flatten(1)
+            y: Tensor = self.demucs(functional.pad(sound, (20, 0)))
+            return y[..., : sound.shape[1]].reshape(mix.shape)
+
+    return Frames()
+
+
+@entry(
+    "deepfilternet",
+    "GroupedGRU, 2 layers",
+    "x:float32:16",
+    own=with_state,
+    alone=True,
+    needs=("deepfilterlib", "loguru"),
+)
+def df_grouped() -> nn.Module:
+    bare("df")
+    from df.modules import GroupedGRU
+
+    return First(GroupedGRU(16, 16, num_layers=2, groups=2, add_outputs=True))
+
+
+@entry("resemblyzer", "VoiceEncoder", "mels:float32:40", trained=True, alone=True, needs=("librosa", "webrtcvad"))
+def voice_encoder() -> nn.Module:
+    bare("resemblyzer")
+    from resemblyzer.voice_encoder import VoiceEncoder
+
+    encoder: nn.Module = VoiceEncoder("cpu", verbose=False)
+    return encoder
+
+
+@entry("speechbrain", "LiGRU, 2 layers", "x:float32:4")
+def speechbrain_ligru() -> nn.Module:
+    from speechbrain.nnet.RNN import LiGRU
+
+    return First(LiGRU(8, (None, None, 4), num_layers=2))
+
+
+@entry("speechbrain", "QuasiRNN, 2 layers, from zeros", "x:float32:4")
+def speechbrain_qrnn() -> nn.Module:
+    from speechbrain.nnet.RNN import QuasiRNN
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = QuasiRNN(8, input_size=4, num_layers=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layers(x, x.new_zeros(2, x.shape[0], 8))[0]
+            return y
+
+    return Layers()
+
+
+@entry("torchaudio", "the predictor of an RNN transducer", "x:int64:", alone=True)
+def rnnt_predictor() -> nn.Module:
+    bare("torchaudio", "torchaudio.models")
+    from torchaudio.models.emformer import Emformer
+
+    sys.modules["torchaudio.models"].__dict__["Emformer"] = Emformer  # which its transducer imports from there
+    from torchaudio.models.rnnt import _Predictor
+
+    class Predictor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.predictor = _Predictor(20, 5, 8, 2, 6, True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.predictor(x, torch.full((x.shape[0],), x.shape[1]))[0]
+            return y
+
+    return Predictor()
