@@ -16,6 +16,7 @@ from raw_http import STEP, Answer, Wire, request
 from serving import RAW, Running
 from waiting import until
 
+from unroll.service.core.turns import LONG_BYTES
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.tensors import Codec
 
@@ -186,7 +187,8 @@ def test_long_bodies_are_parsed_and_read_in_turns_of_their_own(
         run = getattr(owner, name)
 
         def watched(*arguments: object) -> object:
-            ran_in.append((name, turns))
+            if name != "loads" or len(arguments[0]) > LONG_BYTES:  # type: ignore[arg-type]
+                ran_in.append((name, turns))
             return run(*arguments)
 
         monkeypatch.setattr(owner, name, watched)
