@@ -59,6 +59,9 @@ class Scheduler:
     Args:
         is_verified: Was the session of this id looked up in the store for the call that is running?
         spill: asked to keep a session that is about to be evicted; see `SessionTable`.
+
+    Attributes:
+        workspaces: Arena rows of chunks that run in pieces, after those of the sessions.
     """
 
     def __init__(
@@ -74,7 +77,6 @@ class Scheduler:
         self.limits = limits
         self.counters = Counters()
         self.rollouts = Rollouts(limits, self.counters)
-        #: Arena rows of chunks that run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=FIRST + sessions.capacity)
         self.replay = ReplayCache(traits, self.rows, sessions.reply_bytes)
         self.sessions = SessionTable(

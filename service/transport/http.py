@@ -4,7 +4,6 @@ A request of these routes costs no task and no ASGI messages: the work starts wh
 its end writes the reply in one piece. A lost connection cancels its work immediately.
 """
 
-import asyncio
 import functools
 from time import perf_counter
 from typing import Any
@@ -16,14 +15,11 @@ from unroll.service.access.held_bytes import SMALL
 from unroll.service.access.keys import INFER
 from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
-from unroll.service.api.content_coding import decoded
 from unroll.service.api.error_responses import STATUS
 from unroll.service.api.inference_routes import Route
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
     CONTENT_ENCODING,
-    HEADER_LENGTH,
-    RAW,
     Answer,
     Headers,
     Request,
@@ -33,7 +29,6 @@ from unroll.service.api.request import (
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
 from unroll.service.core.turns import LONG_BYTES
-from unroll.service.protocol import json
 from unroll.service.transport.head import (
     Refused,
     check_head,
@@ -45,6 +40,7 @@ from unroll.service.transport.head import (
 )
 from unroll.service.transport.known_head import KnownHead
 from unroll.service.transport.limited import LimitedProtocol
+from unroll.service.transport.long_body import LongBody
 
 
 class Exchange(Request):
@@ -104,6 +100,9 @@ class HttpProtocol(LimitedProtocol):
         self._data = b""  # that is being parsed, if no request was open before it
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
+        self._long_body = LongBody(
+            self.unroll.turns, self.unroll.limits, self._is_lost, self._fits, self._handle, self._fail
+        )
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
@@ -133,7 +132,7 @@ class HttpProtocol(LimitedProtocol):
         if self._in_head or self._in_body:
             self._limit_held()
             if self._in_body and self._busy() and not self._last_words and self._body_bytes() > SMALL:
-                self._cannot_hold(self._body_bytes())
+                self._fits(self._body_bytes())
 
     def _new_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
@@ -183,7 +182,7 @@ class HttpProtocol(LimitedProtocol):
             check_headers(self.headers, headers, limit)
             exchange.headers = headers
         except UnrollError as error:
-            self._answer(route.failure(error))
+            self._fail(error)
 
     def on_body(self, body: bytes) -> None:
         self._held_bytes = 0
@@ -194,8 +193,7 @@ class HttpProtocol(LimitedProtocol):
         elif not exchange.response_complete:
             exchange.room -= len(body)
             if exchange.room < 0:
-                error = BodyTooLarge(f"a body may have {self.unroll.limits.max_body_bytes} bytes")
-                self._answer(exchange.route.failure(error))
+                self._fail(BodyTooLarge(f"a body may have {self.unroll.limits.max_body_bytes} bytes"))
             elif exchange.body:
                 if not self._parts or len(self._parts[-1]) > SMALL:
                     self._parts.append(bytearray())
@@ -215,14 +213,14 @@ class HttpProtocol(LimitedProtocol):
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
             size = len(exchange.body)
-            if size > SMALL and self._cannot_hold(size):
+            if size > SMALL and not self._fits(size):
                 return
             if exchange.keep_alive and self._misses < _MOST_MISSES:
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
             if CONTENT_ENCODING in exchange.headers:
-                self._decode_body()
+                self._long_body.decode(exchange)
             elif size > LONG_BYTES:
-                self._handle_later()
+                self._long_body.read(exchange)
             else:
                 self._handle()
 
@@ -236,7 +234,7 @@ class HttpProtocol(LimitedProtocol):
         try:
             exchange.tenant = self.unroll.gate.admit(known.headers, INFER, changes=True)
         except UnrollError as error:
-            self._answer(route.failure(error))
+            self._fail(error)
             return
         exchange.headers, exchange.body = known.headers, body
         self._handle()
@@ -253,65 +251,16 @@ class HttpProtocol(LimitedProtocol):
         if exchange.again is None:
             exchange.headers, exchange.body = _NO_HEADERS, b""
 
-    def _handle_later(self) -> None:
-        """Read a long body in turns of its own: JSON is parsed in one, and becomes arrays in the next."""
-        exchange = self._exchange
-        is_json = exchange.media_type != RAW and HEADER_LENGTH not in exchange.headers
-        self.unroll.turns.call(self._parse if is_json else self._handle_unless_lost)
-
-    def _parse(self) -> None:
-        if self.transport.is_closing():
-            return
-        exchange = self._exchange
-        try:
-            exchange.document = json.parse_object(exchange.body, self.unroll.limits.max_json_bytes)
-        except UnrollError as error:
-            self._answer(exchange.route.failure(error))
-        else:
-            self.unroll.turns.call(self._handle_unless_lost)
-
-    def _handle_unless_lost(self) -> None:
-        if not self.transport.is_closing():
-            self._handle()
-        self._exchange.document = None
-
-    def _decode_body(self) -> None:
-        exchange = self._exchange
-        coding, limit = exchange.headers[CONTENT_ENCODING], self.unroll.limits.max_body_bytes
-        try:
-            body = decoded(exchange.body, coding, limit)
-        except UnrollError as error:
-            self._answer(exchange.route.failure(error))
-            return
-        if isinstance(body, bytes):
-            exchange.body = body
-            self._handle()
-        else:
-            exchange.cancel = body.cancel
-            body.add_done_callback(self._on_decoded)
-
-    def _on_decoded(self, body: asyncio.Future[bytes]) -> None:
-        """A long body was decompressed in a thread; its client may be gone meanwhile."""
-        if body.cancelled() or self.transport.is_closing():
-            return
-        exchange = self._exchange
-        if isinstance(error := body.exception(), UnrollError):
-            self._answer(exchange.route.failure(error))
-            return
-        exchange.body = body.result()
-        if not self._cannot_hold(len(exchange.body)):
-            self._handle_later()
-
-    def _cannot_hold(self, size: int) -> bool:
-        """True if the request was answered by an error, because too many bytes are held already."""
+    def _fits(self, size: int) -> bool:
+        """Hold so many bytes. False: too many are held already, and the request was answered so."""
         error = self.body.grow(size, self._tenant())
         if error is None:
-            return False
+            return True
         if self.cycle is self._exchange:
-            self._answer(self._exchange.route.failure(error))
+            self._fail(error)
         else:
             self._refuse(Refused(STATUS[type(error)], "", error))
-        return True
+        return False
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""
@@ -347,6 +296,9 @@ class HttpProtocol(LimitedProtocol):
             self.cycle.keep_alive = False
 
     # ── answering ────────────────────────────────────────────────────────────────────────────────
+
+    def _fail(self, error: UnrollError) -> None:
+        self._answer(self._exchange.route.failure(error))
 
     def _encode_on(self, answer: Answer) -> None:
         """Encode a slice of a long answer; its client may be gone meanwhile."""
@@ -409,6 +361,9 @@ class HttpProtocol(LimitedProtocol):
             self.flow.resume_reading()
         if self.pipeline and not self.transport.is_closing():
             self._start_asgi_task(*self.pipeline.pop())
+
+    def _is_lost(self) -> bool:
+        return self.transport.is_closing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

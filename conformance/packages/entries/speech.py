@@ -1,8 +1,5 @@
 """Layers of toolkits for speech and sound."""
 
-import sys
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -96,23 +93,3 @@ def speechbrain_qrnn() -> nn.Module:
             return y
 
     return Layers()
-
-
-@entry("torchaudio", "the predictor of an RNN transducer", "x:int64:", alone=True)
-def rnnt_predictor() -> nn.Module:
-    bare("torchaudio", "torchaudio.models")
-    from torchaudio.models.emformer import Emformer
-
-    sys.modules["torchaudio.models"].__dict__["Emformer"] = Emformer  # which its transducer imports from there
-    from torchaudio.models.rnnt import _Predictor
-
-    class Predictor(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.predictor = _Predictor(20, 5, 8, 2, 6, True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.predictor(x, torch.full((x.shape[0],), x.shape[1]))[0]
-            return y
-
-    return Predictor()

@@ -1,0 +1,79 @@
+"""Bodies that take long to read: decompressed in a thread, parsed and made arrays in turns of their own."""
+
+import asyncio
+from collections.abc import Callable
+
+from unroll.service.api.app_state import ApiLimits
+from unroll.service.api.content_coding import decoded
+from unroll.service.api.request import CONTENT_ENCODING, HEADER_LENGTH, RAW, Request
+from unroll.service.core.errors import UnrollError
+from unroll.service.core.turns import Turns
+from unroll.service.protocol import json
+
+
+class LongBody:
+    """Of the requests of one connection, one after another.
+
+    Args:
+        is_lost: is the connection closing?
+        fits: may so many bytes be held? If not, the request has been answered.
+        handle: is called when the request can be handled.
+        fail: is called with the error instead.
+    """
+
+    def __init__(
+        self,
+        turns: Turns,
+        limits: ApiLimits,
+        is_lost: Callable[[], bool],
+        fits: Callable[[int], bool],
+        handle: Callable[[], None],
+        fail: Callable[[UnrollError], None],
+    ) -> None:
+        self._turns, self._limits = turns, limits
+        self._is_lost, self._fits = is_lost, fits
+        self._handle, self._fail = handle, fail
+
+    def read(self, request: Request) -> None:
+        """JSON is parsed in one turn, and becomes arrays in the next; other bodies become arrays in the first."""
+        is_json = request.media_type != RAW and HEADER_LENGTH not in request.headers
+        self._turns.call(lambda: (self._parse if is_json else self._finish)(request))
+
+    def decode(self, request: Request) -> None:
+        coding, limit = request.headers[CONTENT_ENCODING], self._limits.max_body_bytes
+        try:
+            body = decoded(request.body, coding, limit)
+        except UnrollError as error:
+            self._fail(error)
+            return
+        if isinstance(body, bytes):
+            request.body = body
+            self._handle()
+        else:
+            request.cancel = body.cancel
+            body.add_done_callback(lambda body: self._take_decoded(request, body))
+
+    def _take_decoded(self, request: Request, body: asyncio.Future[bytes]) -> None:
+        if body.cancelled() or self._is_lost():
+            return
+        if isinstance(error := body.exception(), UnrollError):
+            self._fail(error)
+            return
+        request.body = body.result()
+        if self._fits(len(request.body)):
+            self.read(request)
+
+    def _parse(self, request: Request) -> None:
+        if self._is_lost():
+            return
+        try:
+            request.document = json.parse_object(request.body, self._limits.max_json_bytes)
+        except UnrollError as error:
+            self._fail(error)
+        else:
+            self._turns.call(lambda: self._finish(request))
+
+    def _finish(self, request: Request) -> None:
+        if not self._is_lost():
+            self._handle()
+        request.document = None
