@@ -48,6 +48,11 @@ _SLICE_SECONDS = 0.001
 _MAX_DIGITS = 18
 
 
+def has_fixed_length(headers: Headers) -> bool:
+    """Are all bodies behind a head with these headers as long as the first? Of other heads, the length may differ."""
+    return headers.get(b"content-type") == RAW and HEADER_LENGTH not in headers
+
+
 class Disconnected(Exception):
     """The client went away before its request was complete."""
 

@@ -23,6 +23,7 @@ from unroll.service.api.request import (
     Cancel,
     Request,
     Respond,
+    has_fixed_length,
     json_answer,
     nothing_to_cancel,
 )
@@ -39,8 +40,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
         return sealed_steps(app, model, session_id, request, respond)
     timeout = timeout_of(app, request)
     position = request.position = request.whole_number(POSITION)
-    raw = request.media_type == RAW
-    document = None if raw else json_body(app, request, {"inputs", "position", "snapshot"})
+    document = None if request.media_type == RAW else json_body(app, request, {"inputs", "position", "snapshot"})
     if document is not None and "snapshot" in document:
         return sealed_steps(app, model, session_id, request, respond, document)
     served, session = app.sessions.owner(*split_reference(model), session_id)
@@ -55,7 +55,10 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
     if request.repeats and len(inputs[0]) == 1 and TIMEOUT not in request.headers:
-        request.repeat = (RepeatedStep if raw else RepeatedJsonStep)(app, served, session, request, respond)
+        if document is not None:
+            request.repeat = RepeatedJsonStep(app, served, session, request, respond)
+        elif has_fixed_length(request.headers):
+            request.repeat = RepeatedStep(app, served, session, request, respond)
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 

@@ -4,7 +4,7 @@ from typing import Self
 
 from unroll.service.access.held_bytes import SMALL
 from unroll.service.api.parameters import POSITION
-from unroll.service.api.request import CONTENT_ENCODING, HEADER_LENGTH, RAW, Headers
+from unroll.service.api.request import CONTENT_ENCODING, HEADER_LENGTH, Headers, has_fixed_length
 
 _END = b"\r\n\r\n"
 _LENGTH = b"content-length"
@@ -42,7 +42,7 @@ class KnownHead:
             return None
         if size > _MOST_BYTES or not data.startswith(b"POST ") or data.find(_END) + len(_END) != size:
             return None
-        is_raw = headers.get(b"content-type") == RAW and HEADER_LENGTH not in headers
+        is_raw = has_fixed_length(headers)
         lines, numbers = data[:size].lower(), []
         for name in _NUMBERS_OF_RAW if is_raw else _NUMBERS:
             if (digits := headers.get(name)) is None:

@@ -136,6 +136,31 @@ def test_a_position_is_read_although_the_rest_of_the_head_is_known(wire: Wire, o
     assert step(wire, name, STEP, 12)[1]["unroll-position"] == "13"
 
 
+@pytest.mark.parametrize(
+    ("line", "with_line"),
+    [
+        ("octet-stream", "octet-stream; of=floats"),
+        ("application/octet", "Application/octet"),
+        ("unroll-steps: 1", "unroll-steps: 1\r\ninference-header-content-length: 5"),
+    ],
+)
+def test_a_body_of_another_length_is_refused_and_harms_none_of_the_turn(
+    server: Running, wires: Callable, open_session: Callable, line: str, with_line: str
+) -> None:
+    wrong, right = (open_session(f"{each}-{len(with_line)}") for each in ("wrong", "right"))
+    one, other = wires(2)
+
+    def sent(name: str, body: bytes) -> bytes:
+        return head("gru", name, len(body)).replace(line.encode(), with_line.encode()) + body
+
+    for position, body in enumerate([STEP.tobytes()] * 3 + [STEP.tobytes()[:8], STEP.tobytes() * 2]):
+        with server.in_one_turn():
+            one.send(sent(wrong, body))
+            other.send(sent(right, STEP.tobytes()))
+        assert one.answer()[0] == (200 if position < 3 else 422)
+        assert other.answer()[1]["unroll-position"] == str(position + 1)
+
+
 def test_a_session_that_was_opened_again_is_the_one_that_steps(
     client: httpx.Client, wire: Wire, open_session: Callable
 ) -> None:
