@@ -203,7 +203,7 @@ def _ways(site: Site, seen: set[bool]) -> list[bool | None]:
 def notes_on_ways(ways: dict[Site, bool]) -> list[str]:
     """For the report on an export."""
     return [
-        f"the bundle goes one way at {shown(code.co_filename)}:{line}, as if its condition were {way}: forward answers the same "
-        "either way, or raises the other way"
+        f"the bundle goes one way at {shown(code.co_filename)}:{line}, as if its condition were {way}: forward answers "
+        "the same either way, or raises the other way"
         for (code, line, _), way in ways.items()
     ]
