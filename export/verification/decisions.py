@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from unroll.export.errors import ExportError
 from unroll.export.lifting.dataflow import Observer
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.loading.copies import detached_copy
@@ -113,11 +114,12 @@ class Decided(Observer):
             cls._undone = before
 
 
-def decide(exact: nn.Module, example: dict[str, Any]) -> dict[Site, bool]:
+def decide(exact: nn.Module, example: dict[str, Any], undecided: list[Site] | None = None) -> dict[Site, bool]:
     """The conditions that may go one way whatever the inputs are, and that way.
 
     Args:
         exact: the user's own model, in float64; not changed.
+        undecided: gets those that may not, and go another way with other inputs than with the example.
     """
     watch = Decided({})
     inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
@@ -125,7 +127,7 @@ def decide(exact: nn.Module, example: dict[str, Any]) -> dict[Site, bool]:
         _answers(exact, inputs, watch)
     if not watch.seen:
         return {}
-    expected = []
+    usual, expected = {site: set(seen) for site, seen in watch.seen.items()}, []
     for given in _tried(inputs, _numbers(watch)):
         with suppress(Exception):
             expected.append((given, _answers(exact, given, watch)))
@@ -137,6 +139,8 @@ def decide(exact: nn.Module, example: dict[str, Any]) -> dict[Site, bool]:
             same = bool(decided) and all(_is_same(exact, given, met, own) for given, own in expected)
             if same and watch.seen.keys() <= decided.keys() | met.seen.keys():
                 return decided
+    if undecided is not None:
+        undecided += [site for site, seen in watch.seen.items() if seen != usual.get(site, seen)]
     return {}
 
 
@@ -198,6 +202,16 @@ def _ways(site: Site, seen: set[bool]) -> list[bool | None]:
         isinstance(statement, ast.If) and all(isinstance(one, ast.Raise) for one in statement.body) and not way
     )
     return [way] if raises else [None]
+
+
+def check_none(undecided: list[Site]) -> None:
+    """Raises ExportError(not_exportable) if there is one: the trace of a loop may have kept one way of it."""
+    for code, line, _ in undecided:
+        raise ExportError(
+            "not_exportable",
+            f"forward decides by the value of a tensor at {shown(code.co_filename)}:{line}, and a graph runs the same "
+            "operations for every input: choose with torch.where(condition, a, b), for each row by itself",
+        )
 
 
 def notes_on_ways(ways: dict[Site, bool]) -> list[str]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from conformance.kinds.kind import made
+from unroll.export.errors import ExportError
 from unroll.export.source_lines import as_where
-from unroll.export.verification.decisions import Decided, decide, notes_on_ways
+from unroll.export.verification.decisions import Decided, check_none, decide, notes_on_ways
 
 
 def reset(s: Any, x: Tensor, done: Tensor) -> Tensor:
@@ -126,6 +127,14 @@ def test_a_way_that_does_what_both_do_is_taken(forward: Any, way: list[bool]) ->
 @pytest.mark.parametrize("forward", [doubled, rare, started, both, counted, unending])
 def test_a_way_is_not_taken_that_differs_or_that_nothing_shows_to_be_equal(forward: Any) -> None:
     assert decided(forward)[2] == {}
+
+
+def test_a_condition_that_only_other_inputs_meet_is_not_left_to_the_trace_of_a_loop() -> None:
+    model, example, _ = decided(rare)
+    undecided: list[Any] = []
+    assert decide(model, example, undecided) == {}
+    with pytest.raises(ExportError, match=r"test_decisions.py:.*torch\.where"):
+        check_none(undecided)
 
 
 def test_within_undone_forward_is_as_written() -> None:
