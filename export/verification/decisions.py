@@ -1,14 +1,17 @@
 """Branches by the value of a tensor of which one way does what both do: `if done.any(): h = h * (1 - done)`.
 
-Forward is run with inputs that make such a condition go both ways. If it answers the same where the condition always
-goes one way, it goes that way from then on, and a graph can follow. A way that only raises is never taken.
+Forward is run with many inputs, also extreme ones and those around the numbers in its code. If it answers the same
+where a condition always goes one way, it goes that way from then on, and a graph can follow. All conditions must have
+been seen to go both ways: one that never did may hide what the others skip. A way that only raises is never taken.
 """
 
 import ast
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice, product
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,32 +24,61 @@ from unroll.export.loading.copies import detached_copy
 from unroll.export.signature.outputs import leaves
 from unroll.export.source_lines import is_users, shown, statement_at
 
-#: File and line of a condition.
-Line = tuple[str, int]
+#: A condition: the code that it is in, its line, and its instruction, as `a.any() and b.any()` are two.
+Site = tuple[CodeType, int, int]
 
-#: Of float64: another way may compute in another order.
-_CLOSE = 1e-9
+#: Of float64: another way may compute in another order. Of the largest number, less: of those beside it.
+_CLOSE, _CLOSE_TO_LARGEST = 1e-9, 1e-13
 
-#: Ways of several conditions that are tried together.
-_MOST = 8
+#: Ways of several conditions that are tried together, and conditions that one call may meet: a way may loop forever.
+_MOST, _MOST_MET = 8, 10_000
 
-_VARIANTS: list[Callable[[Tensor], Tensor]] = [
+#: Trials in which each input is another variant, and numbers in the code that are tried.
+_MIXED, _NUMBERS = 8, 16
+
+_Variant = Callable[[Tensor], Tensor]
+
+
+def _few(x: Tensor) -> Tensor:
+    return (torch.arange(x.numel()) % 5 == 2).view(x.shape)
+
+
+def _times(number: float) -> _Variant:
+    return lambda x: number * x if x.is_floating_point() else x
+
+
+def _with(number: float) -> _Variant:
+    return lambda x: torch.where(_few(x), torch.full_like(x, number), x)
+
+
+def _every_other(axis: int) -> _Variant:
+    """Zeros in the other rows, or time steps."""
+    return lambda x: x * (torch.arange(x.shape[axis]) % 2).to(x.dtype).view(-1, *[1] * (x.dim() - 1 - axis))
+
+
+_VARIANTS: list[_Variant] = [
     lambda x: x,
     torch.zeros_like,
     torch.ones_like,
-    lambda x: -100 * x if x.is_floating_point() else x,
-    lambda x: (torch.arange(x.numel()) % 5 == 2).view(x.shape).to(x.dtype),
+    lambda x: _few(x).to(x.dtype),
+    _every_other(0),
+    _every_other(1),
+    *map(_times, (-100, *(10.0**power for power in (-6, -2, 1, 2, 3, 4, 6, 9)))),
 ]
 
 
 class Decided(Observer):
-    """Within, the conditions at these lines go the way that they have here; `seen` are the ways of all others."""
+    """Within, these conditions go the way that they have here; `seen` are the ways of all others.
+
+    most: conditions that are met before it raises.
+    """
 
     _undone = False
 
-    def __init__(self, ways: dict[Line, bool]) -> None:
+    def __init__(self, ways: dict[Site, bool], most: int | None = None) -> None:
         super().__init__()
-        self.ways, self.seen = ways, dict[Line, set[bool]]()
+        self.ways, self.seen = ways, dict[Site, set[bool]]()
+        self._left = self._most = most
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__bool__ or self._undone:
@@ -54,13 +86,21 @@ class Decided(Observer):
         frame = sys._getframe(1)
         while frame.f_code.co_name == "__torch_function__" and frame.f_back:  # of modes above this one
             frame = frame.f_back
-        line = frame.f_code.co_filename, frame.f_lineno
-        if line in self.ways:
-            return self.ways[line]
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise RuntimeError("forward does not end")
+        site = frame.f_code, frame.f_lineno, frame.f_lasti
+        if site in self.ways:
+            return self.ways[site]
         result = func(*args)
-        if is_users(line[0]):
-            self.seen.setdefault(line, set()).add(result)
+        if is_users(frame.f_code.co_filename):
+            self.seen.setdefault(site, set()).add(result)
         return result
+
+    def renew(self) -> None:
+        """For another call."""
+        self._left = self._most
 
     @classmethod
     @contextmanager
@@ -73,7 +113,7 @@ class Decided(Observer):
             cls._undone = before
 
 
-def decide(exact: nn.Module, example: dict[str, Any]) -> dict[Line, bool]:
+def decide(exact: nn.Module, example: dict[str, Any]) -> dict[Site, bool]:
     """The conditions that may go one way whatever the inputs are, and that way.
 
     Args:
@@ -85,18 +125,49 @@ def decide(exact: nn.Module, example: dict[str, Any]) -> dict[Line, bool]:
         _answers(exact, inputs, watch)
     if not watch.seen:
         return {}
-    tried = [inputs | {name: v(x)} for name, x in inputs.items() if isinstance(x, Tensor) for v in _VARIANTS]
     expected = []
-    for given in tried:
+    for given in _tried(inputs, _numbers(watch)):
         with suppress(Exception):
             expected.append((given, _answers(exact, given, watch)))
-    choices = [_ways(line, seen) for line, seen in watch.seen.items()]
+    choices = [_ways(site, seen) for site, seen in watch.seen.items()]
     for ways in islice(product(*choices), _MOST):
-        decided = {line: way for line, way in zip(watch.seen, ways, strict=True) if way is not None}
+        decided = {site: way for site, way in zip(watch.seen, ways, strict=True) if way is not None}
+        met = Decided(decided, _MOST_MET)
         with suppress(Exception):
-            if decided and all(_is_close(_answers(exact, given, Decided(decided)), own) for given, own in expected):
+            same = bool(decided) and all(_is_same(exact, given, met, own) for given, own in expected)
+            if same and watch.seen.keys() <= decided.keys() | met.seen.keys():
                 return decided
     return {}
+
+
+def _is_same(exact: nn.Module, given: dict[str, Any], decided: Decided, own: list[Tensor]) -> bool:
+    decided.renew()
+    return _is_close(_answers(exact, given, decided), own)
+
+
+def _numbers(watch: Decided) -> list[float]:
+    """Those that may be a threshold: of the code that the conditions are in."""
+    found = {
+        float(each)
+        for code in {site[0] for site in watch.seen}
+        for each in code.co_consts
+        if isinstance(each, (int, float)) and each not in (0, 1)
+    }
+    return sorted(found)[:_NUMBERS]
+
+
+def _tried(inputs: dict[str, Any], numbers: list[float]) -> Iterator[dict[str, Any]]:
+    """Each input alone as each variant, all as the same, and each as another."""
+    names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    variants = [*_VARIANTS, *(_with(times * n) for n in numbers for times in (1, 1.1, -1.1))]
+    rng = random.Random(0)  # noqa: S311 no secret
+    chosen = [{name: variant} for variant in variants for name in names]
+    if len(names) > 1:
+        chosen += [dict.fromkeys(names, variant) for variant in variants]
+        chosen += [{name: rng.choice(variants) for name in names} for _ in range(_MIXED)]
+    for each in chosen:
+        with suppress(Exception):
+            yield inputs | {name: variant(inputs[name]) for name, variant in each.items()}
 
 
 def _answers(exact: nn.Module, given: dict[str, Any], mode: Decided) -> list[Tensor]:
@@ -107,17 +178,21 @@ def _answers(exact: nn.Module, given: dict[str, Any], mode: Decided) -> list[Ten
 
 
 def _is_close(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), _CLOSE, _CLOSE)
-        for a, b in zip(one, other, strict=True)
-    )
+    return len(one) == len(other) and all(map(_is_close_to, one, other))
 
 
-def _ways(line: Line, seen: set[bool]) -> list[bool | None]:
+def _is_close_to(one: Tensor, other: Tensor) -> bool:
+    one, other = one.double(), other.double()
+    largest = float(other.nan_to_num(0, 0, 0).abs().max()) if other.numel() else 0.0
+    close = max(_CLOSE, _CLOSE_TO_LARGEST * largest)
+    return one.shape == other.shape and torch.allclose(one, other, _CLOSE, close, equal_nan=True)
+
+
+def _ways(site: Site, seen: set[bool]) -> list[bool | None]:
     """The ways that a condition may be made to go; None alone where it was never seen to go the other way."""
     if len(seen) == 2:
         return [True, False]
-    statement = statement_at(*line)
+    statement = statement_at(site[0].co_filename, site[1])
     (way,) = seen
     raises = isinstance(statement, ast.Assert) or (
         isinstance(statement, ast.If) and all(isinstance(one, ast.Raise) for one in statement.body) and not way
@@ -125,10 +200,10 @@ def _ways(line: Line, seen: set[bool]) -> list[bool | None]:
     return [way] if raises else [None]
 
 
-def notes_on_ways(ways: dict[Line, bool]) -> list[str]:
+def notes_on_ways(ways: dict[Site, bool]) -> list[str]:
     """For the report on an export."""
     return [
-        f"the bundle goes one way at {shown(file)}:{line}, as if its condition were {way}: forward answers the same "
-        "either way, or raises the other way"
-        for (file, line), way in ways.items()
+        f"the bundle goes one way at {shown(code.co_filename)}:{line}, as if its condition were {way}: forward answers "
+        "the same either way, or raises the other way"
+        for (code, line, _), way in ways.items()
     ]

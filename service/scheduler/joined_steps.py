@@ -125,14 +125,14 @@ class JoinedSteps:
             return False
         if session.life is not OPEN or len(group.sessions) >= self._room or not self._admission.take(1, now, deadline):
             return False
-        if self.group is None:
-            self.group = group
-            self._lanes.put(group, now)
         progress.active = group
         progress.expected = progress.position + 1
         group.sessions.append(session)
         group.values.append(step)
         group.listeners.append(listener)
+        if self.group is None:
+            self.group = group
+            self._lanes.put(group, now)  # which asks whose it is
         return True
 
     def close(self, now: float) -> None:

@@ -63,13 +63,55 @@ def started(s: Any, x: Tensor, done: Tensor) -> Tensor:
     return torch.stack(ys, 1)
 
 
+def beyond(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    if x.abs().max() <= 50:
+        z = x
+    else:
+        z = x.clamp(-1000, 1000)
+    return s.rnn(z)[0] + z.sum(-1, keepdim=True)
+
+
+def both(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    y: Tensor = s.rnn(x)[0]
+    if x.abs().sum() == 0 and done.sum() == 0:
+        y = y + 1
+    return y
+
+
+def within(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    y: Tensor = s.rnn(x)[0]
+    if done.sum() == 0:  # noqa: SIM102
+        if (x.sum(-1) == 12.5).all():
+            y = y + 1
+    return y
+
+
+def counted(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    y, count = s.rnn(x)[0], 0
+    if x.abs().sum() == 0:
+        count += 1
+    if done.sum() == 0:
+        count += 1
+    return y + (count == 2)
+
+
+def unending(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    y: Tensor = s.rnn(x)[0]
+    while y.abs().max() > 0.1:
+        y = y / 2
+    return y
+
+
 def decided(forward: Any) -> tuple[nn.Module, dict[str, Tensor], dict[Any, bool]]:
     model = made(forward, rnn=nn.GRU(4, 6, batch_first=True), cell=nn.GRUCell(4, 6)).eval().double()
     example = {"x": torch.randn(2, 7, 4), "done": (torch.rand(2, 7) < 0.3).float()}
     return model, example, decide(model, example)
 
 
-@pytest.mark.parametrize(("forward", "way"), [(reset, [True]), (whole_if_it_can, [False]), (checked, [True, False])])
+@pytest.mark.parametrize(
+    ("forward", "way"),
+    [(reset, [True]), (whole_if_it_can, [False]), (checked, [True, False]), (beyond, [False]), (within, [True])],
+)
 def test_a_way_that_does_what_both_do_is_taken(forward: Any, way: list[bool]) -> None:
     model, _, ways = decided(forward)
     assert [*ways.values()] == way
@@ -81,7 +123,7 @@ def test_a_way_that_does_what_both_do_is_taken(forward: Any, way: list[bool]) ->
             torch.testing.assert_close(model(x=x, done=done.double()), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("forward", [doubled, rare, started])
+@pytest.mark.parametrize("forward", [doubled, rare, started, both, counted, unending])
 def test_a_way_is_not_taken_that_differs_or_that_nothing_shows_to_be_equal(forward: Any) -> None:
     assert decided(forward)[2] == {}
 
@@ -89,9 +131,10 @@ def test_a_way_is_not_taken_that_differs_or_that_nothing_shows_to_be_equal(forwa
 def test_within_undone_forward_is_as_written() -> None:
     model, example, _ = decided(doubled)
     x, zeros = example["x"].double(), torch.zeros(2, 7).double()
-    line = doubled.__code__.co_filename, doubled.__code__.co_firstlineno + 2
     expected = model(x=x, done=zeros)
-    with Decided({line: True}):
+    with Decided({}) as watch:
+        model(x=x, done=zeros)
+    with Decided(dict.fromkeys(watch.seen, True)):
         torch.testing.assert_close(model(x=x, done=zeros), 2 * expected)
         with Decided.undone():
             torch.testing.assert_close(model(x=x, done=zeros), expected)

@@ -130,6 +130,17 @@ def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(s
     settled.check_invariants()
 
 
+def test_steps_join_behind_more_than_a_batch(settled, engine):
+    log = Log()
+    alone = [submit(settled, name, inputs(2), 0, LATER) for name in "abcd"]
+    assert turn(settled, engine).rows == 3  # the owners of the rest take turns
+    assert joined(settled, "ab", log, 3) == [True, True]
+    assert turn(settled, engine).rows == 3
+    assert [answer(chunk) for chunk in alone] == [fold([1, 2])[-1:]] * 4
+    assert log == dict.fromkeys("ab", fold([1, 2, 3])[-1:])
+    settled.check_invariants()
+
+
 def test_a_step_whose_retry_waits_is_not_cancelled(settled, engine):
     log = Log()
     listener = log.of("b")
