@@ -209,6 +209,7 @@ class HttpProtocol(LimitedProtocol):
         if self.cycle is not exchange:
             super().on_message_complete()
         elif not exchange.response_complete:
+            self.headers.clear()
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
@@ -247,7 +248,6 @@ class HttpProtocol(LimitedProtocol):
             exchange.route.handle(self.unroll, self._path, exchange, self._respond)
         elif not exchange.response_complete:
             exchange.cancel = cancel
-        self.headers.clear()
         if exchange.again is None:
             exchange.headers, exchange.body = _NO_HEADERS, b""
 
