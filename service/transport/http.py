@@ -101,7 +101,7 @@ class HttpProtocol(LimitedProtocol):
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
         self._long_body = LongBody(
-            self.unroll.turns, self.unroll.limits, self._is_lost, self._fits, self._handle, self._fail
+            self.unroll.turns, self.unroll.limits, self._is_lost, self._hold, self._handle, self._fail
         )
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
@@ -253,7 +253,7 @@ class HttpProtocol(LimitedProtocol):
 
     def _fits(self, size: int) -> bool:
         """Hold so many bytes. False: too many are held already, and the request was answered so."""
-        error = self.body.grow(size, self._tenant())
+        error = self._hold(size)
         if error is None:
             return True
         if self.cycle is self._exchange:
@@ -261,6 +261,9 @@ class HttpProtocol(LimitedProtocol):
         else:
             self._refuse(Refused(STATUS[type(error)], "", error))
         return False
+
+    def _hold(self, size: int) -> UnrollError | None:
+        return self.body.grow(size, self._tenant())
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""
