@@ -101,7 +101,7 @@ class HttpProtocol(LimitedProtocol):
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
         self._long_body = LongBody(
-            self.unroll.turns, self.unroll.limits, self._is_lost, self._fits, self._handle, self._fail
+            self.unroll.turns, self.unroll.limits, self._is_lost, self._hold, self._handle, self._fail
         )
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
@@ -209,6 +209,7 @@ class HttpProtocol(LimitedProtocol):
         if self.cycle is not exchange:
             super().on_message_complete()
         elif not exchange.response_complete:
+            self.headers.clear()
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
@@ -247,13 +248,12 @@ class HttpProtocol(LimitedProtocol):
             exchange.route.handle(self.unroll, self._path, exchange, self._respond)
         elif not exchange.response_complete:
             exchange.cancel = cancel
-        self.headers.clear()
         if exchange.again is None:
             exchange.headers, exchange.body = _NO_HEADERS, b""
 
     def _fits(self, size: int) -> bool:
         """Hold so many bytes. False: too many are held already, and the request was answered so."""
-        error = self.body.grow(size, self._tenant())
+        error = self._hold(size)
         if error is None:
             return True
         if self.cycle is self._exchange:
@@ -261,6 +261,9 @@ class HttpProtocol(LimitedProtocol):
         else:
             self._refuse(Refused(STATUS[type(error)], "", error))
         return False
+
+    def _hold(self, size: int) -> UnrollError | None:
+        return self.body.grow(size, self._tenant())
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""

@@ -16,7 +16,7 @@ class LongBody:
 
     Args:
         is_lost: is the connection closing?
-        fits: may so many bytes be held? If not, the request has been answered.
+        hold: holds so many bytes; returns the error if they are too many.
         handle: is called when the request can be handled.
         fail: is called with the error instead.
     """
@@ -26,12 +26,12 @@ class LongBody:
         turns: Turns,
         limits: ApiLimits,
         is_lost: Callable[[], bool],
-        fits: Callable[[int], bool],
+        hold: Callable[[int], UnrollError | None],
         handle: Callable[[], None],
         fail: Callable[[UnrollError], None],
     ) -> None:
         self._turns, self._limits = turns, limits
-        self._is_lost, self._fits = is_lost, fits
+        self._is_lost, self._hold = is_lost, hold
         self._handle, self._fail = handle, fail
 
     def read(self, request: Request) -> None:
@@ -60,7 +60,9 @@ class LongBody:
             self._fail(error)
             return
         request.body = body.result()
-        if self._fits(len(request.body)):
+        if (error := self._hold(len(request.body))) is not None:
+            self._fail(error)
+        else:
             self.read(request)
 
     def _parse(self, request: Request) -> None:

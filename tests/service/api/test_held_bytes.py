@@ -1,5 +1,6 @@
 """The account of bytes that requests and answers hold: limited in all and for a tenant, and nothing is left in it."""
 
+import gzip
 import json
 import threading
 import tracemalloc
@@ -84,6 +85,17 @@ def test_bodies_that_are_half_sent(small: Running, dial: Callable[[], Wire], pat
     until(lambda: held(small, "requests") == 0, "the end of the bodies")
     calm.send(request(_ROUTES["sequences"], bytes(10_000 * STEP.nbytes), steps=10_000))
     assert calm.answer()[0] == 200
+
+
+def test_a_body_that_does_not_fit_once_it_is_decompressed_is_refused_before_the_next_request(
+    dial: Callable[[], Wire],
+) -> None:
+    wire, body = dial(), gzip.compress(bytes(2 * LIMIT))
+    wire.send(
+        request(_ROUTES["sequences"], body, "Content-Encoding: gzip") + b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    )
+    assert wire.answer()[0] == 503
+    assert wire.answer()[0] < 500
 
 
 def test_messages_of_streams_that_are_half_sent(small: Running, dial: Callable[[], Wire]) -> None:

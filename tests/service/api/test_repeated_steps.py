@@ -186,6 +186,16 @@ def test_several_requests_in_one_segment_are_all_read(wire: Wire, open_session: 
     assert step(wire, name)[1]["unroll-position"] == "5"
 
 
+def test_a_request_that_is_read_while_a_long_body_waits_for_its_turn_keeps_its_headers(
+    wire: Wire, open_session: Callable
+) -> None:
+    name, path = open_session("behind"), "POST /v1/models/gru/sequences HTTP/1.1\r\nhost: localhost\r\n"
+    long = json.dumps({"inputs": [[[0.125, 0.25, 0.5]] * 5000]}).encode()
+    complete = f"{path}content-type: application/json\r\ncontent-length: {len(long)}\r\n\r\n".encode() + long
+    wire.send(complete + head("gru", name) + STEP.tobytes())
+    assert [wire.answer()[0] for _ in range(2)] == [200, 200]
+
+
 def test_a_head_inside_a_field_of_another_is_not_taken_for_one(
     client: httpx.Client, wire: Wire, open_session: Callable
 ) -> None:
