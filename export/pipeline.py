@@ -42,8 +42,8 @@ from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
 from unroll.export.step_form import over_time
-from unroll.export.verification import parity, preconditions, probes
-from unroll.export.verification.decisions import Decided, Site, check_none, decide, notes_on_ways
+from unroll.export.verification import decisions, parity, preconditions, probes
+from unroll.export.verification.decisions import Decided, Others, decide, notes_on_ways
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
 from unroll.export.verification.large_numbers import LargeNumber
@@ -147,7 +147,7 @@ class Pipeline:
 
     def __init__(self, options: ExportOptions, progress: Progress) -> None:
         self._options, self._progress = options, progress
-        self._undecided: list[Site] = []
+        self._others = Others()
 
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """All stages. Raises ExportError, and has then written nothing."""
@@ -166,10 +166,10 @@ class Pipeline:
         if self._options.step:
             module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
-        ways = decide(prepared.exact, prepared.example, self._undecided)
+        ways, self._others = decide(prepared.exact, prepared.example)
         with Decided(ways) if ways else nullcontext():
             report = self._export(prepared)
-        return replace(report, notes=(*report.notes, *notes_on_ways(ways)))
+        return replace(report, notes=(*report.notes, *notes_on_ways(ways, self._others)))
 
     def _export(self, prepared: Prepared) -> Report:
         self._progress("running it as it is")
@@ -185,7 +185,7 @@ class Pipeline:
         self._progress("proving it equal to PyTorch")
         candidate = self._prove(traced, judged)
         candidate = self._reduce(candidate, lifted, traced, judged)
-        check_none(self._undecided)
+        decisions.check(self._others)
         self._progress("writing the bundle")
         return self._write(candidate, prepared, lifted, judged)
 

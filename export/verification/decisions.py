@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import islice, product
 from types import CodeType
 from typing import Any
@@ -68,6 +69,18 @@ _VARIANTS: list[_Variant] = [
 ]
 
 
+@dataclass
+class Others:
+    """The conditions that are not decided.
+
+    moved: other inputs than the example make them go another way.
+    unmoved: nothing that was tried does, and so the way that they go.
+    """
+
+    moved: list[Site] = field(default_factory=list)
+    unmoved: dict[Site, bool] = field(default_factory=dict)
+
+
 class Decided(Observer):
     """Within, these conditions go the way that they have here; `seen` are the ways of all others.
 
@@ -114,19 +127,18 @@ class Decided(Observer):
             cls._undone = before
 
 
-def decide(exact: nn.Module, example: dict[str, Any], undecided: list[Site] | None = None) -> dict[Site, bool]:
-    """The conditions that may go one way whatever the inputs are, and that way.
+def decide(exact: nn.Module, example: dict[str, Any]) -> tuple[dict[Site, bool], Others]:
+    """The conditions that may go one way whatever the inputs are, and that way; and the others.
 
     Args:
         exact: the user's own model, in float64; not changed.
-        undecided: gets those that may not, and go another way with other inputs than with the example.
     """
     watch = Decided({})
     inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
     with suppress(Exception):
         _answers(exact, inputs, watch)
     if not watch.seen:
-        return {}
+        return {}, Others()
     usual, expected = {site: set(seen) for site, seen in watch.seen.items()}, []
     for given in _tried(inputs, _numbers(watch)):
         with suppress(Exception):
@@ -138,10 +150,10 @@ def decide(exact: nn.Module, example: dict[str, Any], undecided: list[Site] | No
         with suppress(Exception):
             same = bool(decided) and all(_is_same(exact, given, met, own) for given, own in expected)
             if same and watch.seen.keys() <= decided.keys() | met.seen.keys():
-                return decided
-    if undecided is not None:
-        undecided += [site for site, seen in watch.seen.items() if seen != usual.get(site, seen)]
-    return {}
+                return decided, Others()
+    moved = [site for site, seen in watch.seen.items() if seen != usual.get(site, seen)]
+    unmoved = {site: next(iter(seen)) for site, seen in watch.seen.items() if len(seen) == 1 and site not in moved}
+    return {}, Others(moved, unmoved)
 
 
 def _is_same(exact: nn.Module, given: dict[str, Any], decided: Decided, own: list[Tensor]) -> bool:
@@ -204,9 +216,9 @@ def _ways(site: Site, seen: set[bool]) -> list[bool | None]:
     return [way] if raises else [None]
 
 
-def check_none(undecided: list[Site]) -> None:
-    """Raises ExportError(not_exportable) if there is one: the trace of a loop may have kept one way of it."""
-    for code, line, _ in undecided:
+def check(others: Others) -> None:
+    """Raises ExportError(not_exportable) if one moved: the trace of a loop may have kept one way of it."""
+    for code, line, _ in others.moved:
         raise ExportError(
             "not_exportable",
             f"forward decides by the value of a tensor at {shown(code.co_filename)}:{line}, and a graph runs the same "
@@ -214,10 +226,14 @@ def check_none(undecided: list[Site]) -> None:
         )
 
 
-def notes_on_ways(ways: dict[Site, bool]) -> list[str]:
+def notes_on_ways(ways: dict[Site, bool], others: Others) -> list[str]:
     """For the report on an export."""
+    found = [
+        (ways, "forward answers the same either way, or raises the other way"),
+        (others.unmoved, "no input that was tried makes it go another way; use torch.where if one can"),
+    ]
     return [
-        f"the bundle goes one way at {shown(code.co_filename)}:{line}, as if its condition were {way}: forward answers "
-        "the same either way, or raises the other way"
-        for (code, line, _), way in ways.items()
+        f"the bundle goes one way at {shown(code.co_filename)}:{line}, as if its condition were {way}: {why}"
+        for sites, why in found
+        for (code, line, _), way in sites.items()
     ]

@@ -112,9 +112,10 @@ class Wires:
         The requests on a connection are alike, so that its server may take the head of each for the one before.
         """
         headers = headers or {}
-        idle = self._idle[port].setdefault(f"{path} {headers.get('unroll-steps', headers)}", [])
+        kind = f"{path} {headers.get('unroll-steps', headers)}"
         try:
             async with asyncio.timeout(self.timeout):
+                idle = self._idle[port].get(kind)
                 connection = idle.pop() if idle else await _Connection.open(port)
                 try:
                     answer = await connection.ask(method, path, body, headers)
@@ -127,7 +128,7 @@ class Wires:
         if answer[1].get("connection") == "close":
             connection.close()
         else:
-            idle.append(connection)
+            self._idle[port].setdefault(kind, []).append(connection)
         return answer
 
     def close(self) -> None:
