@@ -46,12 +46,14 @@ class _Float32IsDouble(TorchFunctionMode):
 
 
 def _swap(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+    if value is torch.float32:
+        return torch.float64
+    return torch.complex128 if value is torch.complex64 else value
 
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Within, new tensors are float64, and a request for float32 means float64."""
+    """Within, new tensors are float64, and a request for float32 means float64, as for complex64 complex128."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -229,7 +229,7 @@ class LinearRecurrence(nn.Module):
         turn = torch.exp(torch.complex(-self.nu.exp(), self.theta.exp()))
         h, outs = torch.zeros(x.shape[0], 6, dtype=torch.complex64), []
         for t in range(x.shape[1]):
-            h = turn * h + (1 - turn.abs() ** 2).sqrt() * (x[:, t].to(self.b.dtype) @ self.b.T)
+            h = turn * h + (1 - turn.abs() ** 2).sqrt() * (x[:, t].to(torch.complex64) @ self.b.T)
             outs.append((h @ self.c.T).real + self.d * x[:, t])
         return torch.stack(outs, 1)
 
