@@ -138,7 +138,11 @@ TOKEN = ("--input", "token:int64:", "--random-weights")
         (("usermodel:Stateful", *TOKEN, "--name", "n"), 1, "--state hc:DTYPE:SHAPE=OUTPUT"),
         (("usermodel:nothing", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("nowhere:Net", *TOKEN, "--name", "n"), 1, "checkpoint: "),
-        (("usermodel:imaginary", "--input", "input:float32:4", "--random-weights", "--name", "n"), 1, "forward_failed: "),
+        (
+            ("usermodel:imaginary", "--input", "input:float32:4", "--random-weights", "--name", "n"),
+            1,
+            "forward_failed: ",
+        ),
         (("missing",), 1, "checkpoint: "),
         (("missing", *TOKEN), 1, "checkpoint: "),
         (("--nonsense",), 2, "usage"),
