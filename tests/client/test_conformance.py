@@ -102,7 +102,10 @@ async def test_the_javascript_example_goes_as_far_as_it_says(node: list[str]) ->
     assert not_passed(await played([*node, HERE / "example_driver.mjs"], OF_EXAMPLES)) == {}
 
 
-@pytest.mark.parametrize("wrong", WRONGS)
+@pytest.mark.parametrize(
+    "wrong",
+    [pytest.param(each, marks=pytest.mark.long) if each == "yields_at_the_end" else each for each in WRONGS],  # waits
+)
 async def test_wrong_clients_are_caught(wrong: str) -> None:
     by, masters = CAUGHT[wrong]
     results = await played([sys.executable, HERE / "wrong_drivers.py", wrong], [*by, *masters])

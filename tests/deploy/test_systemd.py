@@ -3,7 +3,6 @@
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     if (analyze := shutil.which("systemd-analyze")) is None:
         pytest.skip("systemd-analyze is not installed")
     path = tmp_path / "unroll.service"
-    path.write_text(UNIT.replace(PROGRAM, sys.executable))
+    path.write_text(UNIT.replace(PROGRAM, "/bin/true"))
     verify = [analyze, "verify", "--man=no", str(path)]
     ran = subprocess.run(verify, capture_output=True, text=True, timeout=PATIENCE, check=False)
     said = [line for line in ran.stderr.splitlines() if "unroll.service" in line]
