@@ -84,7 +84,7 @@ format: install ## reformat the files so that `make check` passes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-conformance: install ## write docs/conformance.md: kinds of modules through export and torch.onnx.export (ten minutes)
+conformance: install ## write docs/conformance.md: kinds of modules through export and torch.onnx.export (most of an hour)
 	$(BIN)/python -m conformance --write-docs models
 	$(BIN)/python -m conformance --write-docs precision
 	$(BIN)/python -m conformance --write-docs matrix

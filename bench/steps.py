@@ -55,10 +55,11 @@ def _http_small(bench: Bench) -> Outcome:
     named = by_name(rows)
     ours, echo, triton, judged = named["unroll"], named["echo"], fastest(named, "triton"), bench.judged
     verdicts = [
-        ratio(1, "small, HTTP, raw bytes: of the bare echo", 0.70, ours, echo, judged=judged),
+        ratio(1, "small, HTTP, raw bytes: of the bare echo", 1.4, ours, echo, judged=judged),
         ratio(1, "small, HTTP, raw bytes: of Triton", 2.2, ours, triton, judged=judged),
         ratio(1, "small, HTTP, raw bytes: of the naive server", 6.0, ours, named.get("naive"), judged=judged),
-        ratio(2, "small, HTTP, JSON: of the bare echo", 0.62, named["unroll-json"], echo, judged=judged),
+        ratio(2, "small, HTTP, JSON: of the bare echo", 1.1, named["unroll-json"], echo, judged=judged),
+        ratio(3, "small, HTTP, Open Inference: of the bare echo", 1.0, named["unroll-infer"], echo, judged=judged),
         ratio(3, "small, HTTP, Open Inference: of Triton", 2.0, named["unroll-infer"], triton, judged=judged),
     ]
     return Outcome("http-small", "One step a request, 64 HTTP clients, LSTM 2×64", "steps/s", rows, verdicts)
