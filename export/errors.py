@@ -98,7 +98,7 @@ def untraceable(what: str, error: Exception) -> ExportError:
             + (f", as {written}" if written else ""),
         )
     if unknown := _NO_OPERATOR.search(text):
-        library = "torch" if unknown[1] == "aten" else unknown[1]
+        library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
         return ExportError(
             "not_exportable",
             f"{what} calls {library}.{unknown[2]}, which ONNX has no operator for; write it with other operators of "
