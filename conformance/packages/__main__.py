@@ -26,6 +26,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--write-docs", action="store_true", help=f"write the results into {_PAGE.name}")
     parser.add_argument("entries", nargs="*", metavar="ENTRY", help="; ".join(ENTRIES))
     options = parser.parse_args(argv)
+    if unknown := set(options.entries) - ENTRIES.keys():
+        parser.error(f"no entry {', '.join(sorted(unknown))}; --help has all")
     results = {}
     for name in options.entries or ENTRIES:
         results[name] = result = _measured(ENTRIES[name])
