@@ -46,7 +46,9 @@ def json_body(app: AppState, request: Request, members: set[str]) -> dict:
         raise UnsupportedMediaType(
             "send the body as application/json, or as application/octet-stream with raw little-endian values"
         )
-    document = request.document or json.parse_object(request.body, app.limits.max_json_bytes)
+    document = request.document
+    if document is None:
+        document = json.parse_object(request.body, app.limits.max_json_bytes)
     if "inputs" not in document or document.keys() - members:
         raise InvalidRequest(
             f"the body has the members {sorted(document)}; 'inputs' is required, allowed are {sorted(members)}"
