@@ -13,7 +13,8 @@ from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import GroupReply
-from unroll.service.scheduler.session import Session
+from unroll.service.scheduler.session import OPEN, Session
+from unroll.service.sessions.attempts import ATTEMPTS
 
 
 class RepeatedStep:
@@ -28,7 +29,10 @@ class RepeatedStep:
         write: Writes what the answers to a group's rows have of the outputs.
     """
 
-    __slots__ = ("_again", "_app", "_form", "_served", "_session", "_tenant", "respond", "write")
+    __slots__ = (
+        *("_again", "_app", "_form", "_left", "_position", "_served", "_session", "_step", "_tenant", "_unwanted"),
+        *("respond", "write"),
+    )
 
     failure = staticmethod(problem)
     write: Callable[[Tensors], Sequence[Any]]
@@ -41,21 +45,50 @@ class RepeatedStep:
         self._session = session
         self._tenant = request.tenant
         self._form = _Joined(served.codec)
+        self._unwanted = False
         self._again, self.respond = request.again, respond
         self.write = served.codec.rows_to_raw
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
-        """Begin it together with others; None if it must be begun as any request."""
+        """Begin it together with others, when its session was looked up if that is needed; None if it must be begun as
+        any request."""
         tenant = request.tenant
         if tenant != self._tenant or (tenant and self._app.meter.limits(tenant)):
             return None
         step = self.read(request)
         if step is None:
             return None
-        timeout = self._app.limits.request_timeout
+        self._step, self._position, self._left = step, request.position, ATTEMPTS
         if self._session.durable is not None:
             request.again = self._again
-        return self._served.loop.join(self._session, request.position, step, timeout, self._form, self)
+        if not self._join():
+            if not self._is_behind():
+                return None
+            self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)
+        return self._leave
+
+    def _join(self) -> bool:
+        timeout = self._app.limits.request_timeout
+        return self._served.loop.join(self._session, self._position, self._step, timeout, self._form, self)
+
+    def _leave(self) -> None:
+        self._unwanted = True
+        self._served.loop.leave_joined(self._session, self)
+
+    def _is_behind(self) -> bool:
+        """Would it join if another replica has updated the session?"""
+        durable, progress = self._session.durable, self._session.progress
+        if durable is None or progress is None or progress.active is not None or self._session.life is not OPEN:
+            return False
+        return durable.stale or (self._position is not None and self._position > progress.position)
+
+    def _looked_up(self, error: UnrollError | None) -> None:
+        if self._unwanted:
+            return
+        if error is not None:
+            self.respond(self.failure(error))
+        elif not self._join() and self._again is not None:
+            self._again()
 
     def read(self, request: Request) -> bytes | None:
         """The inputs one after another; None if this is no such step. Sets the position of the request."""
@@ -70,8 +103,11 @@ class RepeatedStep:
 
     def fail(self, error: UnrollError) -> None:
         """Answer with the error; or begin it again, because another replica updated the session."""
-        if not (isinstance(error, SessionContended) and self._again and self._again(self._session.id)):
-            self.respond(self.failure(error))
+        if isinstance(error, SessionContended) and self._again is not None and not self._unwanted:
+            self._left -= 1
+            if (self._left and self._join()) or self._again():
+                return
+        self.respond(self.failure(error))
 
 
 class RepeatedJsonStep(RepeatedStep):

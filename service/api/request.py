@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -65,7 +64,7 @@ class Request:
         document: A long body in JSON, if it is parsed already.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
-        again: Looks a session up in the store and handles the request again; None without a store.
+        again: Handles the request again, because another replica updated its session; None without a store.
         cancel: Cancels the work on it.
         repeats: Its connection had a request with the same headers before, but for the position.
         repeat: Begins the next of them; see `repeated_steps.py`.
@@ -78,7 +77,7 @@ class Request:
         self.body = body
         self.document: dict[str, Any] | None = None
         self.tenant = tenant
-        self.again: Callable[[str], bool] | None = None
+        self.again: Callable[[], bool] | None = None
         self.cancel: Cancel = nothing_to_cancel
         self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
@@ -88,9 +87,6 @@ class Request:
     def own(self, session_id: str) -> str:
         """The id inside the server of a session that the client names. Raises InvalidRequest."""
         return owned(self.tenant, session_id)
-
-    def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        return None if self.again is None else partial(self.again, session_id)
 
     @property
     def media_type(self) -> bytes:

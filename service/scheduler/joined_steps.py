@@ -72,6 +72,7 @@ class JoinedSteps:
     def __init__(self, traits: ModelTraits, completion: Completion) -> None:
         self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
         self._most = completion.lanes.most_rows(1)
+        self._is_small = completion.replay.has_table
         self._completion = completion
         self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
         self._sessions, self._counters = completion.sessions, completion.counters
@@ -102,11 +103,12 @@ class JoinedSteps:
             progress is None
             or progress.active is not None
             or (position is not None and position != progress.position)
-            or session.applied is not None
+            or session.depth > 1
+            or not self._is_small
         ):
             return False
         group, durable = self.group, session.durable
-        if durable is not None and durable.stale:
+        if durable is not None and (durable.stale or not durable.token):
             return False
         if group is None:
             self._room = self._most

@@ -145,19 +145,16 @@ class Loop:
 
     def join(
         self, session: Session, position: int | None, step: bytes, timeout: float, form: StepForm, listener: object
-    ) -> Callable[[], None] | None:
-        """Queue the next step of a session with those of others, see `JoinedSteps.join`.
-
-        Returns:
-            A function that cancels the step; None if it must be submitted as a chunk.
-        """
+    ) -> bool:
+        """Queue the next step of a session with those of others, see `JoinedSteps.join`."""
         now, joined = self.clock.now(), self.scheduler.joined
         if not joined.join(session, position, step, now, now + timeout, form, listener):
-            return None
+            return False
         self._work.set()
-        return partial(self._leave_joined, session, listener)
+        return True
 
-    def _leave_joined(self, session: Session, listener: object) -> None:
+    def leave_joined(self, session: Session, listener: object) -> None:
+        """Cancel such a step."""
         self.scheduler.joined.cancel(session, listener, self.clock.now())
 
     def wake(self) -> None:
@@ -260,7 +257,8 @@ class Loop:
         failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
         failpoints.reach("after_commit")
-        self.scheduler.commits.complete(pending, commits, errors, batch_rows, self.clock.now())
+        now = self.clock.now()
+        self.scheduler.commits.complete(pending, commits, errors, batch_rows, now, self.engine.write)
         self._work.set()
 
     def _committed(self, task: asyncio.Task[None]) -> None:

@@ -30,6 +30,7 @@ class ReplayCache:
 
     Attributes:
         kept_bytes: of those replies.
+        has_table: single steps are so small that the table has the last one of each session.
     """
 
     def __init__(self, traits: ModelTraits, rows: int, limit: int) -> None:
@@ -37,8 +38,8 @@ class ReplayCache:
         self._limit = limit
         self._largest = limit // _LEAST_REPLIES  # bytes of one: a few large ones must not take the room of all others
         self.kept_bytes = 0
-        fits = StepTable.fits(traits.inputs, traits.outputs)
-        self._steps = StepTable(rows, traits.inputs, traits.outputs) if fits else None
+        self.has_table = StepTable.fits(traits.inputs, traits.outputs)
+        self._steps = StepTable(rows, traits.inputs, traits.outputs) if self.has_table else None
 
     # ── remembering ──────────────────────────────────────────────────────────────────────────────
 

@@ -66,7 +66,6 @@ class RecurringStep:
 
     Attributes:
         position: of the last one, as the client named it.
-        leave: takes it back.
     """
 
     submitter: "FrameSubmitter"
@@ -75,7 +74,10 @@ class RecurringStep:
     session: Session
     form: StepForm
     position: int | None = None
-    leave: Callable[[], None] = lambda: None
+
+    def leave(self) -> None:
+        """Cancel it, unless it has begun to run."""
+        self.served.loop.leave_joined(self.session, self)
 
 
 class JoinedFrames:
@@ -99,7 +101,7 @@ class PendingChunk:
     """A chunk that is not answered; called with its outcome.
 
     Attributes:
-        served, session, chunk: what it was submitted to and as.
+        served, chunk: what it was submitted to and as.
         attempts: looks its session up in the store and submits it again; None as long as that was not needed.
     """
 
@@ -107,7 +109,6 @@ class PendingChunk:
     entry: SingleEntryFrame
     answer: Callable[[SingleEntryFrame, Reply], None]
     served: ServedModel | None = None
-    session: Session | None = None
     chunk: Chunk | None = None
     attempts: Attempts | None = None
 
@@ -150,10 +151,9 @@ class FrameSubmitter:
         step = self._recurring.steps.get(handle)
         if step is None or self._replies.closed:
             return False
-        leave = step.served.loop.join(step.session, position, values, self._timeout, step.form, step)
-        if leave is None:
+        if not step.served.loop.join(step.session, position, values, self._timeout, step.form, step):
             return False
-        step.position, step.leave = position, leave
+        step.position = position
         self._pending[step] = None
         return True
 
@@ -238,7 +238,7 @@ class FrameSubmitter:
         try:
             self._begin(pending)
         except NeedsStoreLookup as needed:
-            self._retry(pending, needed.session_id)
+            self._attempts(pending).look_up(needed.session_id)
 
     def _begin(self, pending: PendingChunk) -> None:
         """Raises NeedsStoreLookup. Any other error is the chunk's answer."""
@@ -252,7 +252,7 @@ class FrameSubmitter:
             if session.own_progress.active is not None or session.life is not Life.OPEN:
                 check_present(served, session)
                 _check_depth(session, entry.position)
-            pending.served, pending.session = served, session
+            pending.served = served
             chunk = Chunk(entry.inputs, session, entry.position)
             chunk.patient = True  # flow control holds the client back
             pending.chunk = served.loop.submit(chunk, self._timeout, pending)
@@ -264,12 +264,11 @@ class FrameSubmitter:
         except UnrollError as error:
             self._fail(pending, error)
 
-    def _retry(self, pending: PendingChunk, session_id: str) -> bool:
-        """Begin again when the session was looked up, after what waits for that already; False if done too often."""
+    def _attempts(self, pending: PendingChunk) -> Attempts:
         if pending.attempts is None:
             begin, fail = partial(self._begin, pending), partial(self._fail, pending)
             pending.attempts = Attempts(self._sessions, self._name, begin, fail)
-        return pending.attempts.again(session_id)
+        return pending.attempts
 
     def _fail(self, pending: PendingChunk, error: UnrollError) -> None:
         if not self._replies.closed:
@@ -281,8 +280,7 @@ class FrameSubmitter:
             return
         self._pending.pop(pending, None)
         if isinstance(outcome, UnrollError):
-            moved = pending.session if isinstance(outcome, SessionContended) else None
-            if moved is None or not self._retry(pending, moved.id):
+            if not (isinstance(outcome, SessionContended) and self._attempts(pending).again()):
                 self._fail(pending, outcome)
         else:
             pending.answer(pending.entry, outcome)
