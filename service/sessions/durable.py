@@ -24,7 +24,7 @@ from unroll.service.core.errors import (
 )
 from unroll.service.core.session_ids import NewId, shown
 from unroll.service.models.served_model import ServedModel
-from unroll.service.scheduler.session import Session
+from unroll.service.scheduler.session import Progress, Session
 from unroll.service.sessions.attempts import ATTEMPTS, contended
 from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.sessions.in_memory import MemorySessions, OnVerified
@@ -284,10 +284,11 @@ class DurableSessions(MemorySessions):
             return replace(closed, position=await self._close_stored(name, session_id)) if closed.token else closed
         served, session = closed
         if session.durable is not None:
-            session.position = await self._close_stored(name, session_id)
-            now = served.loop.clock.now()
+            position, now = await self._close_stored(name, session_id), served.loop.clock.now()
             if served.scheduler.sessions.get_detached(session_id, now) is session:
                 served.scheduler.close(session, now)
+            # A copy: a step that the store applied before the end may not have heard of it yet.
+            session = replace(session, progress=Progress(position, position, now))
         return served, session
 
     async def _close_stored(self, name: str, session_id: str) -> int:

@@ -277,6 +277,41 @@ def test_a_step_that_comes_after_a_lookup_was_sent_is_not_refused_by_what_that_f
         assert (status, headers["unroll-position"]) == (200, "3")
 
 
+def test_a_step_that_is_stored_just_before_its_session_is_closed_is_answered_with_its_own_position(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: Callable
+) -> None:
+    """The store is done with both before the server hears of the first."""
+    running = serve(store=f"file://{tmp_path}/store")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    commit, close = store.commit, store.close
+    closing_begins, committed, closed = threading.Event(), threading.Event(), threading.Event()
+
+    async def late_commit(commits: list[Commit]) -> list[UnrollError | None]:
+        errors = await commit(commits)
+        committed.set()
+        await asyncio.to_thread(closed.wait)
+        return errors
+
+    async def late_close(key: Key) -> int | None:
+        closing_begins.set()
+        await asyncio.to_thread(committed.wait)
+        return await close(key)
+
+    wire = Wire(running.port)
+    with httpx.Client(base_url=running.url) as client, closing(wire.socket):
+        client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
+        step(wire, "stored")
+        monkeypatch.setattr(store, "commit", late_commit)
+        monkeypatch.setattr(store, "close", late_close)
+        deleted = background(client.delete, "/v1/models/gru/sessions/stored")
+        assert closing_begins.wait(PATIENCE)
+        wire.send(head("gru", "stored") + STEP.tobytes())
+        assert deleted.result().json()["position"] == 2
+        closed.set()
+        status, headers, _ = wire.answer()
+        assert (status, headers["unroll-position"]) == (200, "2")
+
+
 def test_durable_steps_share_a_commit_and_each_has_its_own_result(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle: Callable[..., Oracle]
 ) -> None:
