@@ -58,10 +58,11 @@ class RepeatedStep:
         step = self.read(request)
         if step is None:
             return None
-        self._step, self._position, self._left = step, request.position, ATTEMPTS
         if self._session.durable is not None:
             request.again = self._again
-        if not self._join():
+            self._step, self._position, self._left = step, request.position, ATTEMPTS
+        timeout = self._app.limits.request_timeout
+        if not self._served.loop.join(self._session, request.position, step, timeout, self._form, self):
             if not self._is_behind():
                 return None
             self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)
