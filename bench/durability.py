@@ -203,10 +203,12 @@ def _routing(bench: Bench, name: str, where: str, store: tuple[str, str]) -> Out
             _routed_turn(servers, "positions", "the same, with positions", launches[0], reference, ports),
         ]
         sticky, random_routing, positions = rows = bench.alternate(turns)
+        processes = {launch.name: servers.server(launch) for launch in launches}
+        remarks = [_processor_time(bench, turn, processes) for turn in turns]
     title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in {where}, LSTM 2×64"
     shares = (random_routing.rate / sticky.rate, positions.rate / sticky.rate)
-    remark = "random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares)
-    return Outcome(f"durability-{name}", title, "steps/s", rows, remarks=[remark])
+    remarks.append("random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares))
+    return Outcome(f"durability-{name}", title, "steps/s", rows, remarks=remarks)
 
 
 def _routed_turn(
