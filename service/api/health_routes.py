@@ -1,4 +1,4 @@
-"""Liveness, readiness, and metrics in a router of their own."""
+"""Liveness and readiness, and in a separate router, metrics."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from unroll.service.telemetry.metrics import Collector
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: starting or stopping"}}
 
-#: Of Prometheus's text format.
+#: Media type of Prometheus's text format.
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -35,7 +35,7 @@ def router(app: AppState) -> APIRouter:
 
 
 def metrics_router(app: AppState, workers: WorkerMetrics | None) -> APIRouter:
-    """workers: all of them, if each has a port of its own."""
+    """workers: collects the metrics of all workers; None unless each has its own port."""
     api = APIRouter(tags=["health"])
     collector = Collector(
         lambda: [model.current_figures() for model in app.models],
@@ -60,7 +60,7 @@ def metrics_router(app: AppState, workers: WorkerMetrics | None) -> APIRouter:
     async def metrics(request: Request) -> Response:
         if app.shared_port is not None and request.scope["server"][1] == app.shared_port:
             if workers is None:
-                raise HTTPException(404, "several workers share this port: add --worker-port, and it has those of all")
+                raise HTTPException(404, "several workers share this port; use --worker-port for the metrics of all")
             names = (b"authorization", b"x-api-key")
             keys = [b"%b: %b\r\n" % header for header in request.scope["headers"] if header[0] in names]
             return Response(await workers.exposition(b"".join(keys)), media_type=_TEXT)

@@ -1,7 +1,7 @@
-"""A session id may be any string: in a path it is one segment, percent-encoded.
+"""Session ids in paths: an id may be any string, and in a path it is one percent-encoded segment.
 
-ASGI servers decode the whole path, in which `%2F` is then a slash like any other. So what has a meaning in a path stays
-encoded until the path is split into its segments.
+ASGI servers decode the whole path, where `%2F` becomes an ordinary slash. Therefore slashes and percent signs stay
+encoded until the path is split into segments.
 """
 
 from urllib.parse import quote, unquote
@@ -11,12 +11,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 def split(path: str) -> list[str]:
-    """The segments of an encoded path, decoded."""
+    """Split an encoded path into decoded segments."""
     return [unquote(segment) for segment in path.split("/")] if "%" in path else path.split("/")
 
 
 class EncodedSlashes:
-    """Middleware: a path whose segments are decoded but for `/` and `%`."""
+    """Middleware that decodes the path except for `/` and `%` within segments."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -29,7 +29,7 @@ class EncodedSlashes:
 
 
 class _Segment(Convertor[str]):
-    """`{session_id:segment}` in the path of a route: decoded."""
+    """`{session_id:segment}` in a route's path: one segment, decoded."""
 
     regex = "[^/]+"
 

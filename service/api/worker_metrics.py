@@ -1,4 +1,4 @@
-"""The metrics of all workers in one scrape: each is asked at its own port, and its samples get the label `worker`."""
+"""All workers' metrics in one scrape: fetched from each worker's own port, and labelled `worker`."""
 
 import asyncio
 import re
@@ -6,18 +6,18 @@ import ssl
 from collections.abc import Callable, Mapping
 from functools import partial
 
-#: Of a line: the name, and what follows it.
+#: The name of a sample, and the brace if it has labels.
 _SAMPLE = re.compile(r"(\w+)(\{?)")
-#: Seconds for the answer of a worker, which may be at work or starting.
+#: Seconds to wait for a worker, which may be busy or starting.
 _PATIENCE = 2.0
 _UP = "# HELP unroll_worker_up 1 if the worker answers.\n# TYPE unroll_worker_up gauge\n"
-#: Where to reach a server that listens on all addresses.
 _HOST = b"127.0.0.1"
+#: Where to connect to a server that listens on all addresses.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 nothing is bound
 
 
 class WorkerMetrics:
-    """ports: of the workers, in the order of their numbers. tls: makes what they are reached with, if they use TLS."""
+    """Scrapes all workers. ports: in worker order. tls: creates the client's context, if the workers use TLS."""
 
     def __init__(self, host: str, ports: range, tls: Callable[[], ssl.SSLContext] | None = None) -> None:
         self._tls = tls
@@ -25,7 +25,7 @@ class WorkerMetrics:
         self._ports = ports
 
     async def exposition(self, key: bytes) -> bytes:
-        """The text of a scrape. key: the header line of the API key that asked for it, which asks the workers, too."""
+        """The text of a scrape. key: header line with the caller's API key, which is forwarded to the workers."""
         tls = None if self._tls is None else self._tls()
         texts = await asyncio.gather(*[self._ask(port, key, tls) for port in self._ports])
         return merge(dict(enumerate(texts, 1))).encode()
@@ -43,12 +43,12 @@ class WorkerMetrics:
 
 
 def merge(texts: Mapping[int, str | None]) -> str:
-    """The text of all workers, by number; None: it does not answer."""
+    """Merge the texts of workers, by number; None for a worker that did not answer."""
     families: dict[str, list[str]] = {_UP: []}
     for number, text in texts.items():
         families[_UP].append(f'unroll_worker_up{{worker="{number}"}} {int(text is not None)}.0\n')
         for family in re.findall(r"(?ms)^# HELP .*?(?=^# HELP |\Z)", text or ""):
-            lines = re.findall(r".*\n", family)  # other line breaks may be in labels
+            lines = re.findall(r".*\n", family)  # labels may contain other line breaks
             labelled = [_SAMPLE.sub(partial(_label, number), line, count=1) for line in lines[2:]]
             families.setdefault("".join(lines[:2]), []).extend(labelled)
     return "".join(head + "".join(samples) for head, samples in families.items())

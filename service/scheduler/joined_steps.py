@@ -162,7 +162,7 @@ class JoinedSteps:
             return
         row = group.sessions.index(session)
         if group.listeners[row] is listener and all(row != followed for followed, _ in group.followers):
-            self._counters.count_failed(Cancelled("the client went away"))
+            self._counters.count_failed(Cancelled("the client disconnected"))
             self._remove(group, row, now)
 
     def check(self, session: Session, now: float) -> None:

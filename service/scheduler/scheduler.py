@@ -221,7 +221,7 @@ class Scheduler:
     def cancel(self, chunk: Chunk, now: float) -> None:
         """Cancel the chunk of a client that disconnected, unless the running batch completes it."""
         if chunk.outcome is None:
-            self._completion.cancel(chunk, Cancelled("the client went away"), now)
+            self._completion.cancel(chunk, Cancelled("the client disconnected"), now)
 
     # ── one turn ─────────────────────────────────────────────────────────────────────────────────
 

@@ -170,7 +170,7 @@ class SessionTable:
             return progress
         self.expire(now)
         if session.id in self._live:
-            raise SessionClosed(f"session {shown(session.id)!r} was closed; another of that id was opened since")
+            raise SessionClosed(f"session {shown(session.id)!r} was closed; its id now belongs to another session")
         raise self.closed.error(session.id, now)
 
     def detach_from_cohort(self, session: Session) -> Session:
