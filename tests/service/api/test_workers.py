@@ -112,7 +112,7 @@ def test_one_port_and_several_processes(
     assert started.end() == 0
     kept = [line for line in started.log if line["event"] == "sessions"]
     assert {line["worker"] for line in kept} == {1}, "one worker says it for all"
-    assert kept[0]["survive"] == "the end of any server, and a crash of Redis but for the last second"
+    assert kept[0]["survive"] == "the end of any server, and a crash of Redis except for the last second"
     assert not any(version(port) for port in ports)
     ended = [line for line in started.log if line["event"] == "worker exited"]
     assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
