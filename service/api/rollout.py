@@ -65,9 +65,7 @@ class RolloutSpec(Strict):
         description="without inputs: the outputs of the session's last time step, to compute the first inputs from; "
         "optional on a fork if the server has kept them",
     )
-    position: int | None = Field(
-        None, ge=0, lt=2**63, description="the session's position as the client expects it"
-    )
+    position: int | None = Field(None, ge=0, lt=2**63, description="the session's position as the client expects it")
     steps_per_event: int = Field(1, ge=1, description="time steps to send together")
     send: Send = "both"
 

@@ -134,7 +134,7 @@ class DurableSessions(MemorySessions):
             self._verified = self.directory.stranded = None
 
     async def _bring_in(self, key: Key) -> Record | Gone | None:
-        """Make the local copy match the store. If the session's version is not here, return the store's answer."""
+        """Make the local copy match the store. Returns the store's answer if the session's version is not here."""
         name, session_id = key
         if not self.directory.versions.of(name):
             return None
