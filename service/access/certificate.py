@@ -1,4 +1,4 @@
-"""The server's certificate, and the clients that it takes by theirs."""
+"""TLS: the server's certificate, and the verification of client certificates."""
 
 import ssl
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _log = structlog.get_logger(__name__)
 
 
 class TlsRefused(ValueError):
-    """The certificate, its key or the CA cannot be used; the message says why, and what to do."""
+    """The certificate, its key or the CA cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +18,11 @@ class TlsFiles:
     """PEM files.
 
     Attributes:
-        cert: The server's certificate, and those between it and its CA.
-        key: Of the certificate; None if it is in the same file.
-        password: What the key is encrypted with.
-        client_ca: Clients need a certificate of one of these CAs.
-        takes_itself: The server's own certificate will do for a client: workers ask each other for metrics.
+        cert: The server's certificate chain.
+        key: The certificate's private key; None if it is in the same file.
+        password: File with the password of the key.
+        client_ca: CAs of which clients need a certificate.
+        takes_itself: Accept the server's own certificate from clients, because workers request each other's metrics.
     """
 
     cert: Path
@@ -40,7 +40,7 @@ class TlsFiles:
             context.load_cert_chain(self.cert, self.key, self._read_password)
         except OSError as error:  # ssl.SSLError is one
             files = f"--tls-cert {self.cert}" + ("" if self.key is None else f", --tls-key {self.key}")
-            how = "; if the key has a file of its own, name it by --tls-key" if self.key is None else ""
+            how = "; if the key is in a separate file, use --tls-key" if self.key is None else ""
             raise TlsRefused(f"{files}: no certificate with its key in PEM ({_reason(error)}){how}") from error
         if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
@@ -54,12 +54,12 @@ class TlsFiles:
         return context
 
     def own_certificate(self) -> str:
-        """Without those between it and its CA, whose other certificates are not those of clients."""
+        """The server's certificate alone: trusting the intermediates would also admit their other certificates."""
         begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
         return begin + self.cert.read_text().partition(begin)[2].partition(end)[0] + end
 
     def client_context(self) -> ssl.SSLContext:
-        """For a process of the same server: it is reached by an address, which its certificate need not have."""
+        """For connections to other workers, which are reached by an address that the certificate may not contain."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -83,7 +83,7 @@ class Tls:
         self._stale = False
 
     def request_reload(self) -> None:
-        """Read the files again for new connections. May be called by a signal."""
+        """Reload the files for new connections. May be called from a signal handler."""
         self._stale = True
 
     def context(self) -> ssl.SSLContext:

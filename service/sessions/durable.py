@@ -162,7 +162,7 @@ class DurableSessions(MemorySessions):
         raise contended(session_id)
 
     async def _take(self, key: Key, record: Record, attempt: bytes) -> bool:
-        """Take a memory session's record from the store. After StoreUnavailable, the next lookup repeats the attempt."""
+        """Take a memory session's record from the store. After StoreUnavailable, the next lookup repeats it."""
         self._in_doubt[key] = record, attempt
         if len(self._in_doubt) > _MOST_IN_DOUBT:
             del self._in_doubt[next(iter(self._in_doubt))]
