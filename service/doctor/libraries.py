@@ -1,4 +1,4 @@
-"""Shared libraries: the ones that a file needs, and where this process's loader finds them."""
+"""Shared libraries: which ones a file needs, and where this process's loader finds them."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ def needed(file: Path) -> list[str]:
             raise ValueError(f"{file} is not a 64-bit ELF file")
         [table] = unpack_from("<Q", elf, 0x20)
         size, count = unpack_from("<HH", elf, 0x36)
-        # Of each segment: kind, flags, offset in the file, address when loaded, (unused), bytes in the file.
+        # Per segment: kind, flags, offset in the file, address when loaded, (unused), bytes in the file.
         segments = [unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
         [(start, length)] = [(s[2], s[5]) for s in segments if s[0] == _DYNAMIC_SEGMENT]
         entries = list(iter_unpack("<qQ", elf[start : start + length]))

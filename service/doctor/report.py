@@ -1,4 +1,4 @@
-"""What `unroll doctor` finds: the facts of this machine, and a finding with its remedy for each."""
+"""The report of `unroll doctor`: the facts of this machine, and findings with remedies."""
 
 import platform
 import sys
@@ -17,7 +17,7 @@ from unroll.service.doctor.findings import Finding, Status, devices, judge
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a server would be given, which must work.
+    """The store and files of a server, which must work.
 
     Attributes:
         store: A URL.
@@ -36,7 +36,7 @@ def report(device: str, given: Given) -> tuple[list[Finding], dict[str, Any]]:
 
     Args:
         device: The device that must work: cpu, auto, cuda:N or several of these.
-        given: What else must work.
+        given: The store and files that must work.
     """
     facts = examine(device)
     stored, about_store = _examine_store(given.store) if given.store else (None, [])
@@ -47,7 +47,7 @@ def examine(device: str) -> Facts:
     """Collect the facts. This takes about a second on a CPU, and a few on each GPU.
 
     Args:
-        device: Is tried even if it does not seem to exist.
+        device: Tried even if it does not seem to exist.
     """
     found = nvidia_driver.find()
     runtime, problem = None, None
@@ -83,7 +83,7 @@ def _examine_store(url: str) -> tuple[dict[str, Any] | None, list[Finding]]:
 
 
 def _examine_files(given: Given) -> list[Finding]:
-    """Imported on demand, likewise."""
+    """Return the findings. Imported on demand, like the store."""
     try:
         from unroll.service.access.certificate import TlsFiles
         from unroll.service.doctor import files

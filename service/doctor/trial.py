@@ -19,9 +19,9 @@ from unroll.service.telemetry import logs
 
 #: A small LSTM; `make bundles` writes it.
 _BUNDLE = Path(__file__).parent / "tiny" / "1"
-#: The CUDA provider opens it by name for an LSTM or a GRU, and may not list it among its libraries.
+#: The CUDA provider opens it by name for LSTM and GRU layers, and may not list it as a dependency.
 _CUDNN = "libcudnn.so.9"
-#: The driver installs it, not a package.
+#: Installed by the driver, not by a package.
 _DRIVER = "libcuda.so.1"
 
 

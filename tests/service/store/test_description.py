@@ -46,7 +46,7 @@ async def test_a_redis_that_does_not_say_it_or_does_not_answer_is_no_obstacle(re
     redis.client.config_set("appendonly", "yes")
     url = redis.url.replace("://", "://me:secret@")
     said = await where_sessions_are(RedisStoreConfig(url, timeout=5.0), None)
-    assert "does not say" in said["survive"]
+    assert "does not report" in said["survive"]
     down = await where_sessions_are(RedisStoreConfig("redis://me:secret@127.0.0.1:1/0", timeout=5.0), None)
     assert down["where"] == "redis://127.0.0.1:1/0"
     assert "unknown: " in down["survive"]
