@@ -16,6 +16,7 @@ from bench.reference import TOLERANCE, Reference
 from bench.servers import HOST
 from bench.websocket_client import read_outputs, steps_frame, websocket_client
 
+
 class WrongAnswer(Exception):
     """A server gave a wrong answer, so its figures mean nothing."""
 
