@@ -25,7 +25,7 @@ def choose_state(
 
     Args:
         history: where forward reads earlier time steps.
-        attributes: the attributes in which the module keeps state.
+        attributes: the attributes that hold state.
 
     Returns:
         Why a model that could stream does not, or None; and its graph, if it was traced.

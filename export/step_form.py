@@ -1,7 +1,7 @@
 """The step form: a module whose forward computes one time step, with its states as arguments or kept in the module.
 
 `StepForm` calls it once per time step in a Python loop. The rest of export, from lifting to proof, then treats it like
-a module whose own forward loops.
+any module that loops.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ class StepForm(nn.Module):
             step: the module that computes one time step.
             state: the initial value of each state argument.
             outputs: the output that continues each state argument.
-            kept: the initial value of each attribute in which `step` keeps state.
+            kept: the initial value of each attribute that holds state.
             static: the names of inputs without time.
         """
         super().__init__()
@@ -107,7 +107,7 @@ def over_time(
     """Wrap a step module in a `StepForm`, and make example sequences for it.
 
     Args:
-        step: a module whose forward takes (batch, ...) inputs and its states.
+        step: its forward takes (batch, ...) inputs and the states.
         example: the arguments of one step. A missing state defaults to zeros, if forward starts from zeros without it.
         declared: the declared arguments; `state` is empty if the module keeps its state itself.
 
@@ -174,7 +174,7 @@ def _outputs(returned: Any) -> dict[str, Any]:
 
 
 def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, Any]) -> dict[Attribute, StateArgument]:
-    """Find the attributes in which the module keeps state for its next step, with a row per client.
+    """Find the attributes that hold state for the next step, with a row per client.
 
     Args:
         one: the arguments for a batch of one.

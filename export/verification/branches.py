@@ -149,7 +149,7 @@ def _is_even(pairs: list[tuple[_Values, Any]]) -> bool:
 
 
 def _is_final(site: Site, expression: tuple[dis.Instruction, ...], result: bool) -> bool:
-    """Is it a condition like `t >= 0`, whose value cannot change as the number grows?"""
+    """Is it a condition like `t >= 0`, which stays the same as the number grows?"""
     parts = [each for each in expression if each.opname not in _NOTHING]
     columns = iter(zip(*(values for run in site.read.values() for values in run), strict=True))
     sides: list[tuple[Any, ...]] = []
@@ -159,7 +159,7 @@ def _is_final(site: Site, expression: tuple[dis.Instruction, ...], result: bool)
     sign = next(iter(re.findall(r"[<>=!]+", parts[-1].argrepr)), "")
     if not sign or {_kind(each) for each in parts[:-1]} - {"name", "number"} or len(sides) < 2:
         return False
-    sides = sides[-2:]  # one instruction may load two variables, only one of which is compared
+    sides = sides[-2:]  # one instruction may load two variables but compare only one
     fixed = next((index for index, side in enumerate(sides) if len(set(side)) == 1), 0)
     (number, *_), values = sides[fixed], sides[1 - fixed]
     if not all(isinstance(value, (int, float)) and value >= max(number, 0) for value in values):

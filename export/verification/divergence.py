@@ -67,7 +67,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _joins(whole: list[Tensor], pieces: list[list[Tensor]], chunks: Sequence[int]) -> bool:
-    """Do the pieces equal the whole when concatenated along an axis whose size follows the chunk lengths?"""
+    """Do the pieces equal the whole when concatenated along an axis that follows the chunk lengths?"""
     for position, tensor in enumerate(whole):
         parts = [piece[position] for piece in pieces]
         axes = [

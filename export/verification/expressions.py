@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-#: The nodes allowed in an expression that is recomputed: none of them has side effects.
+#: The nodes allowed in an expression that is recomputed: none has side effects.
 _PURE = (
     *(ast.Expression, ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call),
     *(ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.keyword),

@@ -1,4 +1,4 @@
-"""Finds large numbers in the user's code: its behaviour may change once a sequence is as long as one of them.
+"""Finds large numbers in the user's code: its behaviour may change once a sequence reaches their length.
 
 Forward runs, and every pure expression of the code that ran is evaluated again from its source. This finds literals,
 attributes and lengths of tables. Only a run over that many steps shows whether a number matters.

@@ -29,7 +29,7 @@ def check_same_as_original(
     Args:
         exact: the user's own model in float64.
         double, reference: the lifted model in float64.
-        attributes: the attributes in which `exact` keeps state.
+        attributes: the attributes of `exact` that hold state.
 
     Raises:
         ExportError: parity, if the answers differ.

@@ -73,7 +73,7 @@ def check_steady(forward: Callable[[], Any], state: list[Attribute]) -> Any:
 
     Args:
         forward: calls the model on the example.
-        state: the attributes in which the model keeps state.
+        state: the attributes that hold state.
 
     Raises:
         ExportError: keeps_state, if the results differ and the model keeps state; otherwise not_deterministic.

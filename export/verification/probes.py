@@ -35,7 +35,7 @@ def with_reached(reference: Subject) -> Samples:
 
 
 def check_rows(reference: Subject) -> None:
-    """Check that a sequence's outputs do not depend on the other sequences of its batch.
+    """Check that a sequence's outputs do not depend on the rest of the batch.
 
     Raises:
         ExportError: rows_mixed, if they do; not_finite, if an allowed NaN reaches an output or the state.
@@ -94,7 +94,7 @@ def why_not_streamable(subject: Subject, module: StreamingModule) -> str | None:
 
 
 def _why_not_endless(subject: Subject) -> str | None:
-    """Check that a model that counts time steps still runs after millions of them."""
+    """Check that a model that counts time steps still runs after 2**23 steps."""
     row = subject.begin(trials.ENDLESS)
     counts = [slot.offset for slot in subject.manifest.state if slot.kind == "count"]
     row[:, counts] = 1.0  # in units of 2**23
@@ -178,7 +178,7 @@ def padding_differs(served: Subject) -> Differences:
 
 
 def _rows(subject: Subject, values: int, least: int) -> int:
-    """The number of rows whose states hold about `values` values in total, but no fewer than `least`."""
+    """The number of rows with about `values` state values in total, but at least `least`."""
     return max(values // max(subject.manifest.state_size, 1), least)
 
 

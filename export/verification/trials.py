@@ -50,7 +50,7 @@ STREAMING_VALUES, STREAMING_LEAST = 2**16, 8
 LONG = Trial(1, 1024, 53, 54)
 LONG_IF_COUNTED = 16
 
-#: Does a model that counts steps still run after 2**23 of them?
+#: Does a model that counts steps still run after 2**23 steps?
 ENDLESS = Trial(1, 1, 46, 45)
 
 #: Does an output depend on later steps? The seed of the changed future inputs.
