@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     wanted.add_argument("--client", metavar="COMMAND", help="command line of the program that drives the client")
     wanted.add_argument("--list", action="store_true", help="list the conversations without running them")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="only these conversations, such as 'stream-*'")
-    parser.add_argument("--limit", metavar="SECONDS", type=float, default=60.0, help="time limit per command (default: 60)")
+    parser.add_argument(
+        "--limit", metavar="SECONDS", type=float, default=60.0, help="time limit per command (default: 60)"
+    )
     parser.add_argument("--jobs", metavar="N", type=int, default=2, help="concurrent programs (default: 2)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to this file")
     parser.add_argument(
