@@ -277,6 +277,6 @@ def test_a_server_that_others_can_reach_needs_keys_or_a_word(host: str, tmp_path
 def test_keys_and_their_absence_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(SettingsRefused, match="contradict"):
         gather(GIVEN | {"auth": "none", "keys": "keys.toml"})
-    with pytest.raises(SettingsRefused, match="--auth keys needs a file"):
+    with pytest.raises(SettingsRefused, match="--auth keys needs a keys file"):
         gather(GIVEN | {"auth": "keys"})
     assert main([*FLAGS, "--keys", str(tmp_path / "none.toml")]) == 1
