@@ -106,7 +106,7 @@ class _Walk:
         self._nodes_of(function, _FUNCTION_NODE, Scope(), 0)
 
     def _graph(self, graph: memoryview, scope: Scope, depth: int) -> list[bool]:
-        """Walk through a graph. Returns which of its outputs are floats. scope: of the enclosing graph."""
+        """Walk through a graph. Returns which outputs are floats. scope: of the enclosing graph."""
         if depth > _MOST_DEPTH:
             raise BundleError("bundle_too_large", f"model.onnx nests graphs deeper than {_MOST_DEPTH}")
         scope, outputs = scope.inner(), []

@@ -22,7 +22,7 @@ RESERVED_NAMES = frozenset({"state", "state_out", "sequence_lens"})
 
 Dtype = Literal["float32", "int64", "int32", "bool"]
 
-#: The precision in which the graph computes. Inputs, outputs and state are always float32.
+#: The precision of the graph's computation. Inputs, outputs and state are always float32.
 Precision = Literal["float32", "float16", "int8"]
 
 #: Disabled in onnxruntime: crashes on a recurrent layer with float16 weights on the CPU.
@@ -92,7 +92,7 @@ class StaticInput:
     Attributes:
         shape: Shape of one client's value. The row stores it flat, as float32, so an integer's absolute value must be
             below 2**24.
-        offset: Index of its first value in the state row.
+        offset: Index of the first value in the state row.
         limit: As in TensorSpec.
     """
 
@@ -181,10 +181,10 @@ class Manifest:
     tools: dict[str, str]
     #: Missing in manifests that predate reduced precisions.
     precision: Precision = "float32"
-    #: Inputs that are given once; a sequence needs all of them to start.
+    #: Inputs that are given once; a sequence needs all to start.
     static: tuple[StaticInput, ...] = ()
-    #: Sample rates in Hz, by name, of inputs whose time steps are consecutive pieces of a signal, such as sound. For
-    #: clients only; no result depends on them.
+    #: Sample rates in Hz, by name, of inputs where each time step is the next piece of a signal, such as sound. For
+    #: clients only; no result depends on the rates.
     rates: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -202,7 +202,7 @@ class Manifest:
         """Return the state row that a sequence starts from: (state_size,) float32.
 
         Args:
-            static: The static inputs by name, each of its shape.
+            static: The static inputs by name.
 
         Raises:
             ValueError: One is missing, unknown, of another shape, or out of range.

@@ -72,7 +72,6 @@ def build(
     """Load every bundle, and create the application and the state that it shares with the transport.
 
     Args:
-        settings: The settings.
         clock: A clock for tests.
         shared_port: Port shared with other worker processes.
         ticket_secret: Secret shared by all workers.

@@ -35,7 +35,6 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     """Serve until a signal arrives.
 
     Args:
-        settings: The settings.
         exposed: Flags that contain secrets.
 
     Returns:

@@ -22,14 +22,14 @@ import structlog
 
 _log = structlog.get_logger(__name__)
 
-#: Environment variable of a worker: its number from 1, the descriptors of its listening socket and its link, a secret.
+#: Environment variable of a worker: number from 1, descriptors of the listening socket and the link, secret.
 _VARIABLE = "UNROLL_WORKER"
 _BACKLOG = 2048
 #: Delays before a restart in seconds. There is none if the worker served for long. The first applies if it served or
-#: was killed, the others after repeated failures to start.
+#: was killed, the rest after repeated failures to start.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 _LONG = 10.0
-#: Signals that a crash raises. Others come from outside, for example SIGKILL when memory runs out.
+#: Signals that a crash raises. Any other comes from outside, for example SIGKILL when memory runs out.
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
 
 

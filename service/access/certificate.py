@@ -21,7 +21,7 @@ class TlsFiles:
         cert: The server's certificate chain.
         key: The certificate's private key; None if it is in the same file.
         password: File with the password of the key.
-        client_ca: CAs of which clients need a certificate.
+        client_ca: CAs that must have issued the clients' certificates.
         takes_itself: Accept the server's own certificate from clients, because workers request each other's metrics.
     """
 

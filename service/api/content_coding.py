@@ -19,7 +19,7 @@ def check_coding(coding: bytes) -> None:
 
 
 def decoded(body: bytes, coding: bytes, limit: int) -> bytes | asyncio.Future[bytes]:
-    """Decompress a body whose coding `check_coding` accepted; a long one in a thread.
+    """Decompress a body after `check_coding`; a long one in a thread.
 
     Raises:
         InvalidRequest: The body is damaged.

@@ -114,7 +114,7 @@ def http_error(status: int, detail: str, is_v2: bool) -> Answer:
     )
 
 
-#: Statuses whose phrase in Python is unsuitable or differs between versions.
+#: Codes of statuses for which Python's phrase is unsuitable or differs between versions.
 _CODES = {400: e.InvalidRequest.code, 414: "uri_too_long", 499: e.Cancelled.code}
 
 

@@ -125,8 +125,6 @@ class Feedback:
 
     Args:
         spec: The map.
-        codec: The model's codec.
-        manifest: The model's manifest.
         steps: Number of steps that are fed back.
         begin: Position of the first of these steps.
 

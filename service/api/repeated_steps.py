@@ -17,7 +17,7 @@ from unroll.service.scheduler.session import Session
 
 
 class RepeatedStep:
-    """A step in raw bytes whose headers equal those of a previous step, except for numbers.
+    """A step in raw bytes with the same headers as a previous step, except for numbers.
 
     Args:
         request: The first such step of the connection.

@@ -160,7 +160,7 @@ def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tens
 
 #: Called once with the answer to a request.
 Respond = Callable[[Answer], None]
-#: Cancels the work on a request whose client disconnected.
+#: Cancels the work on a request after its client disconnected.
 Cancel = Callable[[], object]
 
 

@@ -1,7 +1,7 @@
 """Rollouts, from the request to the outputs of each step, for both HTTP and streams.
 
-A rollout on a fork runs on a private copy of the session's state. A rollout on the session is one of its chunks: it is
-applied once, as a whole, at its end, and a retry gets the same outputs.
+A rollout on a fork runs on a private copy of the session's state. A rollout on the session is a chunk: it is applied
+once, as a whole, at its end, and a retry gets the same outputs.
 """
 
 import asyncio

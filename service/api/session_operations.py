@@ -67,7 +67,7 @@ async def open_session(
     durability: str | None = None,
     **start: Unpack[Start],
 ) -> tuple[ServedModel, Session]:
-    """Open a session whose state the server keeps."""
+    """Open a session that the server keeps."""
     served = _version_of(app, model, **start)
     require_streamable(served)
     app.refuse_if_draining()

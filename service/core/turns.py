@@ -15,7 +15,7 @@ LONG_BYTES = 65_536
 
 
 class Turns:
-    """The queue of waiting slices. Each turn of the event loop runs one of them."""
+    """The queue of waiting slices. Each turn of the event loop runs one."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()

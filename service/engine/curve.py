@@ -23,7 +23,7 @@ _TURN_SECONDS = 20e-6
 _SEVERAL_STEPS = 16
 #: Rounds over all points; a later round corrects a measurement that other work disturbed.
 _ROUNDS = 16
-#: A point is known once this many of its lowest measurements differ by at most this share.
+#: A point is known once this many of the lowest measurements differ by at most this share.
 _AGREEING, _AGREE_WITHIN = 3, 0.1
 #: Another model's curve is reused if the smallest and the largest call differ by at most this share.
 _ALIKE_WITHIN = 0.25
@@ -74,7 +74,7 @@ class Curve:
         return self._first[rows] + (steps - 1) * self._further[rows]
 
     def best_rows(self, steps: int = 1) -> int:
-        """Return the fewest rows of a call in which a row costs at most 3 % more than in the cheapest call."""
+        """Return the fewest rows at which a row costs at most 3 % more than in the cheapest call."""
         each = [(rows, (self.seconds(rows, steps) + _TURN_SECONDS) / rows) for rows, _ in self.single]
         lowest = min(seconds for _, seconds in each)
         return next(rows for rows, seconds in each if seconds <= lowest * (1 + _WORTH_WAITING))
@@ -169,7 +169,7 @@ def _sizes(max_batch: int, steps: int, long_rows: int) -> list[Size]:
 
 
 def _estimate(best: dict[Size, float], size: Size) -> float:
-    """Return the most seconds that a call will take, from earlier calls of its size or of smaller ones."""
+    """Return the most seconds that a call will take, from earlier calls of this or a smaller size."""
     if size in best:
         return best[size]
     rows, steps = size

@@ -69,7 +69,7 @@ class Engine(Protocol):
     def launch(self, rows: Rows) -> Callable[[], BatchResult] | None:
         """Start a batch on the device and return a function that waits for its result.
 
-        Wait for results in order, and keep at most `MAX_LAUNCHED` of them outstanding.
+        Wait for results in order, and keep at most `MAX_LAUNCHED` outstanding.
 
         Returns:
             The function, or None if the engine can only `run` this batch.

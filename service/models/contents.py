@@ -8,7 +8,7 @@ from unroll.bundle.errors import printable
 from unroll.bundle.files import read_regular
 from unroll.bundle.manifest import is_version
 
-#: A file in a model's folder with the number of its current version.
+#: A file in a model's folder with the number of the current version.
 POINTER = "serve"
 #: A file in a version's folder that retires the version. The manifest must stay, so that its sessions are recognised.
 MARK = "retired"

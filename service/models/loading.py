@@ -48,7 +48,7 @@ class ModelOptions:
 
     Attributes:
         spill_bytes: Host memory for idle sessions that lost their row.
-        trusted_keys: Keys of which one must have signed a bundle; None: signatures are not required.
+        trusted_keys: Public keys of trusted signers; None: signatures are not required.
         trial: Limits for trying a bundle; its `calls` and `slack` are set by the server.
         fill_memory: Ignore `sessions.capacity` and allow as many sessions as fit in `engine.memory_share`, per device.
     """
@@ -87,9 +87,7 @@ class ModelLoader:
     """Loads a bundle on every device.
 
     Args:
-        options: The options.
         devices: Device names, each with the executor of its engine thread.
-        store: The store, if any.
         spill: Keeps an idle session that must give up its row; returns False if it cannot.
         is_verified: Whether the running call has looked up the session in the store, by model and id.
     """
@@ -116,7 +114,6 @@ class ModelLoader:
         """Load a version on every device; the instances share their statistics.
 
         Args:
-            path: The bundle.
             known: Identities of bundles that are already loaded; the result is then empty.
             seconds: Processor time for the trial, if less than the limit.
 

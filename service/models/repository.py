@@ -26,9 +26,7 @@ class ModelRepository:
     """Loads, starts, retires and stops versions.
 
     Args:
-        path: The folder.
         versions: The index of versions to maintain.
-        loader: Loads bundles.
         has_spilled: Whether there are spilled sessions of the version with this digest.
         on_crash: Called when a model's loop ends with an error.
         serve: Current version by model name; overrides the model's pointer.
@@ -200,7 +198,6 @@ class ModelRepository:
 
         Args:
             key: Name and version.
-            contents: The repository's contents.
             refused: Receives the reason if the bundle is refused.
             seconds: Processor time for its trial; None for the limit.
 

@@ -94,7 +94,6 @@ class Trials:
         """Return the largest differences from PyTorch on the CPU.
 
         Args:
-            content: The bundle.
             seconds: Processor time for the trial, if less than the limit.
 
         Raises:

@@ -21,8 +21,8 @@ class ModelVersions:
         refused: Bundles of the repository that are not served. The version is empty if the model's folder cannot be
             listed.
         current: Current version of each model.
-        misdirected: Reasons by name of models whose pointer is not a version served here. They keep their current
-            version.
+        misdirected: Reasons by name of models with a pointer to a version that is not served here. They keep their
+            current version.
         retired: Name and digest of versions that the operator retired.
         announced: Name and version of versions that are expected, according to the repository or the operator.
         missing: Name, and digest or version, of expected versions that were requested since the last check of the

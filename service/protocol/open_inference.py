@@ -141,7 +141,7 @@ class RepeatedText:
 
     def __init__(self) -> None:
         self._request: InferRequest | None = None
-        self._before = self._after = b""  # the text around the id; if the id may not vary, all of it is before
+        self._before = self._after = b""  # the text around the id; all is before if the id may not vary
 
     def parse(self, body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
         """Like the function `parse`. The request is valid until the next call."""
@@ -222,7 +222,7 @@ def read_step(request: InferRequest, specs: Sequence[TensorSpec]) -> bytes | Non
 
 
 def encode(head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]) -> tuple[bytes, int | None]:
-    """Encode a response. Returns the body, and the length of its JSON if tensors follow. outputs: as for `describe`."""
+    """Encode a response. Returns the body, and the JSON's length if tensors follow. outputs: as for `describe`."""
     document, binary = describe(head, outputs)
     text = json.dump(document)
     return (text + binary, len(text)) if binary else (text, None)

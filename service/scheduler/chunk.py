@@ -91,7 +91,7 @@ class Chunk(Work):
 
     @property
     def is_new(self) -> bool:
-        """Whether it is waiting and no step of it has run."""
+        """Whether it is waiting and has run no step."""
         return self.outcome is None and self.done == 0
 
     @property
@@ -135,7 +135,7 @@ class GroupReply:
 class Group(Work):
     """The next T steps of several idle sessions, accepted, run and answered as a unit.
 
-    A group is never cancelled. A session that is closed meanwhile stays until the group is done.
+    A group is never cancelled. A session that is closed stays until the group is done.
 
     Attributes:
         inputs: Each (len(sessions), time, *shape).

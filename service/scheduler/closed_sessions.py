@@ -69,7 +69,7 @@ class ClosedSessions:
 
     def __init__(self, limits: SessionLimits) -> None:
         self._limits = limits
-        self._of_tenants: OrderedDict[str, _Ends] = OrderedDict()  # in the order in which they are checked for expiry
+        self._of_tenants: OrderedDict[str, _Ends] = OrderedDict()  # in the order of expiry checks
         self._count = self._bytes = 0
 
     def __len__(self) -> int:

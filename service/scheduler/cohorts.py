@@ -1,7 +1,7 @@
 """Cohorts: sessions that repeatedly step together are handled as one record.
 
-A cohort steps, rests, expires and is evicted like a single session. Code that needs one of its sessions detaches it,
-which dissolves the cohort and leaves each session as if it had never been in one.
+A cohort steps, rests, expires and is evicted like a single session. Code that needs one session detaches it, which
+dissolves the cohort and leaves every session as it would be without.
 """
 
 from collections.abc import Callable, Iterator

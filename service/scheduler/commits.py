@@ -84,7 +84,7 @@ class Commits:
         batch_rows: int,
         now: float,
     ) -> None:
-        """Complete pending work with the results of its commits.
+        """Complete pending work after its commits.
 
         After an error, the store may or may not have the commit. The copy of the session here is stale, and all its
         accepted work fails.
@@ -93,7 +93,7 @@ class Commits:
             pending: The work that the commits were built from.
             commits: Returned by `of`.
             errors: Result of each commit; None on success.
-            batch_rows: Rows of the batch in which the work ran.
+            batch_rows: Rows of the work's batch.
         """
         self._completion.batch_rows = batch_rows
         results = zip(commits, errors, strict=True)
@@ -142,7 +142,7 @@ class Commits:
 
 
 def _note(session: Session, commit: Commit, error: UnrollError | None) -> Sequence[Work]:
-    """Update the session with the result of its commit. Returns the work queued behind it, which must fail."""
+    """Update the session after its commit. Returns the work queued behind it, which must fail after an error."""
     durable = session.durable
     assert durable is not None
     if error is None:

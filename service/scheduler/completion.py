@@ -81,7 +81,7 @@ class Completion:
         return commits
 
     def complete(self, chunk: Chunk, outputs: Tensors, now: float) -> None:
-        """Apply and answer a chunk whose steps have all run and, if its session is durable, are in the store."""
+        """Apply and answer a chunk after all steps have run and, if its session is durable, are in the store."""
         self.counters.chunks += 1
         self.counters.steps += chunk.length
         reply = Reply(outputs, chunk.start + chunk.length)

@@ -53,7 +53,7 @@ class Lanes:
         #: By length class, in the order of their turns. A lane becomes a fair queue once it exceeds one batch.
         self._lanes: dict[int, _Lane] = {}
         self._starved: FairQueue[Chunk] = FairQueue()  # chunks waiting for a free workspace
-        self._sweep_at = 0.0  # when to check all of them again
+        self._sweep_at = 0.0  # time of the next sweep
 
     def __iter__(self) -> Iterator[Chunk | Group]:
         for lane in self._lanes.values():

@@ -47,7 +47,7 @@ class SessionLimits:
         idle_timeout: Seconds; None keeps idle sessions forever.
         tombstone_life: Seconds for which a tombstone is kept.
         tombstones: Number of tombstones.
-        duplicates_life: Seconds after a session's end during which a repeat of its opening request is recognised.
+        duplicates_life: Seconds after a session's end during which a repeated opening request is recognised.
         closing_reply_bytes: Total size of the replies kept for retries of chunks that closed sessions.
         reply_bytes: Total size of the replies kept for other retries, except small single steps, which have a table.
     """

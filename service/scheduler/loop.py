@@ -205,7 +205,7 @@ class Loop:
             await self._work.wait()
 
     async def _begin(self, batch: Batch) -> None:
-        """Launch the batch if the device runs asynchronously, so that replies can be sent meanwhile; else run it."""
+        """Launch the batch if the device runs asynchronously, so that replies can be sent; else run it."""
         for slot, row in batch.uploads:
             self.engine.write(slot, row)
         started = perf_counter()

@@ -39,7 +39,7 @@ class Overload:
         self._refused_at = -math.inf
         self._began: float | None = None  # start of the round
         self._waited = 0.0  # seconds of work that was waiting at the start
-        self._growing = 0  # consecutive rounds in which more work arrived than ran
+        self._growing = 0  # consecutive rounds with more arriving than completed work
 
     def begins(self, in_flight: int, wait: float, now: float) -> bool:
         """Update after a batch; return whether an overload has just begun.

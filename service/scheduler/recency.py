@@ -1,4 +1,4 @@
-"""The order of last use, as a linked list in which several entries can replace one."""
+"""The order of last use, as a linked list where several entries can replace one."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -49,7 +49,7 @@ class Recency(Generic[T]):
             last.newer, entry.older, entry.newer, ends.older = entry, last, ends, entry
 
     def replace(self, entry: T, others: Iterable[T]) -> None:
-        """Replace an entry with others, in order."""
+        """Replace an entry with several, in order."""
         for other in others:
             _link(other, entry.older, entry)
         self.remove(entry)

@@ -35,7 +35,7 @@ class ReplayCache:
     def __init__(self, traits: ModelTraits, rows: int, limit: int) -> None:
         self._outputs = traits.outputs
         self._limit = limit
-        self._largest = limit // _LEAST_REPLIES  # bytes of one reply: a few large ones must not displace all others
+        self._largest = limit // _LEAST_REPLIES  # bytes of one reply: a few large ones must not displace the rest
         self.kept_bytes = 0
         fits = StepTable.fits(traits.inputs, traits.outputs)
         self._steps = StepTable(rows, traits.inputs, traits.outputs) if fits else None
@@ -100,7 +100,7 @@ class ReplayCache:
     # ── recognising ──────────────────────────────────────────────────────────────────────────────
 
     def recognise(self, session: Session, chunk: Chunk) -> Chunk | Reply:
-        """Find the accepted chunk of which `chunk` is a retry, or the reply if that chunk was applied.
+        """Find the accepted chunk that `chunk` repeats, or the reply if that chunk was applied.
 
         Raises:
             PositionGap: The position is ahead of the session.
@@ -163,7 +163,7 @@ class ReplayCache:
     # ── records ──────────────────────────────────────────────────────────────────────────────────
 
     def kept(self, session: Session) -> tuple[Kept, ...]:
-        """The session's remembered chunks, in the form of its record."""
+        """The session's remembered chunks, in record form."""
         return _kept(self.applied_chunks(session))
 
     def last_after(self, session: Session, chunk: Chunk, outputs: Tensors) -> bytes:

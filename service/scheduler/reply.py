@@ -42,7 +42,7 @@ Outcome = Reply | UnrollError
 class AppliedChunk:
     """A chunk that a session has consumed.
 
-    start: position of its first step. digest: payload digest, which identifies a retry. reply: None if it was not kept.
+    start: position of the first step. digest: payload digest, which identifies a retry. reply: None if it was not kept.
     """
 
     start: int
@@ -55,7 +55,7 @@ class AppliedChunk:
 
 
 def payload_digest(inputs: Tensors) -> bytes:
-    """Digest of a payload's values, independent of the encoding in which the client sent them."""
+    """Digest of a payload's values, independent of the client's encoding."""
     digest = _NOTHING.copy()
     for array in inputs:
         digest.update(array.tobytes())

@@ -1,7 +1,7 @@
 """Rollouts: chunks that compute their later inputs from their own outputs, one time step at a time.
 
-A rollout is a chunk that runs in pieces. Each of its steps waits in the lane of single steps, so it shares batches with
-other sessions' steps. Like every chunk, it is applied as a whole or not at all.
+A rollout is a chunk that runs in pieces. Each step waits in the lane of single steps, so it shares batches with other
+sessions' steps. Like every chunk, a rollout is applied as a whole or not at all.
 """
 
 from collections.abc import Callable

@@ -105,7 +105,7 @@ class Session(Used):
         applied: The kept chunks, latest last. None if `depth` is 1 and the last chunk was a single step, which the
             replay cache has in its table.
         opened_with: Digest of the request that opened it at position 0. A late duplicate must not open it again.
-        origin: The first part of its record, once it has one.
+        origin: The first part of the record, once there is one.
         durable: The link to the store; None for a memory session.
         stream: Number of the stream that it was last bound to; 0 if none.
     """

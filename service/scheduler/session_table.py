@@ -72,7 +72,7 @@ class SessionTable:
         self._spill = spill
         self._on_end = on_end
         self._live: dict[str, Session] = {}
-        self._recency: Recency[Session | Cohort] = Recency()  # open sessions, and cohorts of them
+        self._recency: Recency[Session | Cohort] = Recency()  # open sessions and cohorts
         self._leaving: set[Session] = set()
         self.cohorts = Cohorts(self._recency, on_dissolved)
         self.closed = ClosedSessions(limits)
@@ -104,7 +104,7 @@ class SessionTable:
         Args:
             position: Steps that it has already consumed elsewhere.
             origin: For a session that has a record or will have one.
-            token: Token of its last commit, if there was one.
+            token: Token of the last commit, if there was one.
 
         Raises:
             SessionExists: A session with this id is open.
@@ -220,14 +220,14 @@ class SessionTable:
         """Close a session.
 
         Args:
-            last: The chunk that closed it, if a retry of it must be answered.
+            last: The chunk that closed it, if retries must be answered.
             running: The session has running work, which completes first.
         """
         self._take_out(session, "leave" if running else "end")
         self.closed.add(session.id, SessionClosed, now, session.opened_with, last)
 
     def expire(self, now: float) -> None:
-        """Remove every session whose idle timeout has passed."""
+        """Remove every session past its idle timeout."""
         while (oldest := self._recency.oldest) is not None:
             progress = oldest if isinstance(oldest, Cohort) else oldest.own_progress
             if now - progress.last_used < self._idle_timeout:

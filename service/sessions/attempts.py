@@ -1,4 +1,4 @@
-"""Repeats a call whose session needs a store lookup first, or was updated by another replica."""
+"""Repeats a call after a store lookup of its session, or after another replica updated the session."""
 
 from collections.abc import Callable
 

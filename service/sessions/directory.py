@@ -32,7 +32,7 @@ class SessionDirectory:
         return found if isinstance(found, Record) else self.spilled.find_stranded(name, session_id)
 
     def check_closing_chunk(self, name: str, session_id: str, chunk: Chunk) -> None:
-        """Raise the error of `ModelVersions.home` if this chunk closed a session whose version is not here.
+        """Raise the error of `ModelVersions.home` if this chunk closed a session of a version that is not here.
 
         Only that version can read the kept reply.
         """

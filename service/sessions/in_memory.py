@@ -173,7 +173,7 @@ class MemorySessions:
         return await self.verified(name, session_id, close_here)
 
     def _close_stranded(self, name: str, version: str | None, session_id: str) -> Record | None:
-        """Close a session whose version is not here. If its record has a token, the caller closes it in the store."""
+        """Close a session of a missing version. If the record has a token, the caller closes it in the store."""
         stranded = self.directory.find_stranded(name, session_id)
         others = [model.version for model in self.directory.versions.of(name)]
         if stranded is None or not others:

@@ -84,7 +84,7 @@ class SpilledSessions:
         """Keep an idle session that is about to lose its row.
 
         Args:
-            at_cost: Whether sessions of its tenant, including itself, may be evicted to make room.
+            at_cost: Whether the tenant's sessions, including this one, may be evicted to make room.
 
         Returns:
             False if there is no room for it.

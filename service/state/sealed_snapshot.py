@@ -25,7 +25,7 @@ _MOST_NAME = 255
 
 
 class SnapshotKeys:
-    """Seals snapshots with the first key, and opens snapshots sealed with any of them.
+    """Seals snapshots with the first key, and opens snapshots sealed with any key.
 
     To rotate keys, put the new one first. Remove the old one when no snapshot sealed with it is in use.
     """

@@ -54,7 +54,7 @@ class Snapshot:
 
     @classmethod
     def from_bytes(cls, content: bytes, *, digest: str, state_size: int) -> Self:
-        """Read a snapshot of the model `digest`, whose state row has `state_size` values.
+        """Read a snapshot of the model `digest` with `state_size` values per row.
 
         Raises:
             SnapshotInvalid: The snapshot is damaged.

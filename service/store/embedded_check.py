@@ -157,7 +157,7 @@ def _is_in_use(folder: Path) -> bool:
 
 
 def _check_transactions(data: Path, synced: Path) -> None:
-    """Raises StoreUnavailable if LMDB would fall back to an earlier state, in which sessions look sound."""
+    """Raises StoreUnavailable if LMDB would fall back to an earlier state, which looks sound."""
     for _ in range(5):  # servers may commit between the two reads
         numbers = _transactions(data)
         if abs(numbers[0] - numbers[1]) == 1 or max(numbers) == 0:

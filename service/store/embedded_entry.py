@@ -3,7 +3,7 @@
 LMDB holds one entry per session, under MODEL/SESSION. Integers are little-endian.
 
 header   see `envelope.py`: magic "UNRE", format version 1, tag: 0 session, 1 closed, 2 expired; 1 and 2 are traces
-then     expires f64, the end of the session or of its trace; token 16 bytes; length of the name u16, the name
+then     expires f64, the end of the session or trace; token 16 bytes; length of the name u16, the name
 body     session: the record as in `record.py`; trace: position u64, origin, last
 end      BLAKE2b-128 of all preceding bytes
 

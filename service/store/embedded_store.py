@@ -296,7 +296,7 @@ def _page(after: bytes, limit: int, own: bytes, transaction: Any, now: float) ->
 
 
 def _following(cursor: Any, after: bytes, own: bytes) -> Iterator[tuple[bytes, Any]]:
-    """The entries after a place whose session ids start with `own`; others are skipped."""
+    """The entries after a place, skipping those with session ids that do not start with `own`."""
     found = cursor.set_range(after + b"\0")
     while found:
         place = bytes(cursor.key())

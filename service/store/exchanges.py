@@ -34,7 +34,7 @@ class Exchanges(Generic[C]):
 
     Args:
         execute: Performs calls. Returns a reply or an exception per call; raises if there are no replies.
-        failures: Exceptions that `execute` raises if the store is unavailable. Others are logged with a traceback.
+        failures: Exceptions of `execute` if the store is unavailable. Any other is logged with a traceback.
         timeout: Seconds without an answer after which calls fail.
         most: Maximum number of concurrent exchanges.
         cancels: Whether to cancel a late exchange. If not, it keeps running until it ends.
@@ -111,7 +111,7 @@ class Exchanges(Generic[C]):
         self._send()
 
     def _tick(self) -> None:
-        """Fail the calls that have waited too many ticks. A pause of this process, in which it could not read answers,
+        """Fail the calls that have waited too many ticks. A pause of this process, when it could not read answers,
         counts as one tick."""
         self._timer = None
         for task, exchange in self._under_way.items():

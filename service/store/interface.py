@@ -47,7 +47,7 @@ class Listed:
     """An open session.
 
     Attributes:
-        digest: SHA-256 of its model, hexadecimal.
+        digest: SHA-256 of the model, hexadecimal.
         durability: One of `DURABILITIES`.
         expires_in: Seconds until it expires unless it is used; None for never.
     """

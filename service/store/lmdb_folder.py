@@ -155,7 +155,7 @@ class LmdbFolder:
         environment.reader_check()  # only now: a killed process's reader may protect the state in `synced`
 
     def sizes(self) -> dict[str, int]:
-        """Sizes of the file and of its pages in use, in bytes."""
+        """Sizes of the file and of the pages in use, in bytes."""
         pages = self._environment.stat()
         used = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
         return {"file": _size_of(self.folder / "data.mdb"), "used": used}

@@ -57,8 +57,8 @@ class Origin:
     Attributes:
         model: SHA-256 of the model, hexadecimal.
         durability: One of `DURABILITIES`.
-        born: Distinguishes the session from others with the same id.
-        opened_with: Digest of the request whose steps opened the session at position 0; empty if none did.
+        born: Distinguishes sessions with the same id.
+        opened_with: Digest of the steps request that opened the session at position 0; empty if none did.
     """
 
     model: str

@@ -175,7 +175,7 @@ def _at_sentinels(scheme: str, rest: str, timeout: float, options: dict[str, Any
     own: dict[str, Any] = dict(parse_url(redis_url))
     del own["host"]
     over_tls = own.pop("connection_class", None) is not None
-    # Each gets a share of the time, so that the last is still queried if the others do not answer.
+    # Each gets a share of the time, so that the last is queried even if the rest do not answer.
     share = timeout / (len(sentinels) + 1)
     asking = {"socket_connect_timeout": share, "socket_timeout": share, "retry": Retry(NoBackoff(), 0), "ssl": over_tls}
     asking |= {name: value for name, value in own.items() if name.startswith("ssl_")}

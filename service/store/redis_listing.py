@@ -1,6 +1,6 @@
 """Lists the open sessions in Redis in pages: one SCAN per page, and node after node in a cluster.
 
-The name of a page consists of its node's number, SCAN's cursor, and the last key of the previous page at that cursor.
+A page's name consists of the node's number, SCAN's cursor, and the last key of the previous page at that cursor.
 """
 
 import struct

@@ -44,8 +44,8 @@ _ANY = b"*"
 _ATTEMPT_SECONDS, _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 5.0, 60.0
 
 # Unused and unknown arguments are empty. The first write of a session carries its `origin`. `finish` returns the
-# position if it closed the session. It succeeds without memory for a tombstone, except for a step, whose reply the
-# tombstone holds. The SET before the calls has no effect, except that a read-only replica, which may be stale, refuses.
+# position if it closed the session. It succeeds without memory for a tombstone, except for a step, since the tombstone
+# has the step's reply. The SET before the calls only makes a read-only replica, which may be stale, refuse all calls.
 _SCRIPT = """
 local call, does = redis.call, {}
 function does.write(state, gone, expected, token, record, position, origin)

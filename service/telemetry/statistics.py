@@ -8,7 +8,7 @@ class Statistics:
     """Counts since the model was loaded.
 
     A row is a request's part of a batch; a request that runs in pieces has rows in several batches. A batch's duration
-    counts for each of its rows, because each of them waited for it.
+    counts for every row, because every row waited for it.
 
     warm_up: (rows, steps, seconds) of the calls measured at load. best_rows: the best batch size among them.
     """

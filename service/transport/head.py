@@ -127,7 +127,7 @@ def without_offer(method: bytes, version: str, url: bytes, fields: Fields) -> by
 
 
 def refusal_of(error: httptools.HttpParserError) -> Refused:
-    """The answer to a request that the parser, or one of its callbacks, rejected."""
+    """The answer to a request that the parser or a callback rejected."""
     cause = error.__context__
     if isinstance(cause, Refused):
         return cause

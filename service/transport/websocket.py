@@ -25,7 +25,7 @@ _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
 _TURN_SECONDS, _TURN_BYTES = 0.0005, 16_384
 #: Maximum length of a close reason.
 _MAX_REASON = 120
-#: Seconds in which a client that violated a limit may read the reason.
+#: Seconds for a client that violated a limit to read the reason.
 _LINGER_SECONDS = 1.0
 
 #: The extension in the ASGI scope that contains the `DirectLink`.
@@ -87,8 +87,8 @@ def stream_protocol(turns: Turns, held: HeldBytes) -> type["StreamProtocol"]:
 class StreamProtocol(WebSocketsSansIOProtocol):
     """Offers its connection as a `DirectLink`, and behaves like uvicorn's protocol until that is attached.
 
-    Received data is split into frames here. Complete binary messages go to the stream, everything else to the library,
-    whose generator-based parser is several times as expensive.
+    Received data is split into frames here. Complete binary messages go to the stream, everything else to the library.
+    The library's generator-based parser is several times as expensive.
     """
 
     turns: Turns

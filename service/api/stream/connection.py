@@ -1,4 +1,4 @@
-"""One stream connection: it carries many sessions, and a frame has chunks of several of them.
+"""One stream connection: it carries many sessions, and a frame has chunks of several sessions.
 
 This package implements the protocol. It receives and answers messages through a `Link`, independent of the web server.
 Only `control` awaits anything, namely the store:
@@ -42,8 +42,6 @@ class Connection:
     """Handles the messages of a link.
 
     Args:
-        app: The state of the server.
-        tenant: The tenant; empty without keys.
         model: `name` or `name:version`.
         link: The connection, which may not be accepted yet.
         call_soon: The event loop's.

@@ -29,8 +29,6 @@ class Handles:
     """Opens, finds and closes the sessions of a connection.
 
     Args:
-        app: The state of the server.
-        tenant: The tenant; empty without keys.
         model: `name` or `name:version`.
         served: The connection's first version. Sessions of other versions must have the same inputs and outputs.
         on_unbind: Called when a handle becomes free.
@@ -53,7 +51,7 @@ class Handles:
         self._on_unbind = on_unbind
         self.by_model: dict[ServedModel, dict[int, Session]] = {}
         self._count = 0
-        self._opening: set[int] = set()  # handles whose sessions are being opened
+        self._opening: set[int] = set()  # handles of sessions that are being opened
 
     def __len__(self) -> int:
         return self._count
@@ -234,5 +232,5 @@ def check_present(served: ServedModel, session: Session) -> None:
 
 
 def replaced(session: Session) -> SessionClosed:
-    """The error for a session whose id now belongs to another session."""
+    """The error for a session after another was opened with its id."""
     return SessionClosed(f"session {shown(session.id)!r} was closed; its id now belongs to another session")

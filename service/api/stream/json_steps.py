@@ -55,7 +55,7 @@ class JsonSteps:
         self._replies.answer_text(entry, self._outputs(entry, reply))
 
     def _answer_with_rows(self, entry: SingleEntryFrame, reply: Reply) -> None:
-        """Answer with the size of the batch in which the chunk ran; null for a remembered reply."""
+        """Answer with the size of the chunk's batch; null for a remembered reply."""
         found = self._handles.find(entry.handle)
         rows = None if found is None else found[0].scheduler.answered_rows or None
         self._replies.answer_text(entry, {**self._outputs(entry, reply), "batch_rows": rows})

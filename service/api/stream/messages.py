@@ -41,7 +41,7 @@ class HandlesRequest(Strict):
 
 
 class StepsRequest(Strict):
-    """One chunk of a session, in JSON instead of a frame. batch_rows: include the size of its batch in the answer."""
+    """One chunk of a session, in JSON instead of a frame. batch_rows: include the chunk's batch size in the answer."""
 
     op: Literal["steps"]
     handle: Handle

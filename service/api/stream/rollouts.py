@@ -41,7 +41,7 @@ class StreamRollouts:
         await call.begin()
 
     def stop(self, handle: int) -> None:
-        """Stop the handle's rollout, if there is one; no more of its steps are sent."""
+        """Stop the handle's rollout, if there is one; no more steps are sent."""
         if (call := self.running.pop(handle, None)) is not None:
             call.cancel()
             self.flow.release(1, 0)

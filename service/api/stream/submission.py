@@ -121,7 +121,7 @@ class PendingChunk:
 
 
 class FrameSubmitter:
-    """Submits frames, retries chunks whose session another replica updated, and passes outcomes to the replies.
+    """Submits frames, retries chunks after another replica updated their session, and passes on outcomes.
 
     Args:
         recurring: The connection's recurring frames; cleared when a handle is unbound.
@@ -311,7 +311,7 @@ class FrameSubmitter:
 def _members(
     bound: dict[int, Session], handles: list[int], faults: dict[int, UnrollError]
 ) -> tuple[list[int], list[Session]]:
-    """The valid entries whose handles are in `bound`, and their sessions."""
+    """The valid entries with a handle in `bound`, and their sessions."""
     members = [session for handle in handles if (session := bound.get(handle)) is not None]
     if len(members) == len(handles) and not faults:
         return list(range(len(handles))), members

@@ -54,7 +54,11 @@ def test_signals(
     assert process.end() == 0
     assert not [line for line in process.log if line["level"] not in ("info", "debug")]
     (kept,) = [line for line in process.log if line["event"] == "sessions"]
-    assert (kept["durability"], kept["where"], kept["survive"]) == ("memory", "memory", "nothing; --store keeps them")
+    assert (kept["durability"], kept["where"], kept["survive"]) == (
+        "memory",
+        "memory",
+        "nothing; use --store to keep them",
+    )
 
 
 def test_the_log_has_no_headers_at_any_level(start_process: StartProcess) -> None:
