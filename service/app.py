@@ -28,6 +28,7 @@ from unroll.service.api import (
     statistics_routes,
 )
 from unroll.service.api.admission import Admission, refusals
+from unroll.service.api.all_workers import AllWorkers
 from unroll.service.api.answer_log import ERROR, LogAnswers
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import http_error, open_inference_error, problem
@@ -35,7 +36,6 @@ from unroll.service.api.http_methods import HeadAsGet, allowed_methods
 from unroll.service.api.path_segments import EncodedSlashes
 from unroll.service.api.request import Disconnected
 from unroll.service.api.stream import endpoint
-from unroll.service.api.worker_metrics import WorkerMetrics
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
@@ -66,13 +66,13 @@ _PREFLIGHT_SECONDS = 600
 def build(
     settings: Settings,
     clock: Clock | None = None,
-    shared_port: int | None = None,
+    workers: AllWorkers | None = None,
     ticket_secret: bytes | None = None,
 ) -> tuple[FastAPI, AppState]:
     """Load every bundle, and make the application and the state that the transport shares with it.
 
     Args:
-        shared_port: The port that other worker processes listen on, too.
+        workers: All worker processes, if there are several.
         ticket_secret: Of all workers.
 
     Raises:
@@ -107,7 +107,7 @@ def build(
         settings.api_limits(),
         settings.default_durability,
         SnapshotKeys(keys) if keys else None,
-        shared_port,
+        workers,
         gate,
         RequestLog(settings.log_requests),
     )
@@ -117,10 +117,8 @@ def build(
         app.include_router(page_routes.router())
     if settings.allowed_origins:
         _allow_pages_of(app, settings.allowed_origins)
-    operator = app
-    if settings.admin_port is not None:
-        operator = app.state.operator = _fastapi(state, None)
-    operator.include_router(health_routes.metrics_router(state, _worker_metrics(settings)))
+    operator = app.state.operator = app if settings.admin_port is None else _fastapi(state, None)
+    operator.include_router(health_routes.metrics_router(state))
     _add_administration(operator, settings, state, store, clock)
     loads = settings.offers_operations and operator is app
     app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
@@ -137,14 +135,6 @@ def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
         expose_headers=_EXPOSED,
         max_age=_PREFLIGHT_SECONDS,
     )
-
-
-def _worker_metrics(settings: Settings) -> WorkerMetrics | None:
-    if settings.worker_port is None:
-        return None
-    ports = range(settings.worker_port, settings.worker_port + settings.workers)
-    tls = settings.tls_files()
-    return WorkerMetrics(settings.host, ports, None if tls is None else tls.client_context)
 
 
 def _add_inference(app: FastAPI, state: AppState) -> None:

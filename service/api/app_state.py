@@ -6,6 +6,7 @@ from typing import Protocol
 from unroll.service.access.gate import Gate
 from unroll.service.access.held_bytes import HeldBytes
 from unroll.service.access.quotas import Meter
+from unroll.service.api.all_workers import AllWorkers
 from unroll.service.core.errors import Draining, DurabilityUnavailable, QuotaExceeded
 from unroll.service.core.turns import Turns
 from unroll.service.models.repository import ModelRepository
@@ -42,7 +43,7 @@ class AppState:
         sessions: Where sessions are, and what can be done to them besides steps.
         durability: The default of new sessions.
         snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
-        shared_port: The port that other worker processes listen on, too; None: there is one process only.
+        workers: All worker processes; None: there is one process only.
         requests: Figures by inference route.
         ready: Every model is loaded, its loop runs, and the store, if any, has answered once.
         draining: The process is about to end. It finishes its work and opens no sessions.
@@ -56,7 +57,7 @@ class AppState:
     limits: ApiLimits
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
-    shared_port: int | None = None
+    workers: AllWorkers | None = None
     gate: Gate = field(default_factory=Gate)
     meter: Meter = field(init=False)
     held: HeldBytes = field(init=False)
@@ -111,7 +112,7 @@ class AppState:
         durability = requested or self.durability
         if durability not in self.sessions.durabilities:
             raise DurabilityUnavailable(f"durability {durability} needs a store: start the server with --store")
-        if durability == "memory" and self.shared_port is not None:
+        if durability == "memory" and self.workers is not None:
             raise DurabilityUnavailable(
                 "durability memory is unavailable with several workers: a session of one is unknown to the others"
             )
