@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from unroll import __version__
+from unroll.service.access.gate import Gate
 from unroll.service.api import (
     absent_routes,
     admin_routes,
@@ -95,7 +96,7 @@ def build(
             on_error.callback(state_file.close)
         config = settings.store_config()
         store = None if config is None else open_store(config)
-        repository, models, sessions = _load(settings, store, clock, crash)
+        repository, models, sessions = _load(settings, store, clock, crash, gate)
         if state_file is not None:
             sessions.directory.spilled.load(state_file)
         on_error.pop_all()
@@ -160,21 +161,26 @@ def _add_administration(app: FastAPI, settings: Settings, state: AppState, store
 _Loaded = tuple[ModelRepository, ModelVersions, MemorySessions]
 
 
-def _load(settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None]) -> _Loaded:
+def _load(settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None], gate: Gate) -> _Loaded:
     """On the devices that the settings ask for, or where those leave it open and there is none that works, the CPU."""
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
     try:
-        return _load_on(devices, settings, store, clock, crash)
+        return _load_on(devices, settings, store, clock, crash, gate)
     except DeviceUnavailable as error:
         if settings.device != "auto":
             raise
         _log.warning("device", devices=["cpu"], why=str(error))
-        return _load_on(["cpu"], settings, store, clock, crash)
+        return _load_on(["cpu"], settings, store, clock, crash, gate)
 
 
 def _load_on(
-    devices: Sequence[str], settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None]
+    devices: Sequence[str],
+    settings: Settings,
+    store: Store | None,
+    clock: Clock,
+    crash: Callable[[], None],
+    gate: Gate,
 ) -> _Loaded:
     options = settings.model_options()
     for device in devices:
@@ -182,7 +188,9 @@ def _load_on(
     models = ModelVersions()
     spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)
     directory = SessionDirectory(models, spilled, clock)
-    sessions = MemorySessions(directory) if store is None else DurableSessions(directory, store)
+    sessions = (
+        MemorySessions(directory, gate.quota) if store is None else DurableSessions(directory, store, gate.quota)
+    )
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
     serve = {name: str(version) for name, version in settings.serve.items()}

@@ -89,16 +89,6 @@ class AppState:
         if self.draining:
             raise Draining("the server is shutting down; retry, and another server will answer")
 
-    def refuse_another_session(self, tenant: str) -> None:
-        """Raises QuotaExceeded if the tenant has as many sessions in this process as it may."""
-        quota = self.gate.quota(tenant)
-        if quota is None or quota.sessions is None:
-            return
-        tables = [model.scheduler.sessions.of_tenants for model in self.models]
-        count = sum(table[tenant] for table in (*tables, self.sessions.directory.spilled.of_tenants))
-        if count >= quota.sessions:
-            raise QuotaExceeded(f"the tenant {tenant!r} may have {quota.sessions} sessions here: close some")
-
     def refuse_another_stream(self, tenant: str) -> None:
         """Raises QuotaExceeded if the tenant has as many streams as it may."""
         quota = self.gate.quota(tenant)
