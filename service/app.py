@@ -188,9 +188,7 @@ def _load_on(
     models = ModelVersions()
     spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)
     directory = SessionDirectory(models, spilled, clock)
-    sessions = (
-        MemorySessions(directory, gate.quota) if store is None else DurableSessions(directory, store, gate.quota)
-    )
+    sessions = MemorySessions(directory, gate.quota) if store is None else DurableSessions(directory, store, gate.quota)
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
     serve = {name: str(version) for name, version in settings.serve.items()}

@@ -48,11 +48,6 @@ class TlsFiles:
                 raise TlsRefused(f"--tls-client-ca {self.client_ca}: no CAs in PEM ({_reason(error)})") from error
         return context
 
-    def own_certificate(self) -> str:
-        """Without those between it and its CA, whose other certificates are not those of clients."""
-        begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-        return begin + self.cert.read_text().partition(begin)[2].partition(end)[0] + end
-
     def _read_password(self) -> bytes:
         if self.password is None:
             raise TlsRefused("the key of --tls-cert is encrypted: add --tls-password-file")

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -62,14 +62,14 @@ def route_class(workers: AllWorkers | None, join: Callable[[Answers], Response])
     """Routes that answer for all workers at a shared port, and for this process elsewhere. join: makes one answer."""
     if workers is None:
         return APIRoute
+    ask, ports = workers.ask, workers.ports
 
     class RouteOfAll(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Awaitable[Any]]:
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             alone = super().get_route_handler()
 
-            async def handle(http: Request) -> Any:
-                is_shared = http.scope["server"][1] in workers.ports
-                return join(await workers.ask(http)) if is_shared else await alone(http)
+            async def handle(http: Request) -> Response:
+                return join(await ask(http)) if http.scope["server"][1] in ports else await alone(http)
 
             return handle
 
