@@ -151,7 +151,7 @@ def ask_everything(planted: Planted) -> None:
     for method, path in (
         *(("GET", path) for path in ("/", "/metrics", "/openapi.json", "/docs", "/v1/models", "/v1/admin/sessions")),
         *(("GET", path) for path in ("/v2", "/v2/models/gru", "/readyz", "/none", f"/v1/models?key={api_key}")),
-        *(("POST", path) for path in ("/v1/admin/drain", "/v2/repository/models/gru/unload", "/v2/repository/index")),
+        *(("POST", path) for path in ("/v1/admin/log-level", "/v2/repository/models/gru/load", "/v2/repository/index")),
         *(("POST", path) for path in ("/v1/models/gru/sequences", "/v2/models/gru/infer", f"{session}/none/fork")),
         ("PUT", f"{session}/s/state"),
         ("DELETE", f"{session}/none"),
@@ -184,3 +184,5 @@ def break_things(planted: Planted) -> None:
     log = planted.process.log
     while "worker exited" not in log[-1]["event"]:
         log.append(json.loads(planted.process.popen.stderr.readline()))
+    for path in ("/v2/repository/models/gru/unload", "/v1/admin/drain"):
+        planted.send("POST", path)
