@@ -180,9 +180,9 @@ def ask_everything(planted: Planted) -> None:
 def break_things(planted: Planted) -> None:
     """A record that cannot be read, and a worker that dies."""
     assert planted.send("GET", "/v1/models/gru/sessions/broken").status_code == 422
+    for path in ("/v2/repository/models/gru/unload", "/v1/admin/drain"):
+        planted.send("POST", path)
     os.kill(planted.children[0], signal.SIGKILL)
     log = planted.process.log
     while "worker exited" not in log[-1]["event"]:
         log.append(json.loads(planted.process.popen.stderr.readline()))
-    for path in ("/v2/repository/models/gru/unload", "/v1/admin/drain"):
-        planted.send("POST", path)
