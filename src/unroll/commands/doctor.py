@@ -55,10 +55,9 @@ class Doctor:
     json: Json = False
 
     def run(self) -> int:
-        from unroll.service.doctor.report import Given, lines, report
+        from unroll.service.doctor.report import lines, report
 
-        given = Given(self.store, self.tls_cert, self.tls_key, self.tls_password_file, self.keys)
-        findings, facts = report(self.device, given)
+        findings, facts = report(self)
         works = not any(finding.fault for finding in findings)
         if self.json:
             found = {"works": works, "device": self.device, "findings": list(map(asdict, findings))}
