@@ -63,7 +63,7 @@ class Key(BaseModel):
 
 
 class JwtKey(Key):
-    """The permissions of a JWT. signed_by: the key's `kid` in the JWK set."""
+    """The permissions of a JWT. signed_by: thumbprint of the key in the JWK set."""
 
     signed_by: str
 

@@ -54,7 +54,8 @@ def test_signals(
     assert process.end() == 0
     assert not [line for line in process.log if line["level"] not in ("info", "debug")]
     (kept,) = [line for line in process.log if line["event"] == "sessions"]
-    assert (kept["durability"], kept["where"], kept["survive"]) == (
+    assert (kept["durability"], kept["where"]) == ("memory", "memory")
+    assert kept["survive"] == "nothing; use --store to keep them"
         "memory",
         "memory",
         "nothing; use --store to keep them",
