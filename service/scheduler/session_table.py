@@ -265,7 +265,7 @@ class SessionTable:
                 self._lose(session, SessionEvicted, now)
                 return
             others_fit = False
-        whose = " or are of other tenants" if tenant else ""
+        whose = " or belong to other tenants" if tenant else ""
         raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{whose}")
 
     def _lose(self, session: Session, cause: type[SessionGone], now: float) -> None:
