@@ -72,7 +72,7 @@ class Lanes:
 
     @property
     def steps_may_join(self) -> bool:
-        """Whether only single steps wait, apart from long chunks, whose pieces run in batches of their own."""
+        """Whether nothing waits but single steps, and long chunks, which run in separate batches."""
         return not self._starved and self._lanes.keys() <= {1, _LONG}
 
     def is_long(self, steps: int) -> bool:
