@@ -193,9 +193,9 @@ class Lanes:
             return
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_SECONDS
-            left = [chunk for chunk in self._starved if not self._drop(chunk, now)]
-            if len(left) < len(self._starved):
-                self._starved = FairQueue(left)
+            remaining = [chunk for chunk in self._starved if not self._drop(chunk, now)]
+            if len(remaining) < len(self._starved):
+                self._starved = FairQueue(remaining)
         free = self._workspaces.count - self._workspaces.taken
         while self._starved and free > 0:
             chunk = self._starved.popleft()
