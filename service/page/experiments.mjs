@@ -5,7 +5,7 @@ import { kindOf } from "./sources.mjs";
 import { probabilities } from "./stage.mjs";
 
 const MOST_AHEAD = 400;
-// The offset of a fork's inputs from the session's, if the user specifies none.
+// A fork without a numeric offset takes its inputs this many steps later in the source.
 const ASIDE = 37;
 
 // view: the playground; its `main` is the session. fork and forecast are traces shown together with it.
