@@ -87,7 +87,7 @@ const AS_HEARD = { echoCancellation: false, noiseSuppression: false, autoGainCon
 // Frames from the microphone, `width` samples each, at `rate` samples per second, in real time.
 export async function microphone(width, rate) {
   if (!navigator.mediaDevices)
-    throw new Error("Browsers offer the microphone to pages over https, or of this machine, only.");
+    throw new Error("Browsers permit the microphone only on https pages and on this machine.");
   const media = await navigator.mediaDevices.getUserMedia({ audio: AS_HEARD });
   const audio = new AudioContext({ sampleRate: rate });
   await audio.audioWorklet.addModule("page/frames.mjs");
