@@ -168,7 +168,8 @@ class ModelLoader:
         traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
         limits = _session_limits(backend, manifest, options)
         is_verified = partial(self._is_verified, manifest.name)
-        scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
+        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
+        scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill, codec.faults)
         engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
         on_error.callback(engine.close)
         parity = parity | {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
@@ -181,7 +182,6 @@ class ModelLoader:
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
         thread = EngineThread(engine, executor, curve.seconds)
         loop = Loop(manifest.name, scheduler, thread, self._store, self._clock, figures.observe)
-        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
         model = ServedModel(replace(bundle, model=b""), engine, loop, codec, serving, figures)
         _log_loaded(model, curve, perf_counter() - started)
         return model

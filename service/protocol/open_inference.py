@@ -134,7 +134,7 @@ _kept_header = functools.lru_cache(maxsize=2048)(_written_header)
 
 
 class RepeatedText:
-    """The JSON before tensors that was parsed last: if it comes again, perhaps with another id, it is not parsed."""
+    """The JSON that was parsed last: if it comes again before tensors, perhaps with another id, it is not parsed."""
 
     __slots__ = ("_after", "_before", "_request")
 
@@ -145,6 +145,8 @@ class RepeatedText:
     def parse(self, body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
         """As the function `parse`; the request is valid until the next call."""
         last, begin = self._request, len(self._before)
+        if last is not None and last.binary.obj is body:
+            return last
         if last is not None and header_length is not None and begin <= header_length - len(self._after):
             own = body[begin : header_length - len(self._after)]
             if (

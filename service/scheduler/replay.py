@@ -70,7 +70,7 @@ class ReplayCache:
         Returns:
             False if there is no room for its reply: a retry is recognised, and refused.
         """
-        if len(inputs[0]) == 1 and session.depth == 1 and self._steps is not None and not closes:
+        if len(inputs[0]) == 1 and self.has_row(session) and not closes:
             self._replace(session, None)
             return True
         before = session.applied or ()
@@ -80,6 +80,10 @@ class ReplayCache:
         applied = AppliedChunk(start, payload_digest(inputs), reply.copy() if fits else None)
         self._replace(session, (*(session.applied or ()), applied))
         return fits
+
+    def has_row(self, session: Session) -> bool:
+        """Does the table have the session's single steps? Then there is always room for the reply."""
+        return session.depth == 1 and self._steps is not None
 
     def forget(self, session: Session) -> None:
         """No chunk of the session can be retried any more."""

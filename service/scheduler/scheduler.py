@@ -40,7 +40,7 @@ from unroll.service.scheduler.commits import Commits
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
-from unroll.service.scheduler.joined_steps import JoinedSteps
+from unroll.service.scheduler.joined_steps import Faults, JoinedSteps, OpenGroup
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
@@ -59,6 +59,7 @@ class Scheduler:
     Args:
         is_verified: Was the session of this id looked up in the store for the call that is running?
         spill: asked to keep a session that is about to be evicted; see `SessionTable`.
+        faults: checks the values of steps that join.
 
     Attributes:
         workspaces: Arena rows of chunks that run in pieces, after those of the sessions.
@@ -71,6 +72,7 @@ class Scheduler:
         limits: SchedulerLimits,
         is_verified: Callable[[str], bool] = lambda session_id: False,
         spill: Callable[[Session, bool], bool] = lambda session, at_cost: False,
+        faults: Faults = lambda inputs: {},
     ) -> None:
         self.traits = traits
         self._is_verified = is_verified
@@ -92,7 +94,7 @@ class Scheduler:
         )
         self.groups = Groups(self._completion)
         self.commits = Commits(self._completion, self.groups)
-        self.joined = JoinedSteps(traits, self._completion)
+        self.joined = JoinedSteps(traits, self._completion, faults)
 
     @property
     def rows(self) -> int:
@@ -337,11 +339,13 @@ class Scheduler:
 
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
         """Is the work answered already, or does it fail now because its deadline has passed?"""
-        if isinstance(work, Group):
-            if now >= work.deadline:
+        if now >= work.deadline:
+            if isinstance(work, OpenGroup):
+                self.joined.end_late(work, _late(), now)
+            elif isinstance(work, Group):
                 self.groups.fail(work, _late(), now)
-        elif work.is_new and now >= work.deadline:
-            self._completion.fail(work, _late(), now)
+            elif work.is_new:
+                self._completion.fail(work, _late(), now)
         return work.outcome is not None
 
     def check_invariants(self) -> None:

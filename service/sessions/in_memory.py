@@ -159,16 +159,21 @@ class MemorySessions:
         served, acting = await self.verified(name, session_id, find_and_begin)
         return served, await acting
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
-        """End a session. Returns its record instead if the version it began on is not here: closing needs no model."""
+    async def close(
+        self, name: str, version: str | None, session_id: str
+    ) -> tuple[tuple[ServedModel, Session] | Record, int]:
+        """End a session. Returns it and the position that it ended at.
 
-        def close_here() -> tuple[ServedModel, Session] | Record:
+        Of a session that began on a version that is not here it returns the record: closing needs no model.
+        """
+
+        def close_here() -> tuple[tuple[ServedModel, Session] | Record, int]:
             if (stranded := self._close_stranded(name, version, session_id)) is not None:
-                return stranded
+                return stranded, stranded.position
             served, session = self.directory.find(name, version, session_id)
             if session.durable is None:  # else the store ends it first
                 served.scheduler.close(session, served.loop.clock.now())
-            return served, session
+            return (served, session), session.position
 
         return await self.verified(name, session_id, close_here)
 
