@@ -54,8 +54,11 @@ class RepeatedInferStep(RepeatedStep):
         self._id = shown(session.id)
 
     def read(self, request: Request) -> bytes | None:
+        assert request.text is not None  # it was read when this was made
         try:
-            parsed = _parse(self._app, request)
+            parsed = request.text.parse(
+                request.body, request.whole_number(HEADER_LENGTH), self._app.limits.max_json_bytes
+            )
             sequence = parsed.sequence
             if sequence is None or sequence.id != self._id or sequence.start or sequence.end:
                 return None
@@ -66,7 +69,7 @@ class RepeatedInferStep(RepeatedStep):
                     return None
                 step = self._served.codec.to_raw(batch[0])
             self._plan, self._request_id = _plan(self._served, self._name, parsed), parsed.id
-            self._timeout = _timeout(self._app, parsed)
+            self._timeout = parsed.header.timeout or self._app.limits.request_timeout
         except UnrollError:
             return None
         self.write = self._plan.rows
