@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from unroll import __version__
+from unroll.service.access.gate import Gate
 from unroll.service.api import (
     absent_routes,
     admin_routes,
@@ -28,6 +29,7 @@ from unroll.service.api import (
     statistics_routes,
 )
 from unroll.service.api.admission import Admission, refusals
+from unroll.service.api.all_workers import AllWorkers
 from unroll.service.api.answer_log import ERROR, LogAnswers
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import http_error, open_inference_error, problem
@@ -35,7 +37,6 @@ from unroll.service.api.http_methods import HeadAsGet, allowed_methods
 from unroll.service.api.path_segments import EncodedSlashes
 from unroll.service.api.request import Disconnected
 from unroll.service.api.stream import endpoint
-from unroll.service.api.worker_metrics import WorkerMetrics
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
@@ -66,13 +67,13 @@ _PREFLIGHT_SECONDS = 600
 def build(
     settings: Settings,
     clock: Clock | None = None,
-    shared_port: int | None = None,
+    workers: AllWorkers | None = None,
     ticket_secret: bytes | None = None,
 ) -> tuple[FastAPI, AppState]:
     """Load every bundle, and make the application and the state that the transport shares with it.
 
     Args:
-        shared_port: The port that other worker processes listen on, too.
+        workers: All worker processes, if there are several.
         ticket_secret: Of all workers.
 
     Raises:
@@ -95,7 +96,7 @@ def build(
             on_error.callback(state_file.close)
         config = settings.store_config()
         store = None if config is None else open_store(config)
-        repository, models, sessions = _load(settings, store, clock, crash)
+        repository, models, sessions = _load(settings, store, clock, crash, gate)
         if state_file is not None:
             sessions.directory.spilled.load(state_file)
         on_error.pop_all()
@@ -107,7 +108,7 @@ def build(
         settings.api_limits(),
         settings.default_durability,
         SnapshotKeys(keys) if keys else None,
-        shared_port,
+        workers,
         gate,
         RequestLog(settings.log_requests),
     )
@@ -117,10 +118,8 @@ def build(
         app.include_router(page_routes.router())
     if settings.allowed_origins:
         _allow_pages_of(app, settings.allowed_origins)
-    operator = app
-    if settings.admin_port is not None:
-        operator = app.state.operator = _fastapi(state, None)
-    operator.include_router(health_routes.metrics_router(state, _worker_metrics(settings)))
+    operator = app.state.operator = app if settings.admin_port is None else _fastapi(state, None)
+    operator.include_router(health_routes.metrics_router(state))
     _add_administration(operator, settings, state, store, clock)
     loads = settings.offers_operations and operator is app
     app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
@@ -137,14 +136,6 @@ def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
         expose_headers=_EXPOSED,
         max_age=_PREFLIGHT_SECONDS,
     )
-
-
-def _worker_metrics(settings: Settings) -> WorkerMetrics | None:
-    if settings.worker_port is None:
-        return None
-    ports = range(settings.worker_port, settings.worker_port + settings.workers)
-    tls = settings.tls_files()
-    return WorkerMetrics(settings.host, ports, None if tls is None else tls.client_context)
 
 
 def _add_inference(app: FastAPI, state: AppState) -> None:
@@ -170,21 +161,26 @@ def _add_administration(app: FastAPI, settings: Settings, state: AppState, store
 _Loaded = tuple[ModelRepository, ModelVersions, MemorySessions]
 
 
-def _load(settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None]) -> _Loaded:
+def _load(settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None], gate: Gate) -> _Loaded:
     """On the devices that the settings ask for, or where those leave it open and there is none that works, the CPU."""
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
     try:
-        return _load_on(devices, settings, store, clock, crash)
+        return _load_on(devices, settings, store, clock, crash, gate)
     except DeviceUnavailable as error:
         if settings.device != "auto":
             raise
         _log.warning("device", devices=["cpu"], why=str(error))
-        return _load_on(["cpu"], settings, store, clock, crash)
+        return _load_on(["cpu"], settings, store, clock, crash, gate)
 
 
 def _load_on(
-    devices: Sequence[str], settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None]
+    devices: Sequence[str],
+    settings: Settings,
+    store: Store | None,
+    clock: Clock,
+    crash: Callable[[], None],
+    gate: Gate,
 ) -> _Loaded:
     options = settings.model_options()
     for device in devices:
@@ -192,7 +188,7 @@ def _load_on(
     models = ModelVersions()
     spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)
     directory = SessionDirectory(models, spilled, clock)
-    sessions = MemorySessions(directory) if store is None else DurableSessions(directory, store)
+    sessions = MemorySessions(directory, gate.quota) if store is None else DurableSessions(directory, store, gate.quota)
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
     serve = {name: str(version) for name, version in settings.serve.items()}

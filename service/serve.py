@@ -24,7 +24,7 @@ from unroll.service.telemetry import logs
 from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
-from unroll.service.workers import Worker, bind, supervise
+from unroll.service.workers import Worker, bind_for_operator, supervise
 
 _EXPOSED = (
     "every user of this machine can read it in the list of processes: give it as @FILE, in the environment, or in the "
@@ -49,9 +49,10 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     if worker is None:
         for flag in exposed:
             log.warning("secret in a flag", flag=flag, reason=_EXPOSED)
+    operator_address = settings.admin_host, settings.admin_port
     if settings.workers > 1 and worker is None:
         scheme = "http" if settings.tls_cert is None else "https"
-        return supervise(settings.host, settings.port, settings.workers, scheme)
+        return supervise(settings.host, settings.port, settings.workers, scheme, operator_address)
     limits = ConnectionLimits.of(settings)
     try:
         files = settings.tls_files()
@@ -62,19 +63,19 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
         if worker is None or worker.number == 1:
             where = where_sessions_are(settings.store_config(), settings.state_file)
             log.info("sessions", durability=settings.default_durability, **asyncio.run(where))
-        shared = () if worker is None else (worker.shared_port, worker.ticket_secret)
+        shared = () if worker is None else (worker.all(settings.workers), worker.ticket_secret)
         application, state = app.build(settings, None, *shared)
-        operator_listener = _operator_listener(settings)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
+        operator_listeners = bind_for_operator(*operator_address) if worker is None else worker.operator_listeners()
         config = uvicorn_config(application, state, settings.host, settings.port, limits, tls)
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
     application.openapi()  # the first of these, and FastAPI's first look at its routes, take a tenth of a second
     operator = None
-    if operator_listener is not None:
+    if operator_listeners:
         application.state.operator.openapi()
-        operator = operator_config(config, application.state.operator, state, limits), operator_listener
+        operator = operator_config(config, application.state.operator, state, limits), operator_listeners
     _spare_the_collector()
     terminate = partial(signal.raise_signal, signal.SIGTERM)
     on_started = None if worker is None else partial(worker.serving, terminate)
@@ -95,15 +96,6 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     draining.run(listeners)
     _ignore_late_signals()
     return 1 if state.crashed or state.failed else 0
-
-
-def _operator_listener(settings: Settings) -> socket.socket | None:
-    """Listen at the operator's port, if there is one. Raises OSError."""
-    if settings.admin_port is None:
-        return None
-    listener = bind(settings.admin_host, settings.admin_port)
-    structlog.get_logger(__name__).info("operator's port", host=settings.admin_host, port=listener.getsockname()[1])
-    return listener
 
 
 def _spare_the_collector() -> None:

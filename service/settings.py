@@ -174,11 +174,6 @@ class Settings(BaseModel):
             raise ValueError("--tls-key, --tls-password-file and --tls-client-ca are of a certificate: add --tls-cert")
         if self.admin_port is None and "admin_host" in self.model_fields_set:
             raise ValueError("--admin-host needs a port: add --admin-port")
-        if self.workers > 1 and self.admin_port is not None:
-            raise ValueError(
-                "--admin-port is of one process, and would reach one worker: remove it, and add --worker-port, whose "
-                "/metrics has those of all workers"
-            )
         if self.workers == 1 and self.worker_port is not None:
             raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
@@ -278,8 +273,7 @@ class Settings(BaseModel):
 
         if self.tls_cert is None:
             return None
-        has_workers = self.worker_port is not None
-        return TlsFiles(self.tls_cert, self.tls_key, self.tls_password_file, self.tls_client_ca, has_workers)
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_password_file, self.tls_client_ca)
 
     def _jwt_config(self) -> "JwtConfig | None":
         from unroll.service.access.jwt_config import JwtConfig

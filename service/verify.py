@@ -13,6 +13,7 @@ import numpy as np
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, BundleError, Golden, GoldenMismatch, Manifest, Verifier
 from unroll.bundle.golden import Arrays
+from unroll.bundle.inspect import table
 from unroll.bundle.verification import Differences, differences, largest, random_chunks, select_rows
 from unroll.service.core.choices import Precision
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, open_backend
@@ -100,13 +101,10 @@ def verify(bundle: Bundle, device: str, options: EngineOptions, seed: int = 0) -
 
 
 def lines(device: str, checks: list[Check]) -> Iterator[str]:
-    head = (device, "output", "difference", "allowed", "")
     rows = [
-        (c.what, c.output, f"{c.difference:.2e}", f"{c.allowed:.2e}", "ok" if c.holds else "DIFFERS") for c in checks
+        [c.what, c.output, f"{c.difference:.2e}", f"{c.allowed:.2e}", "ok" if c.holds else "DIFFERS"] for c in checks
     ]
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return table([device, "output", "difference", "allowed", ""], rows)
 
 
 def _golden(what: str, measured: Differences, manifest: Manifest, backend: DeviceBackend) -> Iterator[Check]:

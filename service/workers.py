@@ -3,7 +3,7 @@
 The supervisor binds one listening socket per worker to the same port, over which the kernel spreads connections evenly.
 It keeps the sockets open, so that connections waiting for a dead worker are accepted by its replacement. It never
 accepts, and knows nothing of models. Over a socket pair a worker reports that it serves, and detects the end of the
-supervisor.
+supervisor. In a folder that only this user may enter, each worker listens for the others.
 """
 
 import asyncio
@@ -16,13 +16,18 @@ from asyncio.subprocess import Process
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import structlog
 
+from unroll.service.api.all_workers import AllWorkers
+
 _log = structlog.get_logger(__name__)
 
-#: Environment variable of a worker: its number from 1, the descriptors of its listening socket and of its link.
+#: Environment variable of a worker: its number from 1, the descriptors of its sockets, the secret of tickets, the
+#: folder.
 _VARIABLE = "UNROLL_WORKER"
 _BACKLOG = 2048
 #: Seconds before a worker is restarted: none if it served for long, the first if it served or was killed, because then
@@ -37,13 +42,18 @@ _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.
 class Worker:
     """What a worker inherits from its supervisor.
 
-    ticket_secret: Of all workers, so that they take each other's tickets.
+    Attributes:
+        operator: The socket of the operator's port, which all workers accept from, if there is one.
+        ticket_secret: Of all workers, so that they take each other's tickets.
+        folder: Where each worker listens for the others.
     """
 
     number: int
     listener: socket.socket
     link: socket.socket
+    operator: list[socket.socket]
     ticket_secret: bytes
+    folder: Path
 
     @classmethod
     def inherited(cls) -> Self | None:
@@ -51,13 +61,25 @@ class Worker:
         said = os.environ.pop(_VARIABLE, None)
         if said is None:
             return None
-        *numbers, secret = said.split()
-        number, listener, link = map(int, numbers)
-        return cls(number, socket.socket(fileno=listener), socket.socket(fileno=link), bytes.fromhex(secret))
+        number, descriptors, secret, folder = said.split(maxsplit=3)
+        listener, link, *operator = [socket.socket(fileno=int(one)) for one in descriptors.split(",")]
+        return cls(int(number), listener, link, operator, bytes.fromhex(secret), Path(folder))
 
-    @property
-    def shared_port(self) -> int:
-        return self.listener.getsockname()[1]
+    def all(self, count: int) -> AllWorkers:
+        """All workers, of which there are so many."""
+        ports = {listener.getsockname()[1] for listener in (self.listener, *self.operator)}
+        return AllWorkers([self._socket(number) for number in range(1, count + 1)], ports)
+
+    def _socket(self, number: int) -> Path:
+        return self.folder / str(number)
+
+    def operator_listeners(self) -> list[socket.socket]:
+        """The operator's port, if there is one, and where the other workers ask this one. Raises OSError."""
+        path = self._socket(self.number)
+        path.unlink(missing_ok=True)  # that of the process before it
+        own = socket.socket(socket.AF_UNIX)
+        own.bind(str(path))
+        return [*self.operator, own]
 
     def listeners(self, host: str, first_own_port: int | None) -> list[socket.socket]:
         """Its listening sockets: the shared port, and its own port if `first_own_port` is set. Raises OSError."""
@@ -100,22 +122,41 @@ class _End:
         return f"it was ended by signal {-self.status}, {cause or signal.strsignal(-self.status)}"
 
 
-def supervise(host: str, port: int, workers: int, scheme: str = "http") -> int:
-    """Run until a signal, or until a worker cannot start. Returns the exit status."""
+def supervise(
+    host: str, port: int, workers: int, scheme: str = "http", operator: tuple[str, int | None] = ("", None)
+) -> int:
+    """Run until a signal, or until a worker cannot start. Returns the exit status.
+
+    operator: Host and port of the operator's port; None without one.
+    """
     try:
         with bind(host, port) as alone:  # detects another server on the port, which SO_REUSEPORT would not
             port = alone.getsockname()[1]
         listeners = [bind(host, port, shared=True) for _ in range(workers)]
+        operator_listeners = bind_for_operator(*operator)
+        folder = TemporaryDirectory(prefix="unroll-")
     except OSError as error:
         _log.error("not started", reason=str(error))
         return 1
-    return asyncio.run(_Supervisor(host, port, listeners, scheme).run())
+    with folder:
+        supervisor = _Supervisor(host, port, listeners, scheme, operator_listeners, folder.name)
+        return asyncio.run(supervisor.run())
 
 
 class _Supervisor:
-    def __init__(self, host: str, port: int, listeners: list[socket.socket], scheme: str) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        listeners: list[socket.socket],
+        scheme: str,
+        operator: list[socket.socket],
+        folder: str,
+    ) -> None:
         self._host, self._port, self._scheme = host, port, scheme
         self._listeners = listeners
+        self._operator = operator
+        self._folder = folder
         self._ticket_secret = secrets.token_hex(32)
         self._running: set[Process] = set()
         self._serving: set[Process] = set()
@@ -136,7 +177,7 @@ class _Supervisor:
     def _stop(self) -> None:
         """Stop the workers. After a second call they do not wait for their clients."""
         self._stopping.set()
-        for listener in self._listeners:
+        for listener in (*self._listeners, *self._operator):
             listener.close()
         for process in self._running:
             _send(process, signal.SIGTERM)
@@ -204,15 +245,14 @@ class _Supervisor:
         """Start a worker process. Returns it and the supervisor's end of the link."""
         listener = self._listeners[index]
         ours, theirs = socket.socketpair()
+        descriptors = [inherited.fileno() for inherited in (listener, theirs, *self._operator)]
+        said = f"{index + 1} {','.join(map(str, descriptors))} {self._ticket_secret} {self._folder}"
         with theirs, ExitStack() as on_error:
             on_error.enter_context(ours)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *sys.orig_argv[1:]),
-                env={
-                    **os.environ,
-                    _VARIABLE: f"{index + 1} {listener.fileno()} {theirs.fileno()} {self._ticket_secret}",
-                },
-                pass_fds=[listener.fileno(), theirs.fileno()],
+                env={**os.environ, _VARIABLE: said},
+                pass_fds=descriptors,
                 process_group=0,  # Ctrl-C reaches only the supervisor, which forwards it
             )
             on_error.pop_all()
@@ -246,3 +286,12 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A listening socket; shared: with SO_REUSEPORT. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
+
+
+def bind_for_operator(host: str, port: int | None) -> list[socket.socket]:
+    """The listening socket of the operator's port, if there is one. Raises OSError."""
+    if port is None:
+        return []
+    listener = bind(host, port)
+    _log.info("operator's port", host=host, port=listener.getsockname()[1])
+    return [listener]

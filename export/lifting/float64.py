@@ -1,4 +1,4 @@
-"""Runs a user's forward in float64, also where its code asks for float32: the reference for every comparison."""
+"""Runs a user's forward in float64, even where its code asks for float32: the reference for every comparison."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def converted(model: Module, dtype: torch.dtype) -> Module:
-    """A copy that computes in `dtype`, including tensors that are plain attributes, alone or in tuples and the like."""
+    """A copy that computes in `dtype`. Tensors in plain attributes and their containers are converted, too."""
     copied = copy.deepcopy(model)
-    copied.to(dtype)  # a module of the user's own may not return itself
+    copied.to(dtype)  # the result is not used: a user's `to` may not return the module
     for module in copied.modules():
         for name, value in vars(module).items():
             if name not in NOT_OWN and any(_is_other(leaf, dtype) for leaf in pytree.tree_leaves(value)):
@@ -53,7 +53,7 @@ def _swap(value: Any) -> Any:
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Within, new tensors are float64, and a request for float32 means float64, as for complex64 complex128."""
+    """Make new tensors float64, and turn requests for float32 and complex64 into float64 and complex128."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -22,14 +22,12 @@ class TlsFiles:
         key: Of the certificate; None if it is in the same file.
         password: What the key is encrypted with.
         client_ca: Clients need a certificate of one of these CAs.
-        takes_itself: The server's own certificate will do for a client: workers ask each other for metrics.
     """
 
     cert: Path
     key: Path | None = None
     password: Path | None = None
     client_ca: Path | None = None
-    takes_itself: bool = False
 
     def load(self) -> ssl.SSLContext:
         """Raises TlsRefused."""
@@ -46,24 +44,8 @@ class TlsFiles:
             context.verify_mode = ssl.CERT_REQUIRED
             try:
                 context.load_verify_locations(self.client_ca)
-                if self.takes_itself:
-                    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-                    context.load_verify_locations(cadata=self.own_certificate())
             except OSError as error:
                 raise TlsRefused(f"--tls-client-ca {self.client_ca}: no CAs in PEM ({_reason(error)})") from error
-        return context
-
-    def own_certificate(self) -> str:
-        """Without those between it and its CA, whose other certificates are not those of clients."""
-        begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-        return begin + self.cert.read_text().partition(begin)[2].partition(end)[0] + end
-
-    def client_context(self) -> ssl.SSLContext:
-        """For a process of the same server: it is reached by an address, which its certificate need not have."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        context.load_cert_chain(self.cert, self.key, self._read_password)
         return context
 
     def _read_password(self) -> bytes:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import jwt
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import ValidationError
 
 from unroll.service.access.jwt_config import JwtConfig
@@ -31,7 +32,12 @@ _MOST_KEYS = 100
 
 
 class KeySet(dict[str, jwt.PyJWK]):
-    """The provider's public keys by `kid`; a set of one key may leave it out."""
+    """The provider's public keys by `kid`; a set of one key may leave it out.
+
+    thumbprints: Of the keys themselves, since another may come with the same `kid`.
+    """
+
+    thumbprints: frozenset[str]
 
     @classmethod
     def read(cls, content: bytes) -> "KeySet":
@@ -48,6 +54,7 @@ class KeySet(dict[str, jwt.PyJWK]):
         keys = cls({str(entry.get("kid", "")): _public_key(entry) for entry in found})
         if len(keys) < len(found):
             raise KeysRefused("two of its keys have the same kid")
+        keys.thumbprints = frozenset(map(_thumbprint, keys.values()))
         return keys
 
 
@@ -65,6 +72,10 @@ def _public_key(entry: Mapping[str, Any]) -> jwt.PyJWK:
     if entry["kty"] == "RSA" and key.key.key_size < _LEAST_RSA_BITS:
         raise KeysRefused(f"{name} has {key.key.key_size} bits; an RSA key needs {_LEAST_RSA_BITS}")
     return key
+
+
+def _thumbprint(key: jwt.PyJWK) -> str:
+    return hashlib.sha256(key.key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 class UnknownKid(Exception):
@@ -93,8 +104,7 @@ class JwtVerifier:
         if self.keys is None:
             raise KeysUnavailable("the JWK set of --jwt-keys has not been read yet; the log says why")
         try:
-            kid = jwt.get_unverified_header(token).get("kid", "")
-            key = self._key(kid, self.keys)
+            key = self._key(jwt.get_unverified_header(token).get("kid", ""), self.keys)
             claims = self._jwt.decode(
                 token,
                 key,
@@ -106,7 +116,7 @@ class JwtVerifier:
             )
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise Unauthenticated(f"the JWT is not accepted: {_reason(error)}") from None
-        return self._permission(claims, token, kid)
+        return self._permission(claims, token, _thumbprint(key))
 
     @staticmethod
     def _key(kid: str, keys: KeySet) -> jwt.PyJWK:
@@ -118,7 +128,7 @@ class JwtVerifier:
             raise UnknownKid(kid)
         return key
 
-    def _permission(self, claims: Mapping[str, Any], token: bytes, kid: str) -> JwtKey:
+    def _permission(self, claims: Mapping[str, Any], token: bytes, signed_by: str) -> JwtKey:
         scopes = claims.get(self._config.scope)
         words = scopes.split() if isinstance(scopes, str) else scopes
         if not isinstance(words, list):
@@ -132,15 +142,14 @@ class JwtVerifier:
                 scopes=frozenset(SCOPES).intersection(word for word in words if isinstance(word, str)),
                 sha256=hashlib.sha256(token).hexdigest(),
                 expires=datetime.fromtimestamp(int(claims["exp"]), UTC) + _LEEWAY,
-                signed_by=kid or next(iter(self.keys or {""})),
+                signed_by=signed_by,
             )
         except ValidationError as error:
             field = error.errors()[0]["loc"][0]
             if field == "scopes":
                 raise Forbidden(f"the JWT has none of the scopes {', '.join(SCOPES)}") from None
-            if field != "tenant":
-                where = "its claim 'sub'" if field == "name" else "its kid"
-                raise Unauthenticated(f"the JWT is not accepted: {where} has a lone surrogate") from None
+            if field == "name":
+                raise Unauthenticated("the JWT is not accepted: its claim 'sub' has a lone surrogate") from None
             claim = self._config.tenant
             raise Unauthenticated(
                 f"the JWT is not accepted: its claim {claim!r} is no tenant: 1 to 32 letters, digits, . _ -"

@@ -33,6 +33,7 @@ class Jwts:
         self._config = config
         self._verifier = JwtVerifier(config)
         self._asked_at = float("-inf")
+        self._asking = False
         self._unknown = asyncio.Event()
         if not config.is_url:
             self._verifier.keys = self._read_file()
@@ -42,14 +43,15 @@ class Jwts:
         try:
             return self._verifier.verify(token)
         except UnknownKid:
-            if not self._config.is_url or time.monotonic() - self._asked_at < LEAST_SECONDS:
-                raise Unauthenticated("the JWT is signed by a key that this server does not know") from None
-            self._unknown.set()
+            if not self._asking:
+                if not self._config.is_url or time.monotonic() - self._asked_at < LEAST_SECONDS:
+                    raise Unauthenticated("the JWT is signed by a key that this server does not know") from None
+                self._unknown.set()
             raise KeysUnavailable("the JWT is signed by a new key: the JWK set is being read again") from None
 
     def is_good(self, key: JwtKey) -> bool:
         """Whether the set still has the key that signed it."""
-        return self._verifier.keys is not None and key.signed_by in self._verifier.keys
+        return self._verifier.keys is not None and key.signed_by in self._verifier.keys.thumbprints
 
     def reload(self) -> None:
         """Read the set again; one behind a URL, soon."""
@@ -65,7 +67,10 @@ class Jwts:
         """Ask the URL until cancelled. on_change: Called with each new set."""
         while self._config.is_url:
             self._unknown.clear()
-            if (keys := await self._fetch()) is not None:
+            self._asked_at, self._asking = time.monotonic(), True
+            keys = await self._fetch()
+            self._asking = False
+            if keys is not None:
                 self._verifier.keys = keys
                 on_change()
             with suppress(TimeoutError):
@@ -81,7 +86,6 @@ class Jwts:
     async def _fetch(self) -> KeySet | None:
         import aiohttp
 
-        self._asked_at = time.monotonic()
         try:
             timeout = aiohttp.ClientTimeout(_TIMEOUT_SECONDS)
             async with (

@@ -63,7 +63,7 @@ class Key(BaseModel):
 
 
 class JwtKey(Key):
-    """What a JWT permits. signed_by: names the key in the JWK set."""
+    """What a JWT permits. signed_by: the thumbprint of a key of the JWK set."""
 
     signed_by: str
 

@@ -1,7 +1,6 @@
 """Tickets: what a web page, which cannot send a header with a WebSocket, opens streams with."""
 
 import base64
-import binascii
 import hmac
 import secrets
 import struct
@@ -42,7 +41,7 @@ class Tickets:
             content = base64.urlsafe_b64decode(ticket + "=" * (-len(ticket) % 4))
             body, signature = content[:-_SIGNATURE], content[-_SIGNATURE:]
             digest, _, expires = _TICKET.unpack_from(body)
-        except (binascii.Error, ValueError, struct.error):
+        except (ValueError, struct.error):
             raise Unauthenticated("the ticket is damaged") from None
         if not hmac.compare_digest(signature, self._signature(body)) or expires <= time.time():
             raise Unauthenticated("the ticket is unknown, or has expired: get another with POST /v1/tickets")

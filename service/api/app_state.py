@@ -6,6 +6,7 @@ from typing import Protocol
 from unroll.service.access.gate import Gate
 from unroll.service.access.held_bytes import HeldBytes
 from unroll.service.access.quotas import Meter
+from unroll.service.api.all_workers import AllWorkers
 from unroll.service.core.errors import Draining, DurabilityUnavailable, QuotaExceeded
 from unroll.service.core.turns import Turns
 from unroll.service.models.repository import ModelRepository
@@ -42,7 +43,7 @@ class AppState:
         sessions: Where sessions are, and what can be done to them besides steps.
         durability: The default of new sessions.
         snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
-        shared_port: The port that other worker processes listen on, too; None: there is one process only.
+        workers: All worker processes; None: there is one process only.
         requests: Figures by inference route.
         ready: Every model is loaded, its loop runs, and the store, if any, has answered once.
         draining: The process is about to end. It finishes its work and opens no sessions.
@@ -56,7 +57,7 @@ class AppState:
     limits: ApiLimits
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
-    shared_port: int | None = None
+    workers: AllWorkers | None = None
     gate: Gate = field(default_factory=Gate)
     meter: Meter = field(init=False)
     held: HeldBytes = field(init=False)
@@ -88,16 +89,6 @@ class AppState:
         if self.draining:
             raise Draining("the server is shutting down; retry, and another server will answer")
 
-    def refuse_another_session(self, tenant: str) -> None:
-        """Raises QuotaExceeded if the tenant has as many sessions in this process as it may."""
-        quota = self.gate.quota(tenant)
-        if quota is None or quota.sessions is None:
-            return
-        tables = [model.scheduler.sessions.of_tenants for model in self.models]
-        count = sum(table[tenant] for table in (*tables, self.sessions.directory.spilled.of_tenants))
-        if count >= quota.sessions:
-            raise QuotaExceeded(f"the tenant {tenant!r} may have {quota.sessions} sessions here: close some")
-
     def refuse_another_stream(self, tenant: str) -> None:
         """Raises QuotaExceeded if the tenant has as many streams as it may."""
         quota = self.gate.quota(tenant)
@@ -111,7 +102,7 @@ class AppState:
         durability = requested or self.durability
         if durability not in self.sessions.durabilities:
             raise DurabilityUnavailable(f"durability {durability} needs a store: start the server with --store")
-        if durability == "memory" and self.shared_port is not None:
+        if durability == "memory" and self.workers is not None:
             raise DurabilityUnavailable(
                 "durability memory is unavailable with several workers: a session of one is unknown to the others"
             )

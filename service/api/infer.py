@@ -168,9 +168,10 @@ def _sequence_steps(
         if not sequence.start:
             raise served.scheduler.sessions.closed.error(sequence.id, now)
         if request.tenant and app.sessions.directory.living(name, sequence.id) is None:  # else it takes its place
-            app.refuse_another_session(request.tenant)
-        chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
+            app.sessions.refuse_another(request.tenant)
     app.meter.take(request.tenant, len(batch[0][0]))
+    if session is None:
+        chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     accepted = served.loop.submit(chunk, timeout, settled)
     if request.repeats and chunk.length == 1 and chunk.session is not None:
         request.repeat = RepeatedInferStep(name, app, served, chunk.session, request, respond, timeout)

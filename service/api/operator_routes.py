@@ -3,17 +3,17 @@
 import logging
 from typing import Any, Literal
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from unroll.service.api.all_workers import MOST_BYTES, done_by_all, route_class
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_responses, problem_responses
 from unroll.service.api.request import read_request
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.protocol import json
 
-_MOST_BYTES = 2**16
-_WORKERS = {501: "not_implemented: several workers share the port, and this would reach one of them"}
+_WORKERS = {504: "gateway_timeout: a worker does not answer, and the others have done it; send the request again"}
 _DONE: dict[int | str, dict[str, Any]] = {
     200: {"description": "it is done"},
     **open_inference_responses(
@@ -43,7 +43,7 @@ class Readiness(BaseModel):
 
 
 def router(app: AppState) -> APIRouter:
-    api = APIRouter()
+    api = APIRouter(route_class=route_class(app.workers, done_by_all))
 
     @api.post(
         "/v2/repository/models/{model}/load",
@@ -53,7 +53,7 @@ def router(app: AppState) -> APIRouter:
         responses=_DONE,
     )
     async def load(http: Request, model: str) -> Response:
-        _refuse_contents(await _members(app, http))
+        _refuse_contents(await _members(http))
         await app.repository.load(model)
         return Response()
 
@@ -65,7 +65,7 @@ def router(app: AppState) -> APIRouter:
         responses=_DONE,
     )
     async def unload(http: Request, model: str) -> Response:
-        _refuse_contents(await _members(app, http))
+        _refuse_contents(await _members(http))
         await app.repository.unload(model)
         return Response()
 
@@ -76,7 +76,7 @@ def router(app: AppState) -> APIRouter:
         responses=problem_responses({400: "malformed_request: it takes no members", 413: "body_too_large"} | _WORKERS),
     )
     async def drain(http: Request) -> Readiness:
-        if await _members(app, http):
+        if await _members(http):
             raise InvalidRequest("a drain takes no members; it lasts until the process ends")
         app.drain()
         return Readiness(ready=app.ready)
@@ -94,7 +94,7 @@ def router(app: AppState) -> APIRouter:
     )
     async def log_level(http: Request) -> LogLevel:
         try:
-            asked = LogLevel.model_validate(await _members(app, http))
+            asked = LogLevel.model_validate(await _members(http))
         except ValidationError:
             raise InvalidRequest('the body is {"level": …}: debug, info, warning or error') from None
         logging.getLogger().setLevel(asked.level.upper())
@@ -103,12 +103,10 @@ def router(app: AppState) -> APIRouter:
     return api
 
 
-async def _members(app: AppState, http: Request) -> dict[str, Any]:
+async def _members(http: Request) -> dict[str, Any]:
     """The members of the body, which may be missing."""
-    if app.shared_port is not None:
-        raise HTTPException(501, "several workers share this port: send their supervisor SIGHUP or SIGTERM instead")
-    body = (await read_request(http.scope, http.receive, _MOST_BYTES)).body
-    return json.parse_object(body, _MOST_BYTES) if body else {}
+    body = (await read_request(http.scope, http.receive, MOST_BYTES)).body
+    return json.parse_object(body, MOST_BYTES) if body else {}
 
 
 def _refuse_contents(body: dict[str, Any]) -> None:

@@ -71,7 +71,6 @@ async def open_session(
     served = _version_of(app, model, **start)
     require_streamable(served)
     app.refuse_if_draining()
-    app.refuse_another_session(tenant)
     first = start_of(served, **start)
     return served, await app.sessions.create(served, new_id(tenant, session_id), first, app.durability_of(durability))
 
@@ -81,7 +80,6 @@ async def fork(
 ) -> tuple[ServedModel, Session]:
     """session_id: inside the server. fork_id: as the client has it."""
     app.refuse_if_draining()
-    app.refuse_another_session(tenant)
     return await app.sessions.fork(*split_reference(model), session_id, new_id(tenant, fork_id))
 
 

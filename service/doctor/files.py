@@ -49,7 +49,7 @@ def _shake_hands(files: TlsFiles) -> dict[str, Any]:
     trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = files.load().wrap_bio(to_server, to_client, server_side=True)
-    trusting.load_verify_locations(cadata=files.own_certificate())
+    trusting.load_verify_locations(files.cert)
     client = trusting.wrap_bio(to_client, to_server)
     for _ in range(_MOST_TURNS):
         for side in (client, server):

@@ -115,7 +115,7 @@ class JoinedSteps:
             self._room = self._most
             if not self._lanes.idle:
                 self._room -= self._admission.in_flight
-                if self._room <= 0 or not self._lanes.has_single_steps_only:
+                if self._room <= 0 or not self._lanes.steps_may_join:
                     return False
             self._sessions.expire(now)
             group = OpenGroup(self._layout, deadline)

@@ -71,8 +71,9 @@ class Lanes:
         return not self._starved and not self._lanes
 
     @property
-    def has_single_steps_only(self) -> bool:
-        return not self._starved and self._lanes.keys() <= {1}
+    def steps_may_join(self) -> bool:
+        """Whether only single steps wait, apart from long chunks, whose pieces run in batches of their own."""
+        return not self._starved and self._lanes.keys() <= {1, _LONG}
 
     def is_long(self, steps: int) -> bool:
         """Would a chunk of so many steps run in pieces?"""

@@ -6,6 +6,7 @@ is verified (`is_verified`): the copy here, or the absence of one, is what the s
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import structlog
 
+from unroll.service.access.keys import Quota
 from unroll.service.core.errors import (
     NeedsStoreLookup,
     SessionContended,
@@ -20,7 +22,7 @@ from unroll.service.core.errors import (
     SnapshotInvalid,
     UnrollError,
 )
-from unroll.service.core.session_ids import NewId, shown
+from unroll.service.core.session_ids import NewId, shown, tenant_of
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.attempts import ATTEMPTS, contended
@@ -43,8 +45,8 @@ class DurableSessions(MemorySessions):
 
     has_store = True
 
-    def __init__(self, directory: SessionDirectory, store: Store) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: SessionDirectory, store: Store, quota_of: Callable[[str], Quota | None]) -> None:
+        super().__init__(directory, quota_of)
         self.durabilities = (MEMORY, STORED)
         self.store_figures = store.figures
         self._store = store
@@ -208,13 +210,18 @@ class DurableSessions(MemorySessions):
     async def create(self, served: ServedModel, new: NewId, start: Snapshot | None, durability: str) -> Session:
         if durability == MEMORY:
             return await super().create(served, new, start, durability)
-        key = served.name, new.id
+        key, tenant = (served.name, new.id), tenant_of(new.id)
         await self.verified(served.name, new.requested, lambda: self.directory.check_free(*key))
+        self.refuse_another(tenant)
         served.scheduler.sessions.check_room()
         position, row = (start.position, _bytes(start)) if start is not None else (0, b"")
         record = Record(served.origin(durability), position, row, token=self._tokens.next())
         commit = Commit(key, b"", record.token, record.packed(), begins=True)
-        (error,) = await self._store.commit([commit])
+        self._opening[tenant] += 1
+        try:
+            (error,) = await self._store.commit([commit])
+        finally:
+            self._opening -= Counter((tenant,))
         if isinstance(error, SessionContended):
             await self.verified(*key, lambda: self.directory.check_free(*key))  # raises SessionExists with the position
             raise SessionExists(f"session {shown(new.id)!r} is open")

@@ -1,12 +1,14 @@
 """Operations on sessions other than steps, on a server without a store."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-from unroll.service.core.errors import ModelChanged, UnrollError
-from unroll.service.core.session_ids import NewId, shown
+from unroll.service.access.keys import Quota
+from unroll.service.core.errors import ModelChanged, QuotaExceeded, UnrollError
+from unroll.service.core.session_ids import NewId, shown, tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
@@ -34,8 +36,10 @@ class MemorySessions:
     #: For metrics; None without a store.
     store_figures: StoreFigures | None = None
 
-    def __init__(self, directory: SessionDirectory) -> None:
+    def __init__(self, directory: SessionDirectory, quota_of: Callable[[str], Quota | None]) -> None:
         self.directory = directory
+        self._quota_of = quota_of
+        self._opening: Counter[str] = Counter()  # sessions on their way to the store, of each tenant
 
     async def start(self) -> None: ...
 
@@ -101,14 +105,26 @@ class MemorySessions:
         Raises:
             SessionExists: A session of that id is open.
             CapacityExhausted: There is no row for it.
+            QuotaExceeded: See `refuse_another`.
             StoreUnavailable: The store could not be reached.
         """
 
         def open_here() -> Session:
             self.directory.check_free(served.name, new.id)
+            self.refuse_another(tenant_of(new.id))
             return served.open(new.id, start)
 
         return await self.verified(served.name, new.requested, open_here)
+
+    def refuse_another(self, tenant: str) -> None:
+        """Raises QuotaExceeded if the tenant has as many sessions in this process as it may. Then open it at once."""
+        quota = self._quota_of(tenant) if tenant else None
+        if quota is None or quota.sessions is None:
+            return
+        tables = [model.scheduler.sessions.of_tenants for model in self.directory.versions]
+        count = sum(table[tenant] for table in (*tables, self.directory.spilled.of_tenants, self._opening))
+        if count >= quota.sessions:
+            raise QuotaExceeded(f"the tenant {tenant!r} may have {quota.sessions} sessions here: close some")
 
     async def fork(self, name: str, version: str | None, session_id: str, new: NewId) -> tuple[ServedModel, Session]:
         """A second session that continues from the state after the work accepted so far."""
@@ -191,6 +207,7 @@ class MemorySessions:
     def _fork(self, served: ServedModel, session: Session, new: NewId) -> Awaitable[Session]:
         def copy(session: Session) -> Session:
             self.directory.check_free(served.name, new.id)
+            self.refuse_another(tenant_of(new.id))
             forked = served.scheduler.open(new.id, served.loop.clock.now(), position=session.position)
             if session.source != INITIAL:
                 served.engine.copy(session.source, forked.slot)

@@ -27,8 +27,8 @@ _ECHO_SECONDS = 0.5
 _LOOK_SECONDS = 0.02
 
 
-#: The config of the operator's port, and the socket that it listens on.
-OperatorPort = tuple[uvicorn.Config, socket.socket]
+#: The config of the operator's port, and the sockets that it listens on.
+OperatorPort = tuple[uvicorn.Config, Sequence[socket.socket]]
 
 
 class DrainingServer(uvicorn.Server):
@@ -63,15 +63,18 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._operator is not None:
-            self.servers.append(await self._listen_for_operator(*self._operator))
+            await self._listen_for_operator(*self._operator)
         if self._on_started is not None:
             self._on_started()
 
-    async def _listen_for_operator(self, config: uvicorn.Config, listener: socket.socket) -> asyncio.Server:
+    async def _listen_for_operator(self, config: uvicorn.Config, listeners: Sequence[socket.socket]) -> None:
         config.load()
         loop = asyncio.get_running_loop()
         of_all = {"config": config, "server_state": self.server_state, "app_state": self.lifespan.state}
-        return await loop.create_server(partial(config.http_protocol_class, **of_all), sock=listener, ssl=config.ssl)
+        protocol = partial(config.http_protocol_class, **of_all)
+        for listener in listeners:
+            listen = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+            self.servers.append(await listen(protocol, sock=listener, ssl=config.ssl))
 
     def _log_started_message(self, listeners: Sequence[socket.SocketType]) -> None:
         self.config.ssl = getattr(self.config.http, "tls", None)  # for the message only: it listens

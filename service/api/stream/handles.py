@@ -124,7 +124,6 @@ class Handles:
             else:
                 served = self._app.models.resolve(self._name, self._version)
                 self._check_tensors(served)
-                self._app.refuse_another_session(self._tenant)
                 start = start_of_static(served, spec.static)
                 durability = self._app.durability_of(spec.durability)
                 session = await self._sessions.create(served, new_id(self._tenant, spec.session_id), start, durability)
