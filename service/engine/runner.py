@@ -4,7 +4,6 @@ import ctypes
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,17 +44,10 @@ def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
     return devices, "requested"
 
 
-def installed() -> tuple[dict[str, Any], Path]:
-    """The installed onnxruntime, for `unroll doctor`; its CUDA libraries are loaded as for a model.
-
-    Returns:
-        Its version, the CUDA version it was built for (empty if none) and its providers; and the folder of its
-        libraries.
-    """
-    ort.preload_dlls()  # prints the missing ones, and raises nothing
+def installed() -> dict[str, Any]:
+    """Return onnxruntime's version, the CUDA version it was built for (empty if none), and its providers."""
     cuda = getattr(ort, "cuda_version", "")
-    about = {"version": ort.__version__, "cuda": cuda, "providers": ort.get_available_providers()}
-    return about, Path(ort.__file__).parent / "capi"
+    return {"version": ort.__version__, "cuda": cuda, "providers": ort.get_available_providers()}
 
 
 def _missing_for_cuda(index: int) -> str | None:
