@@ -165,11 +165,11 @@ class ModelLoader:
         backend = open_backend(bundle, device, options.engine)
         if device != "cpu":  # on the CPU, the trial has just done it
             parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
-        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
+        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
+        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged, codec.faults)
         limits = _session_limits(backend, manifest, options)
         is_verified = partial(self._is_verified, manifest.name)
-        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
-        scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill, codec.faults)
+        scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
         engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
         on_error.callback(engine.close)
         parity = parity | {name: max(worst, parity[name]) for name, worst in proof.parity.items()}

@@ -19,8 +19,6 @@ from unroll.service.scheduler.session import OPEN, Owner, Session
 
 #: Of each input: the bytes of a row, the dtype, and the shape of all rows.
 Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
-#: Returns the errors in the values of single steps, by row; inputs: each (rows, 1, *shape).
-Faults = Callable[[Tensors], Mapping[int, UnrollError]]
 
 _NO_POSITIONS = np.zeros(0, np.uint64)
 
@@ -73,11 +71,11 @@ class OpenGroup(Group):
 class JoinedSteps:
     """The group that is open, if there is one."""
 
-    def __init__(self, traits: ModelTraits, completion: Completion, faults: Faults) -> None:
+    def __init__(self, traits: ModelTraits, completion: Completion) -> None:
         self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
         self._most = completion.lanes.most_rows(1)
         self._completion = completion
-        self._faults = faults
+        self._faults = traits.faults
         self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
         self._sessions, self._replay, self._counters = completion.sessions, completion.replay, completion.counters
         self.group: OpenGroup | None = None

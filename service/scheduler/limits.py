@@ -1,8 +1,11 @@
 """What the scheduler knows of a model, and its limits."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from unroll.bundle import TensorSpec
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.engine import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,13 +13,15 @@ class ModelTraits:
     """The properties of a model that scheduling depends on.
 
     cuttable: chunks may run in pieces; an output without time has its value from the last piece. ragged: rows of
-    different length may share a batch.
+    different length may share a batch. faults: returns the errors in the values of single steps, by row; inputs: each
+    (rows, 1, *shape).
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     cuttable: bool
     ragged: bool
+    faults: Callable[[Tensors], Mapping[int, UnrollError]] = lambda inputs: {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from unroll.service.scheduler.commits import Commits
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
-from unroll.service.scheduler.joined_steps import Faults, JoinedSteps, OpenGroup
+from unroll.service.scheduler.joined_steps import JoinedSteps, OpenGroup
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
@@ -59,7 +59,6 @@ class Scheduler:
     Args:
         is_verified: Was the session of this id looked up in the store for the call that is running?
         spill: asked to keep a session that is about to be evicted; see `SessionTable`.
-        faults: checks the values of steps that join.
 
     Attributes:
         workspaces: Arena rows of chunks that run in pieces, after those of the sessions.
@@ -72,7 +71,6 @@ class Scheduler:
         limits: SchedulerLimits,
         is_verified: Callable[[str], bool] = lambda session_id: False,
         spill: Callable[[Session, bool], bool] = lambda session, at_cost: False,
-        faults: Faults = lambda inputs: {},
     ) -> None:
         self.traits = traits
         self._is_verified = is_verified
@@ -94,7 +92,7 @@ class Scheduler:
         )
         self.groups = Groups(self._completion)
         self.commits = Commits(self._completion, self.groups)
-        self.joined = JoinedSteps(traits, self._completion, faults)
+        self.joined = JoinedSteps(traits, self._completion)
 
     @property
     def rows(self) -> int:

@@ -109,10 +109,10 @@ def scheduler(
             (TensorSpec("states", "int64", (), True), TensorSpec("last", "int64", (), False)),
             cuttable,
             ragged,
+            invalid_values,
         ),
         SessionLimits(capacity, idle_timeout, tombstone_life, tombstones=20, reply_bytes=reply_bytes),
         SchedulerLimits(max_batch, max_batch_steps, piece_steps, max_queue, overload_wait),
-        faults=invalid_values,
     )
 
 
