@@ -274,12 +274,7 @@ class Scheduler:
             if isinstance(work, Group):
                 end = row + len(work.sessions)
                 errors = {i - row: failed[i] for i in range(row, end) if i in failed} if failed else {}
-                own = tuple([array[row:end] for array in outputs])
-                self._admission.waiting_steps -= (end - row) * work.length
-                if work.is_durable and len(errors) < end - row:
-                    self._completion.commits.append((work, own, errors))
-                else:
-                    self.groups.complete(work, own, errors, now)
+                self.groups.take_in(work, tuple([array[row:end] for array in outputs]), errors, now)
                 row = end
                 continue
             if row in failed:
