@@ -1,10 +1,10 @@
-"""Check that a durable session survives the loss of a replica: those of docker-compose.yml, or any others.
+"""Check that a durable session survives the loss of a replica, with docker-compose.yml or any other deployment.
 
     python -m deploy.check                 step through the proxy on 127.0.0.1:8000 and compare with one whole sequence
     python -m deploy.check --kill          the same, and `docker kill` the replica that served the session
 
-Exits with 0 if every step was applied once and every output equals that of an uninterrupted run, else with 1.
-It needs no more than `unroll.Client`: `pip install unroll-serve`.
+Exits with 0 if every step was applied once and every output equals that of an uninterrupted run, otherwise with 1.
+It needs only `unroll.Client`: `pip install unroll-serve`.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from unroll.client import Client, Session, errors
 
 MODEL = "co2"
 STEPS = np.array([[350 + number / 8] for number in range(40)], np.float32)
-#: A dead replica is noticed within seconds; nothing here should take longer.
+#: A dead replica is detected within seconds; nothing here should take longer.
 PATIENCE_SECONDS = 30.0
 
 
 @contextmanager
 def durable_session(url: str) -> Iterator[tuple[Client, Session]]:
-    """A new session in the store, and its client, whose requests a proxy routes by the session's id."""
+    """Open a session in the store. Its client sends the id as a header, by which a proxy can route."""
     session_id = f"check-{secrets.token_hex(8)}"
     with (
         Client(url, headers={"X-Session-Id": session_id}, retry_for=PATIENCE_SECONDS) as client,
@@ -37,7 +37,7 @@ def durable_session(url: str) -> Iterator[tuple[Client, Session]]:
 
 
 def equals_whole(client: Client, values: np.ndarray, outputs: list[np.ndarray]) -> bool:
-    """Whether these are the outputs of one uninterrupted run. values: (T, 1)."""
+    """Do the outputs equal those of one uninterrupted run over `values` (T, 1)?"""
     return np.array_equal(outputs, client.sequences(MODEL, [values])[0])
 
 
@@ -46,7 +46,7 @@ def docker(*arguments: str) -> str:
 
 
 def applied() -> dict[str, float]:
-    """Steps of the model applied by each running replica since its start, by container."""
+    """The steps that each running replica has applied since its start, by container."""
     scrape = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/metrics').read().decode())"
     project = os.environ.get("COMPOSE_PROJECT_NAME", "unroll")
     labels = {"com.docker.compose.project": project, "com.docker.compose.service": "unroll"}

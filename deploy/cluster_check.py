@@ -1,8 +1,8 @@
-"""Check sessions on a Redis Cluster of three nodes: slots migrate between nodes while clients step at two replicas.
+"""Check sessions on a Redis Cluster of three nodes: slots migrate between nodes while clients step on two replicas.
 
-    python -m deploy.cluster_check         needs unroll and a redis-server or valkey-server; half a minute
+    python -m deploy.cluster_check         needs unroll and a redis-server or valkey-server; takes half a minute
 
-Exits with 0 if every output equals that of an uninterrupted run, else with 1.
+Exits with 0 if every output equals that of an uninterrupted run, otherwise with 1.
 """
 
 import random
@@ -30,12 +30,12 @@ ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
 NODES, REPLICAS = (27601, 27602, 27603), ("27611", "27612")
 SESSIONS, SLOTS = 24, 2500
-#: Slots of a Redis Cluster.
+#: The number of slots of a Redis Cluster.
 ALL_SLOTS = 16384
 
 
 class Node:
-    """One node of the cluster, as its administrator sees it. slots: those it has at first."""
+    """An administrative client for one node; `slots` is its initial range."""
 
     def __init__(self, index: int) -> None:
         self.port = NODES[index]

@@ -2,7 +2,7 @@
 
     python -m deploy.ray.check             needs ray[serve], unroll and a redis-server; see `make check-ray`
 
-Exits with 0 if both replicas took part and every output equals that of an uninterrupted run, else with 1.
+Exits with 0 if both replicas took part and every output equals that of an uninterrupted run, otherwise with 1.
 """
 
 import re
@@ -64,14 +64,14 @@ def served(store: str) -> Iterator[str]:
 
 
 def applied(url: str) -> set[float]:
-    """Steps run by each replica, whole sequences included: any of them may answer a scrape."""
+    """The steps run by each replica, including whole sequences. Any replica may answer a scrape."""
     pattern = rf'^unroll_steps_total{{.*model="{MODEL}".*}} (\S+)$'
     scrapes = [urllib.request.urlopen(f"{url}/metrics").read().decode() for _ in range(40)]
     return {float(number) for scrape in scrapes for number in re.findall(pattern, scrape, re.MULTILINE)}
 
 
 def kill_a_replica() -> None:
-    """Immediately and without notice, like a lost machine."""
+    """Kill a replica without notice, like a lost machine."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     victim = next(actor for actor in actors if actor["name"].startswith("SERVE_REPLICA::unroll#Unroll"))
     ray.kill(ray.get_actor(**victim))

@@ -176,7 +176,7 @@ class Gate:
         clients say nothing.
         """
         origin = headers.get(b"origin")
-        if origin is None or origin.partition(b"://")[2] == headers.get(b"host"):
+        if origin is None or origin.partition(b"://")[1:] == (b"://", headers.get(b"host")):
             return True
         return origin in self._good_origins or b"*" in self._good_origins
 

@@ -235,6 +235,10 @@ def test_pages(origin: bytes | None, is_accepted: bool) -> None:
             gate.admit(headers, "infer", changes=True)
 
 
+def test_an_origin_without_a_name_is_not_that_of_a_host_without_one() -> None:
+    assert not Gate().accepts_page({b"host": b"", b"origin": b"null"})
+
+
 def test_ids_of_tenants() -> None:
     ids = {owned(tenant, name) for tenant in ("", "a", "ab") for name in ("x", "b", "a", "\x1d"[1:] + "a\x1dx")}
     assert len(ids) == 12
