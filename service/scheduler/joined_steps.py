@@ -1,7 +1,7 @@
-"""Single steps that arrive one by one while nothing else waits: they join a group, which the next batch takes.
+"""Joined steps: single steps that arrive one by one form a group, which the next batch takes.
 
-A step that cannot join is submitted as a chunk. Until the batch is formed a step can leave its group, and then it is as
-if it had never come.
+Steps join only while nothing else is waiting; otherwise they are submitted as chunks. Until the batch is formed, a step
+can leave the group without a trace.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,29 +17,30 @@ from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.session import OPEN, Owner, Session
 
-#: Of each input: the bytes of a row, the dtype, and the shape of all rows.
+#: Per input: bytes per row, dtype, and the shape of all rows.
 Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
 
 _NO_POSITIONS = np.zeros(0, np.uint64)
 
 
 class StepListener(Protocol):
-    """Gets the answer to a step that joined. Its methods must not raise."""
+    """Receives the outcome of a joined step. Its methods must not raise."""
 
     @property
     def write(self) -> Callable[[Tensors], Sequence[Any]]:
-        """What answers have of a group's outputs, by row; called once for all listeners that have the same."""
+        """Encodes a group's outputs, one element per row. Called once for all listeners with the same function."""
 
     def complete(self, written: Any, position: int) -> None:
-        """The session has reached this position. written: its row of what `write` returned."""
+        """The step ran. written: the row's element from `write`. position: The session's, after the step."""
 
     def fail(self, error: UnrollError) -> None: ...
 
 
 class OpenGroup(Group):
-    """A group that steps join. values: of each row, its inputs one after another; `inputs` are made of them at last.
+    """A group that accepts steps until a batch is formed.
 
-    deadlines: of each row; `deadline` is the earliest.
+    values: each row's inputs, concatenated. `JoinedSteps.close` decodes them into `inputs`. deadlines: each row's;
+    `deadline` is the earliest.
     """
 
     __slots__ = ("_layout", "deadlines", "listeners", "values")
@@ -59,7 +60,7 @@ class OpenGroup(Group):
         return tuple([array[0] for array in self.read(self.values[row : row + 1])])
 
     def read(self, values: Sequence[bytes]) -> Tensors:
-        """Such rows as inputs, each (rows, 1, *shape)."""
+        """Decode rows of `values` into inputs, each (rows, 1, *shape)."""
         block = np.frombuffer(b"".join(values), np.uint8).reshape(-1, sum([size for size, _, _ in self._layout]))
         end, arrays = 0, []
         for size, dtype, shape in self._layout:
@@ -69,7 +70,7 @@ class OpenGroup(Group):
 
 
 class JoinedSteps:
-    """The group that is open, if there is one."""
+    """Owns the open group, if there is one."""
 
     def __init__(self, traits: ModelTraits, completion: Completion) -> None:
         self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
@@ -79,7 +80,7 @@ class JoinedSteps:
         self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
         self._sessions, self._replay, self._counters = completion.sessions, completion.replay, completion.counters
         self.group: OpenGroup | None = None
-        self._room = self._most  # rows that it may have, beside what waits for the same batch
+        self._room = self._most  # rows left for the group, after the work already waiting for the same batch
 
     def join(
         self,
@@ -90,13 +91,16 @@ class JoinedSteps:
         deadline: float,
         listener: StepListener,
     ) -> bool:
-        """Queue the next step of a session. False: it must be submitted as a chunk, and nothing was changed.
+        """Queue the next step of a session.
 
         Args:
-            position: the position that the client named, or None.
-            step: its inputs one after another, of the right length.
-            deadline: when it must have begun.
-            listener: gets the answer.
+            position: The position that the client specified, or None.
+            step: The step's inputs, concatenated, of the right length.
+            deadline: The time by which the step must start.
+            listener: Receives the outcome.
+
+        Returns:
+            False if nothing was changed, and the step must be submitted as a chunk.
         """
         progress = session.progress
         if (
@@ -132,11 +136,11 @@ class JoinedSteps:
         group.listeners.append(listener)
         if self.group is None:
             self.group = group
-            self._lanes.put(group, now)  # which asks whose it is
+            self._lanes.put(group, now)  # not earlier: a fair queue needs the group's owner
         return True
 
     def close(self, now: float) -> None:
-        """No more steps may join, because a batch is formed. Those with invalid values leave with the error."""
+        """Close the group for the next batch. Steps with invalid values fail."""
         group, self.group = self.group, None
         if group is not None:
             self._make_inputs(group)
@@ -144,7 +148,7 @@ class JoinedSteps:
                 self._drop(group, faults, now)
 
     def end_late(self, group: OpenGroup, error: UnrollError, now: float) -> None:
-        """A batch is about to take the group: the rows whose deadline has passed leave with this error."""
+        """Fail the rows of a closed group whose deadline has passed, before a batch takes the group."""
         late = {row: error for row, deadline in enumerate(group.deadlines) if now >= deadline}
         for _ in late:
             self._counters.count_failed(error)
@@ -152,17 +156,17 @@ class JoinedSteps:
         group.deadline = min(group.deadlines, default=now)
 
     def cancel(self, session: Session, listener: StepListener, now: float) -> None:
-        """The client went away: its step leaves the group, unless a batch has it, or a retry waits for it, too."""
+        """Remove the step of a client that disconnected, unless a batch has taken it or a retry also waits for it."""
         group = self.group
         if group is None or session not in group.sessions:
             return
         row = group.sessions.index(session)
         if group.listeners[row] is listener and all(row != followed for followed, _ in group.followers):
-            self._counters.count_failed(Cancelled("the client went away"))
+            self._counters.count_failed(Cancelled("the client disconnected"))
             self._remove(group, row, now)
 
     def check(self, session: Session, now: float) -> None:
-        """If a step of the session waits here and has invalid values, it fails now: it must not take a position."""
+        """Fail the session's waiting step now if its values are invalid, so that it does not occupy a position."""
         group = self.group
         if group is not None and session in group.sessions:
             row = group.sessions.index(session)
@@ -170,7 +174,7 @@ class JoinedSteps:
                 self._fail(group, row, faults[0], now)
 
     def refuse(self, session: Session, error: UnrollError, now: float) -> None:
-        """If a step of the session waits here, it fails."""
+        """Fail the session's waiting step, if there is one."""
         group = self.group
         if group is not None and session in group.sessions:
             self._counters.count_failed(error)
@@ -194,6 +198,7 @@ class JoinedSteps:
             follower.answer(error)
 
     def _remove(self, group: OpenGroup, row: int, now: float) -> StepListener:
+        """Remove a row. Returns its listener."""
         session = group.sessions.pop(row)
         del group.values[row], group.deadlines[row]
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]
@@ -201,7 +206,7 @@ class JoinedSteps:
         self._admission.waiting_steps -= 1
         progress = session.own_progress
         if progress.pending is None and session.life is OPEN:
-            progress.active = None  # it does not rest: that would be a use
+            progress.active = None  # not `rest`, which would count as use
         else:
             self._queues.advance(session, now)
         self._completion.renumber(session, now)
