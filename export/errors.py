@@ -86,8 +86,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}{place}" if first else f"{type(error).__name__}{place}"
 
 
-def untraceable(what: str, error: Exception) -> ExportError:
-    """The refusal for `what` torch.export or its translation to ONNX cannot follow."""
+def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambda _: "") -> ExportError:
+    """The refusal for `what` torch.export or its translation to ONNX cannot follow.
+
+    place: where `what` calls an operator.
+    """
     text = str(error)
     if "data-dependent" in text:
         written = as_where(error)
@@ -99,10 +102,11 @@ def untraceable(what: str, error: Exception) -> ExportError:
         )
     if unknown := _NO_OPERATOR.search(text):
         library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
+        where = place(f"{unknown[1]}.{unknown[2]}")
         return ExportError(
             "not_exportable",
-            f"{what} calls {library}.{unknown[2]}, which ONNX has no operator for; write it with other operators of "
-            "PyTorch, or one time step after another in a Python loop",
+            f"{what} calls {library}.{unknown[2]}{where}, which ONNX has no operator for; write it with other "
+            "operators of PyTorch, or one time step after another in a Python loop",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 
