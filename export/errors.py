@@ -77,7 +77,10 @@ def first_line(error: BaseException) -> str:
     place = source_line(error)
     while (cause := error.__cause__) is not None:
         error = cause
-    line = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
+    text = _COLOUR.sub("", str(error)).strip()
+    line = " ".join(text.split())
+    if len(line) >= _MESSAGE:
+        line = text.splitlines()[0]
     first, *others = re.split(r"(?<=[.!?])\s+", line)
     for sentence in others:
         if len(first) + len(sentence) >= _MESSAGE:
