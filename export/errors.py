@@ -105,11 +105,10 @@ def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambd
         )
     if unknown := _NO_OPERATOR.search(text):
         library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
-        where = place(f"{unknown[1]}.{unknown[2]}")
         return ExportError(
             "not_exportable",
-            f"{what} calls {library}.{unknown[2]}{where}, which ONNX has no operator for; write it with other "
-            "operators of PyTorch, or one time step after another in a Python loop",
+            f"{what} calls {library}.{unknown[2]}{place(unknown[2])}, which ONNX has no operator for; write it with "
+            "other operators of PyTorch, or one time step after another in a Python loop",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 

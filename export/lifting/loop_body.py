@@ -16,6 +16,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from unroll.export.lifting.loop_states import Iterations, State, Trace, find_states, operands, source
+from unroll.export.lifting.row_loops import ByRow
 from unroll.export.log_filter import quiet
 from unroll.export.signature.outputs import is_same
 
@@ -49,12 +50,15 @@ def traced(
 
     functional: what is changed in place becomes a new tensor.
     """
-    batch = Dim("batch", min=1)
-    shapes = (tuple({} if axis is None else {axis: batch} for axis in batch_axes),)
     with quiet():
-        program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
-        program = program.run_decompositions({}) if functional else program
-    graph_module = program.module(check_guards=False)
+        if isinstance(module, ByRow):
+            graph_module = module.traced(arguments)
+        else:
+            batch = Dim("batch", min=1)
+            shapes = (tuple({} if axis is None else {axis: batch} for axis in batch_axes),)
+            program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
+            program = program.run_decompositions({}) if functional else program
+            graph_module = program.module(check_guards=False)
     graph_module.graph.set_codegen(fx.graph.CodeGen())  # takes and returns what its graph does, one by one
     _drop_copies(graph_module)
     if functional:

@@ -49,6 +49,9 @@ _TRACES = (3, False), (3, True), (5, False), (17, False)
 #: Of a call whose answers a forward without its loops must give, too.
 _TRIED = (4, 7)
 
+#: Of a call of a forward that loops over rows, too: all rows must do the same.
+_MANY_ROWS = (67, 2)
+
 
 @dataclass(slots=True)
 class Seen:
@@ -151,7 +154,7 @@ def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long
     if not any(axes.time is not None and axes.batch is not None for axes in inputs):
         raise _refusal(name, "it is given no tensor with the batch and the time of the input")
     flat: nn.Module = _Flat(module, base.given, base.structure)
-    flat = ByRow(flat, inputs, outputs) if many else flat
+    flat = ByRow(flat, [axes.batch for axes in inputs], [axes.batch for axes in outputs]) if many else flat
     scan = _find(flat, name, inputs, outputs, [wide, long, *many])
     module.unroll_by_row = bool(many)  # type: ignore[assignment]
     module.__class__ = type(type(module).__name__, (type(module),), {"forward": _forward})

@@ -144,9 +144,9 @@ def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
         ExportError: calls_depend_on_time, layer_axes, or no_recurrent_layer if forward hands on nothing.
     """
     layouts = [Layout.of(calls) for calls in calls_at.values()]
-    for calls, layout in zip(calls_at.values(), layouts, strict=True):
+    for (batch, calls), layout in zip(((size[0], calls) for size, calls in calls_at.items()), layouts, strict=True):
         if layout != layouts[0]:
-            raise call_count(calls[-1].module)
+            raise call_count(calls[-1].module, by_batch=batch != _SIZES[0][0])
     for (batch, time), calls in calls_at.items():
         _check_axes(calls, batch, time)
     if all(slot.kind == "static" for slot in layouts[0].slots):
@@ -176,7 +176,7 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
                 remedy = ". Pad the beginning by what convolutions take, or give the frames of a step as one time step"
             elif rate := _dilation(call, batch, time):
                 remedy = (
-                    f". If it is dilated by {rate}, loop over the steps, and let each take the state of {rate} steps before: "
+                    f". If it is dilated by {rate}, loop over the steps, and let each take the state of {rate} before: "
                     f"hs = [zeros] * {rate}, and for each step hs.append(cell(step, hs[-{rate}]))"
                 )
             raise ExportError(

@@ -10,26 +10,38 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll.export.lifting.kept_values import NOT_OWN
 from unroll.export.lifting.recording import CREATORS
-from unroll.export.lifting.scan import Axes
 from unroll.export.lifting.vmap_rules import OneByOne
 
 
 class ByRow(nn.Module):
-    """`module`, which takes and returns tensors with these axes."""
+    """`module`, which takes and returns tensors. inputs, outputs: their batch axes."""
 
-    def __init__(self, module: nn.Module, inputs: list[Axes], outputs: list[Axes]) -> None:
+    def __init__(self, module: nn.Module, inputs: list[int | None], outputs: list[int | None]) -> None:
         super().__init__()
-        self.module = module
-        self._inputs, self._outputs = (tuple(axes.batch for axes in each) for each in (inputs, outputs))
+        self.module, self._inputs, self._outputs = module, tuple(inputs), tuple(outputs)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return torch.vmap(self._row, self._inputs, self._outputs)(*tensors)
+        mapped: Any = torch.vmap(self._row, self._inputs, self._outputs)  # type: ignore[arg-type]
+        made: tuple[Tensor, ...] = mapped(*tensors)
+        return made
+
+    def traced(self, arguments: list[Tensor]) -> fx.GraphModule:
+        """For any batch size, with the operators that torch.vmap calls."""
+        fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        given = []
+        for tensor, batch in zip(arguments, self._inputs, strict=True):
+            sizes = [DimDynamic.DYNAMIC if axis == batch else DimDynamic.STATIC for axis in range(tensor.dim())]
+            given.append(fake.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+        return make_fx(self, _allow_non_fake_inputs=True)(*given)
 
     def _row(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         batch = [t if axis is None else t.unsqueeze(axis) for t, axis in zip(tensors, self._inputs, strict=True)]

@@ -73,8 +73,10 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
 
 
 def _place(program: ExportedProgram | None, operator: str) -> str:
-    """Where forward calls an operator of PyTorch, as `aten.fft_fft`; empty if that is not known."""
-    return place_of(program, lambda node: str(node.target).rpartition(".")[0] == operator) if program else ""
+    """Where forward calls an operator, as `fft_fft`, or one that is made of it; empty if that is not known."""
+    if program is None:
+        return ""
+    return place_of(program, lambda node: str(node.target).rpartition(".")[0].endswith(operator))
 
 
 def _check(model: onnx.ModelProto, program: ExportedProgram) -> None:
@@ -84,7 +86,9 @@ def _check(model: onnx.ModelProto, program: ExportedProgram) -> None:
     except BundleError as error:
         place = place_of(program, _divides_integers) if "of integers" in error.message else ""
         how = ": compute in floats, as torch.floor(n.float() / m).long()" if place else ""
-        raise ExportError("not_exportable", f"a server refuses what forward computes: {error.message}{place}{how}") from error
+        raise ExportError(
+            "not_exportable", f"a server refuses what forward computes: {error.message}{place}{how}"
+        ) from error
 
 
 def _divides_integers(node: fx.Node) -> bool:

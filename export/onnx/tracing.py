@@ -84,11 +84,11 @@ def _suspects(message: str, numbers: list[str]) -> Suspects:
         if not line.startswith("  - "):
             continue
         if fixed := _FIXED.search(line):
+            size, where = "batch size" if fixed[1] == "batch" else "length", next(filter(None, numbers), "")
             raise ExportError(
                 "not_exportable",
-                f"forward makes a plain number of the {'batch size' if fixed[1] == 'batch' else 'length'}, as len(x) "
-                f"and int() do{next(filter(None, numbers), '')}, so that it holds for this one only; compute with x.shape and "
-                "x.size() as they are",
+                f"forward makes a plain number of the {size}, as len(x) and int() do{where}, so that it holds for this "
+                "one only; compute with x.shape and x.size() as they are",
             )
         guard = _GUARD.search(line)
         broken = _broken(guard[2], guard[3]) if guard else None

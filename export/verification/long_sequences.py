@@ -91,7 +91,7 @@ class LongSequences:
         far = self._far(numbers, each)
         if far:
             self.progress(f"trying it over {far.value} time steps, a number in {far.place}")
-        for trial in (*_beyond(far), *self._trials(steps)):
+        for trial in (replace(trial, batch=min(trial.batch, most)) for trial in (*_beyond(far), *self._trials(steps))):
             logged = loops if trial.time <= steps or trial.time * each <= trials.FAR_LOGGED else []
             try:
                 log, _ = self._run(trial, logged)

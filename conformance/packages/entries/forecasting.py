@@ -41,7 +41,9 @@ def dilated_gru() -> nn.Module:
     return First(DRNN(4, 8, 2, [1, 2], cell_type="GRU"))
 
 
-@entry("gluonts", "the LSTM of DeepAR and the parameters that it forecasts", "x:float32:7", alone=True, needs=("toolz",))
+@entry(
+    "gluonts", "the LSTM of DeepAR and the parameters that it forecasts", "x:float32:7", alone=True, needs=("toolz",)
+)
 def gluonts_deepar() -> nn.Module:
     from gluonts.torch.model.deepar.module import DeepARModel
 

@@ -113,7 +113,9 @@ def speechbrain_crdnn() -> nn.Module:
     return crdnn
 
 
-@entry("torchaudio", "step of Emformer: a segment of 4 frames", "x:float32:4x8", options=("--step", "--state", "states=y1"))
+@entry(
+    "torchaudio", "step of Emformer: a segment of 4 frames", "x:float32:4x8", options=("--step", "--state", "states=y1")
+)
 def torchaudio_emformer() -> nn.Module:
     from torchaudio.models import Emformer
 
