@@ -26,7 +26,19 @@ _CLOSE = 1e-5
 
 #: Functions that do the same to real and imaginary parts.
 _EACH = {
-    *("__getitem__", "view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "movedim", "expand", "repeat"),
+    *(
+        "__getitem__",
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "permute",
+        "movedim",
+        "expand",
+        "repeat",
+        "tile",
+    ),
     *("flatten", "unflatten", "contiguous", "clone", "detach", "select", "narrow", "index_select", "flip", "roll"),
     *("unbind", "chunk", "split", "sum", "mean", "cumsum", "neg", "zeros_like", "broadcast_to", "t", "T", "mT"),
 }
@@ -153,6 +165,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "sub": lambda one, other, alpha=1: _add(one, other, alpha=-alpha),
     "rsub": lambda one, other: _add(other, one, alpha=-1),
     **dict.fromkeys(("mul", "multiply", "rmul"), _product),
+    "addcmul": lambda one, a, b, value=1: _add(one, _product(a, b), alpha=value),
     **dict.fromkeys(("div", "truediv", "true_divide"), _quotient),
     "rtruediv": lambda one, other: _quotient(other, one),
     "reciprocal": lambda one: _quotient(1.0, one),

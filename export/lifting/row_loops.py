@@ -10,10 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -33,15 +30,6 @@ class ByRow(nn.Module):
         mapped: Any = torch.vmap(self._row, self._inputs, self._outputs)  # type: ignore[arg-type]
         made: tuple[Tensor, ...] = mapped(*tensors)
         return made
-
-    def traced(self, arguments: list[Tensor]) -> fx.GraphModule:
-        """For any batch size, with the operators that torch.vmap calls."""
-        fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        given = []
-        for tensor, batch in zip(arguments, self._inputs, strict=True):
-            sizes = [DimDynamic.DYNAMIC if axis == batch else DimDynamic.STATIC for axis in range(tensor.dim())]
-            given.append(fake.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-        return make_fx(self, _allow_non_fake_inputs=True)(*given)
 
     def _row(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         batch = [t if axis is None else t.unsqueeze(axis) for t, axis in zip(tensors, self._inputs, strict=True)]

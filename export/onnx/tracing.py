@@ -1,7 +1,7 @@
 """Traces the lifted model with batch and time of any size, and lists the sizes at which the trace may be wrong."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -76,7 +76,7 @@ def _noted_numbers() -> Iterator[list[str]]:
         yield lines
 
 
-def _suspects(message: str, numbers: list[str]) -> Suspects:
+def _suspects(message: str, numbers: Iterable[str] = ()) -> Suspects:
     found: Suspects = []
     for line in message.splitlines():
         if line.startswith("The error above occurred"):
