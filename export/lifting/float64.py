@@ -1,4 +1,4 @@
-"""Runs a user's forward in float64, also where its code asks for float32: the reference for every comparison."""
+"""Runs a user's forward in float64, even where its code asks for float32: the reference for every comparison."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def converted(model: Module, dtype: torch.dtype) -> Module:
-    """A copy that computes in `dtype`, including tensors that are plain attributes, alone or in tuples and the like."""
+    """A copy that computes in `dtype`. Tensors in plain attributes and their containers are converted, too."""
     copied = copy.deepcopy(model)
     copied._apply(partial(_in, dtype))
     for module in copied.modules():
@@ -61,7 +61,7 @@ def _swap(value: Any) -> Any:
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Within, new tensors are float64, and a request for float32 means float64, as for complex64 complex128."""
+    """Make new tensors float64, and turn requests for float32 and complex64 into float64 and complex128."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

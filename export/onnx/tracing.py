@@ -1,4 +1,4 @@
-"""Traces the lifted model with batch and time of any size, and lists the sizes at which the trace may be wrong."""
+"""Traces the lifted model with dynamic batch and time, and lists the sizes at which the trace may be wrong."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +15,13 @@ from unroll.export.errors import ExportError
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.source_lines import current_line, traced_line
 
-#: (batch, time) pairs to be compared with PyTorch.
+#: (batch, time) pairs to compare with PyTorch.
 Suspects = list[tuple[int, int]]
 
-#: Exceptions up to this size are tried one by one; above, a model that treats sizes differently is refused.
+#: Sizes up to this one that break a guard are tried one by one. A guard that larger sizes break is a refusal.
 _LARGEST_SUSPECT = 8
 
-#: Sizes to try a guard with.
+#: The sizes to evaluate a guard with.
 _SIZES = (*range(1, 4097), *(2**power for power in range(13, 32)))
 
 _GUARD = re.compile(
@@ -35,13 +35,20 @@ _DIVISIONS = {"div", "floor_divide", "floordiv", "fmod", "mod", "remainder"}
 
 
 def trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, Suspects]:
-    """arguments: state, sequence_lens and the inputs of `module`. Raises ExportError(not_exportable).
+    """Trace `module`.
 
-    Left alone, the exporter takes a branch on a size for a check at run time, drops the check, and leaves a graph
-    that is wrong beyond it. PyTorch itself makes such guards for sizes 0 and 1; if nothing but a few small sizes
-    break a guard, they become suspects.
+    By default, the exporter turns a branch on a size into a runtime check and then drops the check, so the graph is
+    wrong for sizes that fail it. PyTorch itself adds such guards for sizes 0 and 1. If only a few small sizes break a
+    guard, they become suspects.
+
+    Args:
+        module: the lifted model.
+        arguments: state, sequence_lens and the inputs of `module`.
+
+    Raises:
+        ExportError: not_exportable.
     """
-    with mock.patch.object(nn.Unflatten, "_require_tuple_int"):  # it refuses sizes that are symbolic
+    with mock.patch.object(nn.Unflatten, "_require_tuple_int"):  # it refuses symbolic sizes
         return _trace(module, arguments)
 
 
@@ -105,7 +112,7 @@ def _suspects(message: str, numbers: Iterable[str] = ()) -> Suspects:
 
 
 def _broken(symbol: str, guard: str) -> list[int] | None:
-    """The sizes that do not satisfy a guard such as `(-1) + L['x'].size()[1] != 1`; None if it cannot be read."""
+    """The sizes that break a guard such as `(-1) + L['x'].size()[1] != 1`; None if it cannot be parsed."""
     expression = guard.replace(symbol, "size")
     if not re.fullmatch(r"(?:size\b|and\b|or\b|[Mm]in\b|[Mm]ax\b|[\s\d()+\-*/%<>=!,])+", expression):
         return None

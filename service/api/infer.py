@@ -1,6 +1,6 @@
-"""The Open Inference Protocol's infer call: from a request to an answer, without a framework.
+"""The infer call of the Open Inference Protocol, from request to answer, independent of the web framework.
 
-A sequence of the protocol is a session. Its `sequence_id` is the session id, an integer as its decimal digits.
+A sequence of the protocol is a session. Its `sequence_id` is the session id; integers are written in decimal.
 """
 
 from dataclasses import replace
@@ -34,14 +34,14 @@ from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import Session
 
-#: Of a reply: its plan, and the id of the request.
+#: The plan of a reply, and the id of the request.
 _Form = tuple[ReplyPlan, str | None]
 
 _log = structlog.get_logger(__name__)
 
 
 class RepeatedInferStep(RepeatedStep):
-    """A step of a sequence, whose session was found for the step before."""
+    """A step of a sequence; a previous step has found its session."""
 
     __slots__ = ("_id", "_name", "_plan", "_request_id", "_text")
 
@@ -80,7 +80,7 @@ class RepeatedInferStep(RepeatedStep):
 
 
 def _plan(served: ServedModel, name: str, parsed: InferRequest) -> ReplyPlan:
-    """The plan is kept with the header, which the parser keeps for requests that repeat it."""
+    """The reply plan, cached in the header, which the parser caches for requests that repeat it."""
     plan: ReplyPlan | None = parsed.header.plan
     if plan is None or plan.manifest is not served.manifest:
         plan = parsed.header.plan = ReplyPlan(served, name, parsed.header)
@@ -92,7 +92,7 @@ def _form(served: ServedModel, name: str, parsed: InferRequest) -> _Form:
 
 
 def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
-    """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
+    """Run whole sequences, or the next steps of one sequence if the request has a `sequence_id`."""
     if request.document is not None:
         parsed = open_inference.read(request.document, memoryview(b""))
     else:
@@ -158,10 +158,11 @@ def _sequence_steps(
             app.sessions.directory.check_closing_chunk(name, sequence.id, chunk)
         if not sequence.start:
             raise served.scheduler.sessions.closed.error(sequence.id, now)
-        if request.tenant and app.sessions.directory.living(name, sequence.id) is None:  # else it takes its place
-            app.refuse_another_session(request.tenant)
-        chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
+        if request.tenant and app.sessions.directory.living(name, sequence.id) is None:  # a restart adds no session
+            app.sessions.refuse_another(request.tenant)
     app.meter.take(request.tenant, len(batch[0][0]))
+    if session is None:
+        chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     accepted = served.loop.submit(chunk, timeout, settled)
     if request.repeats and chunk.length == 1 and chunk.session is not None:
         request.repeat = RepeatedInferStep(app, served, chunk.session, request, respond, name)
@@ -183,9 +184,10 @@ def _find(
     sequence: SequenceParameters,
     parsed: InferRequest,
 ) -> tuple[ServedModel, Session | None]:
-    """The version of a sequence, and its session; None if there is none, or if the request restarts it.
+    """The version that serves a sequence, and its session; None if there is none, or if the request restarts it.
 
-    An open sequence, or one that a retry opens or closes again, stays with its version; a new one gets the newest.
+    An open sequence keeps its version, and so does a retry of a request that opened or closed one. A new sequence gets
+    the current version.
     """
     check_id(sequence.id)
     if not sequence.start:
@@ -215,8 +217,8 @@ def _opening_after_restart(
 ) -> Opening:
     """The session that a request with START opens.
 
-    Without a position, START on an open sequence closes the old one, as in Triton; with position 0 it is a retry. A
-    durable session takes the place of the old one in the store.
+    Without a position, START on an open sequence closes the old one, as in Triton; with position 0 it is a retry. A new
+    durable session replaces the old one in the store.
     """
     durability, token = app.durability, b""
     if sequence.position is None and (found := app.sessions.directory.living(name, sequence.id)) is not None:
@@ -228,7 +230,7 @@ def _opening_after_restart(
         if session.durable is not None and session.origin is not None:
             durability, token = session.origin.durability, session.durable.token
     elif sequence.position is None and (record := app.sessions.directory.find_stranded(name, sequence.id)) is not None:
-        if record.token and record.origin.durability == "memory":  # another replica's, which alone can take it back
+        if record.token and record.origin.durability == "memory":  # only the replica that spilled it can restore it
             app.models.home(name, record.origin.model, f"sequence {shown(sequence.id)!r} runs on")
         now = served.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, sequence.id)
@@ -241,7 +243,7 @@ def _opening_after_restart(
 
 
 def _batch(served: ServedModel, parsed: InferRequest) -> list[Tensors]:
-    """The request's rows, each input (time, *shape)."""
+    """The request's rows; each input is (time, *shape)."""
     specs = served.manifest.inputs
     arrays = open_inference.read_inputs(parsed, specs)
     served.codec.check_sequences(len(arrays[0]))

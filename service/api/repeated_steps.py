@@ -1,4 +1,4 @@
-"""Single steps that come again and again on one connection: what was looked up for one is kept for the next."""
+"""Repeated single steps on one connection: a step reuses the lookups of the previous one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,15 +17,15 @@ from unroll.service.scheduler.session import Session
 
 
 class RepeatedStep:
-    """A step in raw bytes, with headers that are known: only the numbers in them may be new.
+    """A step in raw bytes with the same headers as a previous step, except for numbers.
 
     Args:
-        request: The first such step of a connection, which has one.
-        respond: Takes the answers to all of them.
+        request: The first such step of the connection.
+        respond: Called with the answer to each step.
 
     Attributes:
-        failure: The form of an error.
-        write: Writes what the answers to a group's rows have of the outputs.
+        failure: Converts an error to an answer.
+        write: Encodes a group's outputs, one element per row.
     """
 
     __slots__ = ("_again", "_app", "_form", "_served", "_session", "_tenant", "respond", "write")
@@ -45,7 +45,7 @@ class RepeatedStep:
         self.write = served.codec.rows_to_raw
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
-        """Begin it together with others; None if it must be begun as any request."""
+        """Join the step to the open group; None if it must be handled as an ordinary request."""
         tenant = request.tenant
         if tenant != self._tenant or (tenant and self._app.meter.limits(tenant)):
             return None
@@ -58,24 +58,24 @@ class RepeatedStep:
         return self._served.loop.join(self._session, request.position, step, timeout, self._form, self)
 
     def read(self, request: Request) -> bytes | None:
-        """The inputs one after another; None if this is no such step. Sets the position of the request."""
+        """The step's inputs, concatenated; None if this is not such a step. Sets the position of the request."""
         position = request.headers.get(POSITION)
         if position is not None:
             request.position = int(position)
         return request.body
 
     def encode(self, written: Any, position: int) -> Answer:
-        """The answer. written: what `write` wrote for it."""
+        """Encode the answer. written: the row's element from `write`."""
         return Answer(200, RAW, written, b"unroll-position: %d\r\n" % position)
 
     def fail(self, error: UnrollError) -> None:
-        """Answer with the error; or begin it again, because another replica updated the session."""
+        """Answer with the error, or handle the step again if another replica updated the session."""
         if not (isinstance(error, SessionContended) and self._again and self._again(self._session.id)):
             self.respond(self.failure(error))
 
 
 class RepeatedJsonStep(RepeatedStep):
-    """The same in JSON."""
+    """A repeated step in JSON."""
 
     __slots__ = ()
 
@@ -101,7 +101,7 @@ class RepeatedJsonStep(RepeatedStep):
 
 
 class _Joined:
-    """Steps of any kind, and their answers."""
+    """Validates and answers repeated steps of any kind."""
 
     __slots__ = ("faults",)
 

@@ -1,4 +1,4 @@
-"""Steps and sequences of the native API: from a request to an Answer, without a framework."""
+"""Steps and sequences of the native API, from request to answer, independent of the web framework."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ from unroll.service.scheduler.reply import Reply
 
 
 def steps(app: AppState, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
-    """T >= 1 time steps of a session; the reply's outputs are one per time step."""
+    """Run T >= 1 time steps of a session; the reply has one output per time step."""
     session_id = request.own(session_id)
     if LENGTH in request.headers:
         return sealed_steps(app, model, session_id, request, respond)
@@ -78,7 +78,7 @@ def _fields(reply: Reply) -> bytes:
 
 
 def sequences(app: AppState, model: str, request: Request, respond: Respond) -> Cancel:
-    """Whole sequences, each from the model's initial state; nothing is kept."""
+    """Run whole sequences, each from the model's initial state; no state is kept."""
     served = app.models.resolve(*split_reference(model))
     timeout = timeout_of(app, request)
     if request.media_type == RAW:

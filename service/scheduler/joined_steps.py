@@ -1,7 +1,7 @@
-"""Single steps that arrive one by one while nothing else waits: they join a group, which the next batch takes.
+"""Joined steps: single steps that arrive one by one form a group, which the next batch takes.
 
-A step that cannot join is submitted as a chunk. Until the batch is formed a step can leave its group, and then it is as
-if it had never come.
+Steps join only while nothing else is waiting; otherwise they are submitted as chunks. Until the batch is formed, a step
+can leave the group without a trace.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.session import OPEN, Owner, Session
 
-#: Of each input: the bytes of a row, the dtype, and the shape of all rows.
+#: Per input: bytes per row, dtype, and the shape of all rows.
 Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
 
 _NO_POSITIONS = np.zeros(0, np.uint64)
-#: A group has one deadline, that of its first step: others join only in the first tenth of the time until then.
+#: A group has the deadline of its first step. Later steps may join only in the first tenth of the time until then.
 _SHARE = 10
 
 
 class StepForm(Protocol):
-    """How the joined steps of a model are checked and answered. `Any`: a listener, which only this calls."""
+    """Validates and answers the joined steps of a model. Listeners are opaque to everything else."""
 
     def faults(self, inputs: Tensors) -> dict[int, UnrollError]:
-        """The errors in the values of the rows; inputs: each (rows, 1, *shape)."""
+        """Errors of rows with invalid values. inputs: each (rows, 1, *shape)."""
         ...
 
     def answer(self, listeners: Sequence[Any], reply: GroupReply) -> None:
@@ -38,7 +38,10 @@ class StepForm(Protocol):
 
 
 class OpenGroup(Group):
-    """A group that steps join. values: of each row, its inputs one after another; `inputs` are made of them at last."""
+    """A group that accepts steps until a batch is formed.
+
+    values: each row's inputs, concatenated. `JoinedSteps.close` decodes them into `inputs`.
+    """
 
     __slots__ = ("_layout", "form", "listeners", "values")
 
@@ -57,7 +60,7 @@ class OpenGroup(Group):
         return tuple([array[0] for array in self.read(self.values[row : row + 1])])
 
     def read(self, values: Sequence[bytes]) -> Tensors:
-        """Such rows as inputs, each (rows, 1, *shape)."""
+        """Decode rows of `values` into inputs, each (rows, 1, *shape)."""
         block = np.frombuffer(b"".join(values), np.uint8).reshape(-1, sum([size for size, _, _ in self._layout]))
         end, arrays = 0, []
         for size, dtype, shape in self._layout:
@@ -67,7 +70,7 @@ class OpenGroup(Group):
 
 
 class JoinedSteps:
-    """The group that is open, if there is one."""
+    """Owns the open group, if there is one."""
 
     def __init__(self, traits: ModelTraits, completion: Completion) -> None:
         self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
@@ -76,7 +79,7 @@ class JoinedSteps:
         self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
         self._sessions, self._counters = completion.sessions, completion.counters
         self.group: OpenGroup | None = None
-        self._room = self._most  # rows that it may have, beside what waits for the same batch
+        self._room = self._most  # rows left for the group, after the work already waiting for the same batch
 
     def join(
         self,
@@ -88,14 +91,17 @@ class JoinedSteps:
         form: StepForm,
         listener: Any,
     ) -> bool:
-        """Queue the next step of a session. False: it must be submitted as a chunk, and nothing was changed.
+        """Queue the next step of a session.
 
         Args:
-            position: the position that the client named, or None.
-            step: its inputs one after another, of the right length.
-            deadline: when it must have begun; not earlier than that of any step that joined before.
-            form: of the model.
-            listener: to be answered by the form.
+            position: The position that the client specified, or None.
+            step: The step's inputs, concatenated, of the right length.
+            deadline: The time by which the step must start; not earlier than that of any step that joined before.
+            form: The model's form.
+            listener: Passed to `form.answer`.
+
+        Returns:
+            False if nothing was changed, and the step must be submitted as a chunk.
         """
         progress = session.progress
         if (
@@ -112,7 +118,7 @@ class JoinedSteps:
             self._room = self._most
             if not self._lanes.idle:
                 self._room -= self._admission.in_flight
-                if self._room <= 0 or not self._lanes.has_single_steps_only:
+                if self._room <= 0 or not self._lanes.steps_may_join:
                     return False
             self._sessions.expire(now)
             group = OpenGroup(self._layout, deadline, form)
@@ -132,11 +138,11 @@ class JoinedSteps:
         group.listeners.append(listener)
         if self.group is None:
             self.group = group
-            self._lanes.put(group, now)  # which asks whose it is
+            self._lanes.put(group, now)  # not earlier: a fair queue needs the group's owner
         return True
 
     def close(self, now: float) -> None:
-        """No more steps may join, because a batch is formed. Those with invalid values leave with the error."""
+        """Close the group for the next batch. Steps with invalid values fail."""
         group, self.group = self.group, None
         if group is None:
             return
@@ -150,17 +156,17 @@ class JoinedSteps:
             group.outcome = GroupReply(slice(0), _NO_POSITIONS, (), {})
 
     def cancel(self, session: Session, listener: Any, now: float) -> None:
-        """The client went away: its step leaves the group, unless a batch has it, or a retry waits for it, too."""
+        """Remove the step of a client that disconnected, unless a batch has taken it or a retry also waits for it."""
         group = self.group
         if group is None or session not in group.sessions:
             return
         row = group.sessions.index(session)
         if group.listeners[row] is listener and all(row != followed for followed, _ in group.followers):
-            self._counters.count_failed(Cancelled("the client went away"))
+            self._counters.count_failed(Cancelled("the client disconnected"))
             self._remove(group, row, now)
 
     def check(self, session: Session, now: float) -> None:
-        """If a step of the session waits here and has invalid values, it fails now: it must not take a position."""
+        """Fail the session's waiting step now if its values are invalid, so that it does not occupy a position."""
         group = self.group
         if group is not None and session in group.sessions:
             row = group.sessions.index(session)
@@ -168,7 +174,7 @@ class JoinedSteps:
                 self._fail(group, row, faults[0], now)
 
     def refuse(self, session: Session, error: UnrollError, now: float) -> None:
-        """If a step of the session waits here, it fails."""
+        """Fail the session's waiting step, if there is one."""
         group = self.group
         if group is not None and session in group.sessions:
             self._counters.count_failed(error)
@@ -182,14 +188,14 @@ class JoinedSteps:
             follower.answer(error)
 
     def _remove(self, group: OpenGroup, row: int, now: float) -> Any:
-        """Returns the listener."""
+        """Remove a row. Returns its listener."""
         session, _ = group.sessions.pop(row), group.values.pop(row)
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]
         self._admission.in_flight -= 1
         self._admission.waiting_steps -= 1
         progress = session.own_progress
         if progress.pending is None and session.life is OPEN:
-            progress.active = None  # it does not rest: that would be a use
+            progress.active = None  # not `rest`, which would count as use
         else:
             self._queues.advance(session, now)
         self._completion.renumber(session, now)

@@ -86,6 +86,18 @@ def test_no_step_joins_while_other_work_waits(settled, engine):
     run_until_idle(settled, engine)
 
 
+def test_steps_join_beside_a_long_chunk_whose_pieces_run_in_batches_of_their_own(settled, engine):
+    log, long = Log(), submit(settled, "a", inputs(*range(2, 12)), 0, LATER)  # a piece has four steps
+    assert joined(settled, "bc", log) == [True, True]
+    assert turn(settled, engine).rows == 1
+    assert not log
+    assert turn(settled, engine).rows == 2
+    assert log == dict.fromkeys("bc", fold([1, 2])[-1:])
+    run_until_idle(settled, engine)
+    assert answer(long) == fold(range(1, 12))[1:]
+    settled.check_invariants()
+
+
 def test_a_step_that_left_is_as_if_it_had_never_come(settled, engine):
     log = Log()
     listeners = {name: log.of(name) for name in "abc"}
