@@ -1,4 +1,4 @@
-"""Layers of toolkits for speech and sound."""
+"""Layers from toolkits for speech and sound."""
 
 from typing import Any
 
@@ -35,12 +35,12 @@ def denoiser_demucs() -> nn.Module:
     from denoiser.demucs import Demucs
 
     class Frames(nn.Module):
-        """Its answer comes 20 samples late: as far as two layers look ahead."""
+        """Delay the answer by 20 samples, the look-ahead of two layers."""
 
         def __init__(self) -> None:
             super().__init__()
             self.demucs = Demucs(hidden=4, depth=2, resample=1, normalize=False)
-            self.demucs.valid_length = lambda length: length  # it is one, and an int() of it would hold for it alone
+            self.demucs.valid_length = lambda length: length  # already valid; an int() would fix the length
 
         def forward(self, mix: Tensor) -> Tensor:
             sound = mix.flatten(1)
