@@ -73,9 +73,9 @@ class Curve:
             return self.seconds(top, steps) * rows / top
         return self._first[rows] + (steps - 1) * self._further[rows]
 
-    def best_rows(self, steps: int = 1) -> int:
+    def best_rows(self) -> int:
         """Return the fewest rows at which a row costs at most 3 % more than in the cheapest call."""
-        each = [(rows, (self.seconds(rows, steps) + _TURN_SECONDS) / rows) for rows, _ in self.single]
+        each = [(rows, (self.seconds(rows) + _TURN_SECONDS) / rows) for rows, _ in self.single]
         lowest = min(seconds for _, seconds in each)
         return next(rows for rows, seconds in each if seconds <= lowest * (1 + _WORTH_WAITING))
 
