@@ -4,8 +4,10 @@ import fcntl
 import gc
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -52,8 +54,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _httpx_is_quick_and_patient() -> Iterator[None]:
-    """httpx reads all certificates for each client, which takes long and is of no use here, and gives up after 5 s."""
+    """httpx reads all certificates for each client, which takes long and is of no use here, and gives up after 5 s.
+
+    It also imports sniffio several times in a request; where that is not installed, Python looks through all folders.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if find_spec("sniffio") is None:
+            patch.setitem(sys.modules, "sniffio", None)
         patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
         for phase in ("connect", "read", "write", "pool"):
             patch.setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE)
