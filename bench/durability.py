@@ -7,7 +7,6 @@ own work does not.
 import base64
 import json
 import random
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from http.client import HTTPConnection
 from time import perf_counter
 
 import numpy as np
+from redis import Redis
 
 from bench.http_client import JSON, RAW, http_client, post
 from bench.load import WARM_UP, Client, Measurement
@@ -86,7 +86,7 @@ def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: 
     )
     named = by_name(rows)
     says = "HTTP, raw bytes, sessions in Redis (everysec): of those in memory"
-    verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"], judged=bench.judged)
+    verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"])
     title = f"Durability, a step a request, {CLIENTS} HTTP clients, LSTM 2×64; Redis on the load generator's core"
     return Outcome("durability", title, "steps/s", rows, [verdict], remarks)
 
@@ -133,19 +133,9 @@ def _client_held(launch: Launch, reference: Reference) -> Subject:
 
 def _bytes_of_a_session(port: int) -> float:
     """Mean over all sessions in Redis."""
-    with socket.create_connection((HOST, port)) as connection, connection.makefile("rwb") as file:
-
-        def ask(*words: bytes) -> bytes:
-            file.write(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
-            file.flush()
-            line: bytes = file.readline().rstrip()
-            if line[:1] == b"$":
-                return file.read(int(line[1:]) + 2)[:-2]
-            return line[1:]
-
-        count = int(ask(b"KEYS", b"unroll:*"))
-        keys = [file.read(int(file.readline()[1:]) + 2)[:-2] for _ in range(count)]
-        total = sum(int(ask(b"MEMORY", b"USAGE", key, b"SAMPLES", b"0")) for key in keys)
+    with Redis(HOST, port) as redis:
+        keys: list[bytes] = redis.keys("unroll:*")
+        total = sum(redis.memory_usage(key, samples=0) for key in keys)
         return total / len({key.removesuffix(b":gone") for key in keys})
 
 
@@ -161,7 +151,7 @@ def _reload(bench: Bench, store: tuple[str, str]) -> Outcome:
     with bench.servers() as servers:
         here, there = (servers.server(bench.unroll(*store, name=f"unroll-{name}")).port for name in ("here", "there"))
         with closing(HTTPConnection(HOST, here)) as one, closing(HTTPConnection(HOST, there)) as other:
-            for n in range(_RELOADED if bench.judged else 20):
+            for n in range(20 if bench.quick else _RELOADED):
                 _timed_post(one, path, json.dumps({"session_id": f"reloaded-{n}"}).encode(), JSON)
                 step = f"{path}/reloaded-{n}/steps"
                 _timed_post(one, step, row)

@@ -71,6 +71,18 @@ class Measurement:
     late: float = 0.0
 
 
+def repeated(call: Callable[[], object], seconds: float, weight: int = 1) -> Measurement:
+    """Call again and again for so long. weight: what one call counts for."""
+    taken = []
+    began = now = perf_counter()
+    while now < began + seconds:
+        call()
+        before, now = now, perf_counter()
+        taken.append(now - before)
+    p50, p99 = np.percentile(taken, [50, 99]) * 1e3
+    return Measurement(len(taken) * weight / (now - began), float(p50), float(p99))
+
+
 class Connection(asyncio.Protocol):
     """A client's connection. A subclass recognises whole replies and calls `replied` for each."""
 

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from bench import inputs
-from bench.http_client import http_client, post
+from bench.http_client import http_client, infer, post
 from bench.load import Client
 from bench.peers import Peer
 from bench.reference import TOLERANCE, Reference
 from bench.servers import HOST
 from bench.websocket_client import read_outputs, steps_frame, websocket_client
-
-INFER_HEADER = "inference-header-content-length"
 
 
 class WrongAnswer(Exception):
@@ -153,15 +151,7 @@ def infer_steps(launch: Launch, reference: Reference) -> Subject:
 
 
 def infer_request(model: str, sequence: int, row: np.ndarray, *, start: bool = False) -> bytes:
-    tensor = {"name": "x", "shape": [1, 1, len(row)], "datatype": "FP32"}
-    document = {
-        "inputs": [{**tensor, "parameters": {"binary_data_size": row.nbytes}}],
-        "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
-        "parameters": {"sequence_id": sequence, "sequence_start": start, "sequence_end": False},
-    }
-    text = json.dumps(document, separators=(",", ":")).encode()
-    headers = {"content-type": "", INFER_HEADER: str(len(text))}
-    return post(f"/v2/models/{model}/infer", text + row.tobytes(), headers)
+    return infer(model, row[None], sequence_id=sequence, sequence_start=start, sequence_end=False)
 
 
 def stream_steps(launch: Launch, reference: Reference, entries: int = 1) -> Subject:

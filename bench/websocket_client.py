@@ -54,10 +54,15 @@ def opening_message(prefix: str, sessions: Sequence[int]) -> bytes:
 
 
 def steps_frame(handles: Sequence[int] | np.ndarray, values: np.ndarray) -> bytes:
-    """One step of each handle. values: (handles, features) float32."""
+    """A frame with one step of each handle. values: (handles, features) float32."""
+    return frame(steps_message(handles, values))
+
+
+def steps_message(handles: Sequence[int] | np.ndarray, values: np.ndarray) -> bytes:
+    """What is in it."""
     entries = np.zeros(len(handles), ENTRY)
     entries["handle"], entries["steps"], entries["position"] = handles, 1, NO_POSITION
-    return frame(HEADER.pack(STEPS, 0, 0, len(handles)) + entries.tobytes() + values.tobytes())
+    return HEADER.pack(STEPS, 0, 0, len(handles)) + entries.tobytes() + values.tobytes()
 
 
 def read_outputs(message: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from unroll.client.errors import InvalidInput
 from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path
-from unroll.client.tensors import ArrayLike, Arrays, Model
+from unroll.client.tensors import ArrayLike, Arrays, Model, listed
 
 
 class Catalogue:
@@ -57,9 +57,8 @@ def sequence(model: Model, inputs: ArrayLike, static: Mapping[str, ArrayLike] | 
     named = {spec.name: [array.tolist()] for spec, array in zip(model.inputs, arrays, strict=True)}
     document = {"inputs": named, "static": {name: [value] for name, value in first.items()}}
     response = yield json_request("POST", path, document)
-    outputs = response.checked().json()["outputs"]
-    lists = [outputs[0]] if len(model.outputs) == 1 else [outputs[spec.name][0] for spec in model.outputs]
-    return model.outputs_of([np.array(item, spec.numpy) for spec, item in zip(model.outputs, lists, strict=True)])
+    several = listed(model.outputs, response.checked().json()["outputs"])
+    return model.outputs_of([np.array(rows[0], spec.numpy) for spec, rows in zip(model.outputs, several, strict=True)])
 
 
 def split_outputs(model: Model, response: Response, content: bytes | memoryview, steps: int) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from unroll.client.errors import ConnectionFailed, InvalidInput, ModelUnavailabl
 from unroll.client.exchange import Request, json_request
 from unroll.client.retries import RETRIED, Retries
 from unroll.client.session_calls import SessionCalls
-from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor, named
+from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor, listed, named
 
 #: fork runs on a copy of the state; session runs on the session, which advances at the end.
 On = Literal["fork", "session"]
@@ -173,5 +173,4 @@ class RolloutCall(Rollout):
 
 
 def _arrays(specs: Sequence[Tensor], value: Any) -> list[np.ndarray]:
-    values = [value] if len(specs) == 1 else [value[spec.name] for spec in specs]
-    return [np.array(item, spec.numpy) for spec, item in zip(specs, values, strict=True)]
+    return [np.array(item, spec.numpy) for spec, item in zip(specs, listed(specs, value), strict=True)]

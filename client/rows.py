@@ -116,11 +116,13 @@ def _read_raw(model: Model, source: BinaryIO, columns: str | None) -> Iterator[R
         yield tuple(row)
 
 
+def output_names(model: Model) -> list[str]:
+    """Of each value of a time step."""
+    return [spec.name if spec.size == 1 else f"{spec.name}_{i}" for spec in model.outputs for i in range(spec.size)]
+
+
 def _write_csv(model: Model, out: BinaryIO) -> Write:
-    names = [
-        spec.name if spec.size == 1 else f"{spec.name}_{i}" for spec in model.outputs for i in range(max(spec.size, 1))
-    ]
-    out.write((",".join(names) + "\n").encode())
+    out.write((",".join(output_names(model)) + "\n").encode())
     return lambda arrays: _line(out, ",".join(str(value) for array in arrays for value in array.ravel()))
 
 

@@ -17,8 +17,8 @@ from unroll.client import wav
 from unroll.client.client import Client, Session
 from unroll.client.errors import InvalidInput, UnrollError
 from unroll.client.plot import Plot
-from unroll.client.rows import READERS, WRITERS, Row, Write, check_takes_bytes, columns_of
-from unroll.client.tensors import Model, Tensor
+from unroll.client.rows import READERS, WRITERS, Row, Write, check_takes_bytes, columns_of, output_names
+from unroll.client.tensors import listed
 
 if TYPE_CHECKING:
     from unroll.commands.rollout import Rollout
@@ -77,7 +77,7 @@ def _stream(options: "Stream") -> int:
             raise InvalidInput("--to wav needs a WAV file to read, whose rate it takes")
         else:
             write = wav.Writer(model, sys.stdout.buffer, samples, samples.steps - session.position)
-        plot = Plot(sys.stderr, _names(model)) if options.plot else None
+        plot = Plot(sys.stderr, output_names(model)) if options.plot else None
         live = options.file is None or options.rate is not None
         return _send(session, _paced(rows, options.rate), write, plot, 1 if live else _CHUNK)
 
@@ -99,10 +99,10 @@ def _roll_out(options: "Rollout", mapped: Any) -> int:
             given = list(READERS[kind](model, _source(options.file, stack), None))
         inputs = columns_of(model, given) if given else None
         write = WRITERS[kind](model, sys.stdout.buffer)
-        plot = Plot(sys.stderr, _names(model)) if options.plot else None
+        plot = Plot(sys.stderr, output_names(model)) if options.plot else None
         fed_from = session.position + len(given)
         for step in session.rollout(options.steps, map=mapped, on=options.on, inputs=inputs):
-            outputs = [np.asarray(output) for output in _listed(model.outputs, step.outputs)]
+            outputs = [np.asarray(output) for output in listed(model.outputs, step.outputs)]
             if kind != "lines":
                 write(outputs)
             elif step.position > fed_from:  # the sampled byte, not the most probable next one
@@ -130,22 +130,13 @@ def _source(file: Path | None, stack: ExitStack) -> BinaryIO:
     return sys.stdin.buffer if file is None else stack.enter_context(file.open("rb"))
 
 
-def _listed(specs: Sequence[Tensor], arrays: Any) -> list[np.ndarray]:
-    """The outputs in the model's order; a single output is not wrapped in a dict."""
-    return [arrays] if len(specs) == 1 else [arrays[spec.name] for spec in specs]
-
-
-def _names(model: Model) -> list[str]:
-    return [spec.name if spec.size == 1 else f"{spec.name}_{i}" for spec in model.outputs for i in range(spec.size)]
-
-
 def _send(session: Session, rows: Iterable[Row], write: Write, plot: Plot | None, chunk: int) -> int:
     model, sent = session.model, 0
     waiting = iter(rows)
     while taken := list(islice(waiting, chunk)):
         if any(not spec.time for spec in model.outputs):
             raise InvalidInput(f"{model.name!r} has an output without a time axis: use `unroll.Client`")
-        outputs = _listed(model.outputs, session.steps(columns_of(model, taken)))
+        outputs = listed(model.outputs, session.steps(columns_of(model, taken)))
         for row in range(len(taken)):
             step = [output[row] for output in outputs]
             write(step)

@@ -218,6 +218,11 @@ def named(specs: Sequence[Tensor], values: Sequence[Any]) -> Any:
     return values[0] if len(specs) == 1 else {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
 
+def listed(specs: Sequence[Tensor], value: Any) -> list[Any]:
+    """The values that `named` was given."""
+    return [value] if len(specs) == 1 else [value[spec.name] for spec in specs]
+
+
 def as_numpy(name: str, value: ArrayLike) -> np.ndarray:
     """Convert to an array in host memory, without a copy where possible. Raises InvalidInput."""
     if isinstance(value, np.ndarray):

@@ -92,7 +92,7 @@ class Running:
             listener = bind(settings.admin_host, settings.admin_port)
             operator = (
                 operator_config(config, application.state.operator, self.server, ConnectionLimits.of(settings)),
-                listener,
+                [listener],
             )
             self.operator_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         times = settings.drain_delay, settings.drain_timeout

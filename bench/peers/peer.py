@@ -8,8 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 
-BINARY, JSON = "application/octet-stream", "application/json"
-
 
 @dataclass(frozen=True)
 class Peer(ABC):
@@ -46,12 +44,3 @@ class Peer(ABC):
     @abstractmethod
     def outputs(self, body: bytes, features: int) -> np.ndarray:
         """Values of a reply's body, flat float32. features: number of values of one time step."""
-
-
-def post(path: str, body: bytes, media: str | None, headers: Mapping[str, str] | None = None) -> bytes:
-    """A whole request for a persistent connection."""
-    lines = [f"POST {path} HTTP/1.1", "host: 127.0.0.1", f"content-length: {len(body)}"]
-    if media:
-        lines.append(f"content-type: {media}")
-    lines.extend(f"{name}: {value}" for name, value in (headers or {}).items())
-    return "\r\n".join([*lines, "\r\n"]).encode() + body

@@ -15,6 +15,39 @@ export function h(tag, attributes = {}, ...children) {
 export const button = (label, onclick, attributes = {}) =>
   h("button", { type: "button", onclick, ...attributes }, label);
 
+// A choice of one of some names; onchange gets the name.
+export function choice(label, names, onchange) {
+  const select = h(
+    "select",
+    { "aria-label": label, onchange: () => onchange?.(select.value) },
+    names.map((name) => h("option", {}, name)),
+  );
+  return select;
+}
+
+// The choice of the model that a view is of.
+export function modelChoice(models, model, view) {
+  const names = models.map(({ name }) => name);
+  const select = choice("Model", names, (name) => (location.hash = `#${view}/${encodeURIComponent(name)}`));
+  select.value = model.name;
+  return select;
+}
+
+// A number in a table.
+export const figure = (text, kind = "") => h("td", { class: `figure ${kind}` }, text);
+
+// A table of rows of cells, which are text, elements, or figures. head: the titles of a first column and of figures.
+export function table(rows, head, attributes) {
+  const row = (cells) =>
+    h("tr", {}, cells.map((cell) => (cell instanceof HTMLTableCellElement ? cell : h("td", {}, cell))));
+  const title = (name, i) => h("th", { scope: "col", class: i ? "figure" : null }, name);
+  return h("table", attributes, head && h("thead", {}, row(head.map(title))), h("tbody", {}, rows.map(row)));
+}
+
+// The content of a list of facts: {name: value}.
+export const facts = (list) =>
+  Object.entries(list).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)));
+
 // A colour of the style sheet, as it is now: light or dark.
 export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
@@ -37,6 +70,9 @@ export function duration(seconds) {
   if (seconds < 1e-3) return `${number(seconds * 1e6, 3)} µs`;
   return seconds < 1 ? `${number(seconds * 1e3, 3)} ms` : `${number(seconds, 3)} s`;
 }
+
+// Values of one time step of a tensor.
+export const sizeOf = (tensor) => tensor.shape.reduce((product, length) => product * length, 1);
 
 export const shape = (tensor) => `${tensor.dtype}${tensor.shape.length ? ` [${tensor.shape.join(", ")}]` : ""}`;
 

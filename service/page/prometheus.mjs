@@ -24,14 +24,12 @@ export class Scrape {
     this.samples = parse(text);
   }
 
-  select(name, labels = {}) {
-    return this.samples.filter(
-      (sample) => sample.name === name && Object.entries(labels).every(([key, value]) => sample.labels[key] === value),
-    );
+  select(name) {
+    return this.samples.filter((sample) => sample.name === name);
   }
 
-  sum(name, labels) {
-    return this.select(name, labels).reduce((total, { value }) => total + value, 0);
+  sum(name) {
+    return this.select(name).reduce((total, { value }) => total + value, 0);
   }
 
   // By the value of one label: Map of sums.
@@ -43,24 +41,21 @@ export class Scrape {
   }
 
   // Counts of a histogram, not cumulated: [[upper bound, count], …].
-  counts(name, labels) {
+  counts(name) {
     const sums = new Map();
-    for (const { labels: own, value } of this.select(`${name}_bucket`, labels)) {
+    for (const { labels: own, value } of this.select(`${name}_bucket`)) {
       const bound = own.le === "+Inf" ? Infinity : Number(own.le);
       sums.set(bound, (sums.get(bound) ?? 0) + value);
     }
-    let below = 0;
-    return [...sums]
-      .sort(([a], [b]) => a - b)
-      .map(([bound, total]) => [bound, total - below, (below = total)])
-      .map(([bound, count]) => [bound, count]);
+    const sorted = [...sums].sort(([a], [b]) => a - b);
+    return sorted.map(([bound, total], i) => [bound, total - (sorted[i - 1]?.[1] ?? 0)]);
   }
 }
 
 // What was counted between two scrapes; all of it if there is no earlier one.
-export function since(earlier, later, name, labels) {
-  const before = new Map(earlier?.counts(name, labels));
-  return later.counts(name, labels).map(([bound, count]) => [bound, count - (before.get(bound) ?? 0)]);
+export function since(earlier, later, name) {
+  const before = new Map(earlier?.counts(name));
+  return later.counts(name).map(([bound, count]) => [bound, count - (before.get(bound) ?? 0)]);
 }
 
 // The value below which a share of a histogram's counts are, from within its bucket; NaN if it is empty.

@@ -1,26 +1,27 @@
 // Where a session's inputs come from. A source has `name` and `next(i)`: the inputs of step i, null at the end; it may wait.
 
+import { sizeOf } from "./dom.mjs";
+
 // How a model can be played with.
 export function kindOf(model) {
   const [first] = model.inputs;
   if (model.inputs.length > 1) return "other";
-  const values = first.shape.reduce((product, length) => product * length, 1);
+  const values = sizeOf(first);
   if (first.dtype === "int64" && values === 1 && first.limit === 256) return "bytes";
   if (first.dtype !== "float32") return "other";
   return values;
 }
 
 // Values of a fixed list of steps.
-export function listed(name, steps, labels) {
-  return { name, length: steps.length, steps, labels, next: (i) => steps[i] ?? null };
+export function listed(name, steps) {
+  return { name, length: steps.length, next: (i) => steps[i] ?? null };
 }
 
 // A quiet signal for every input: two slow waves and a little noise, the same each time.
 export function signal(model) {
   const noise = (i, j) => (((Math.sin(i * 12.9898 + j * 78.233) * 43758.5453) % 1) + 1) % 1;
   const tensor = (spec, i) => {
-    const count = spec.shape.reduce((product, length) => product * length, 1);
-    return Array.from({ length: count }, (_, j) => {
+    return Array.from({ length: sizeOf(spec) }, (_, j) => {
       const wave = Math.sin(i / 9 + j) + 0.4 * Math.sin(i / 2.7 + 2 * j) + 0.3 * (noise(i, j) - 0.5);
       if (spec.dtype === "bool") return wave > 0;
       if (spec.dtype === "float32") return wave;
@@ -78,11 +79,7 @@ export async function co2() {
 
 export function fromText(text) {
   const bytes = new TextEncoder().encode(text);
-  return listed(
-    "text",
-    Array.from(bytes, (byte) => byte),
-    bytes,
-  );
+  return listed("text", Array.from(bytes));
 }
 
 const AS_HEARD = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };

@@ -1,6 +1,6 @@
 // What a session shows: inputs and outputs as lines or as text, and the state as a heat map, layer by layer.
 
-import { colour, h, number, slotName } from "./dom.mjs";
+import { colour, h, number, sizeOf, slotName } from "./dom.mjs";
 import { drawHeat, drawLines, positionAt } from "./plot.mjs";
 import { kindOf } from "./sources.mjs";
 
@@ -182,8 +182,8 @@ function features(inputs, kind) {
 }
 
 function outputNames(model) {
-  const names = model.outputs.flatMap(({ name, shape }) => {
-    const count = shape.reduce((product, length) => product * length, 1);
+  const names = model.outputs.flatMap((output) => {
+    const { name } = output, count = sizeOf(output);
     return count === 1 ? [name] : Array.from({ length: count }, (_, i) => `${name} ${i}`);
   });
   return names.slice(0, MOST_LINES);

@@ -1,6 +1,6 @@
 // The static inputs of a model: a field for each, which a session begins with.
 
-import { h, shape } from "./dom.mjs";
+import { h, shape, sizeOf } from "./dom.mjs";
 
 export class Statics {
   // specs: the model's. onChange: called when a value was changed.
@@ -24,8 +24,6 @@ export class Statics {
     return read.length ? Object.fromEntries(read) : undefined;
   }
 }
-
-const sizeOf = ({ shape }) => shape.reduce((product, length) => product * length, 1);
 
 function numbers(spec, text) {
   const words = text.split(/[\s,;[\]]+/).filter(Boolean);

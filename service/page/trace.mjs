@@ -95,8 +95,9 @@ export class Trace {
   }
 }
 
-function joinSteps(model, steps) {
-  if (model.inputs.length === 1) return steps.map((step) => step);
+// The inputs of some steps as those of one call.
+export function joinSteps(model, steps) {
+  if (model.inputs.length === 1) return steps;
   return Object.fromEntries(model.inputs.map(({ name }) => [name, steps.map((step) => step[name])]));
 }
 

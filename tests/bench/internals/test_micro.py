@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.internals.micro import Part, Turns, infer_body, main, manifest, measure, protocol, steps_frame
-from unroll.service.protocol import open_inference
-from unroll.service.protocol.frames import FrameCodec
+from bench.internals.micro import Part, Turns, main, measure, protocol
 
 REPOSITORY = Path(__file__).parents[3] / "examples" / "repository"
 
@@ -56,18 +54,11 @@ def test_every_scheduler_turn_answers_every_session(sessions: int) -> None:
     turns.scheduler.check_invariants()
 
 
-def test_inputs_of_the_decoders_are_valid() -> None:
+def test_parts_of_the_protocol_take_their_inputs() -> None:
     names = [part.name for part in protocol()]
     assert len(set(names)) == len(names)
     for part in protocol():
         part.call()
-    specs = manifest().inputs
-    frame = FrameCodec(specs, 64).decode(steps_frame(3))
-    assert (frame.handles, frame.steps, frame.positions) == ([0, 1, 2], [1, 1, 1], [None] * 3)
-    head, body = infer_body(frame.chunk(0)[0])
-    request = open_inference.parse(body, head, len(body))
-    assert request.sequence is not None
-    assert open_inference.read_inputs(request, specs)[0].shape == (1, 1, 16)
 
 
 def test_command_prints_a_table_and_writes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

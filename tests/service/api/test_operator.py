@@ -157,7 +157,6 @@ def test_the_operators_port_takes_the_keys_too(shelf: Path, tmp_path_factory: py
     [
         ({"admin_port": 0, "admin_host": "0.0.0.0"}, "everyone who can reach 0.0.0.0"),
         ({"admin_host": "127.0.0.2"}, "add --admin-port"),
-        ({"admin_port": 0, "workers": 2, "store": "file:///x"}, "would reach one worker"),
     ],
 )
 def test_settings_that_are_refused(settings: dict, reason: str) -> None:
