@@ -104,7 +104,7 @@ def tenant_of(http: HttpRequest) -> str:
     return tenant
 
 
-def _own_id(http: HttpRequest, session_id: str) -> str:
+async def _own_id(http: HttpRequest, session_id: str) -> str:
     return owned(tenant_of(http), session_id)
 
 

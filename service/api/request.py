@@ -20,6 +20,7 @@ from unroll.service.core.errors import (
 )
 from unroll.service.core.session_ids import owned
 from unroll.service.protocol import json
+from unroll.service.protocol.open_inference import RepeatedText
 
 _log = structlog.get_logger(__name__)
 
@@ -67,11 +68,24 @@ class Request:
         session, position: Id of the session and the specified position, if any, for the log.
         again: Looks a session up in the store and handles the request again; None without a store.
         cancel: Cancels the work.
-        repeats: A previous request on the connection had the same headers except for the position.
-        repeat: Handles the next such request; see `repeated_steps.py`.
+        repeats: The next request on the connection may have the same headers, except for numbers.
+        repeat: Handles such a request; see `repeated_steps.py`.
+        text: The text of the last small Open Inference request on the connection.
     """
 
-    __slots__ = ("again", "body", "cancel", "document", "headers", "position", "repeat", "repeats", "session", "tenant")
+    __slots__ = (
+        "again",
+        "body",
+        "cancel",
+        "document",
+        "headers",
+        "position",
+        "repeat",
+        "repeats",
+        "session",
+        "tenant",
+        "text",
+    )
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
@@ -82,6 +96,7 @@ class Request:
         self.cancel: Cancel = nothing_to_cancel
         self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
+        self.text: RepeatedText | None = None
         self.session: str | None = None
         self.position: int | None = None
 

@@ -138,10 +138,6 @@ class Session(Used):
     def position(self) -> int:
         return self.own_progress.position
 
-    @position.setter
-    def position(self, position: int) -> None:
-        self.own_progress.position = position
-
     @property
     def expected(self) -> int:
         return self.own_progress.expected

@@ -230,17 +230,19 @@ class DurableSessions(MemorySessions):
         served.scheduler.counters.opened += 1
         return served.adopt(new.id, record)
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
-        closed = await super().close(name, version, session_id)
-        if isinstance(closed, Record):
-            return replace(closed, position=await self._close_stored(name, session_id)) if closed.token else closed
-        served, session = closed
-        if session.durable is not None:
-            session.position = await self._close_stored(name, session_id)
+    async def close(
+        self, name: str, version: str | None, session_id: str
+    ) -> tuple[tuple[ServedModel, Session] | Record, int]:
+        closed, position = await super().close(name, version, session_id)
+        if not (closed.token if isinstance(closed, Record) else closed[1].durable):
+            return closed, position
+        position = await self._close_stored(name, session_id)
+        if not isinstance(closed, Record):
+            served, session = closed
             now = served.loop.clock.now()
             if served.scheduler.sessions.get_detached(session_id, now) is session:
                 served.scheduler.close(session, now)
-        return served, session
+        return closed, position
 
     async def _close_stored(self, name: str, session_id: str) -> int:
         """Close the session in the store. Returns its final position, which another replica may have reached."""

@@ -1,6 +1,6 @@
 """Submits frames to the scheduler, as cohorts, a group, joined steps or chunks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,6 @@ from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.frames import NO_POSITION, Frame, SingleEntryFrame
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
-from unroll.service.scheduler.joined_steps import StepForm
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import Cohort, Life, Session
 from unroll.service.sessions.attempts import Attempts
@@ -62,36 +61,30 @@ class RecurringFrames:
 
 @dataclass(slots=True, eq=False)
 class RecurringStep:
-    """Single steps of a memory session in separate frames; they join the open group.
+    """Single steps of a session in separate frames; they join the open group.
 
     Attributes:
-        position: Position of the last step, as specified by the client.
-        leave: Cancels the last step.
+        position, values: Position and inputs of the last step, as sent by the client.
     """
 
     submitter: "FrameSubmitter"
     handle: int
     served: ServedModel
     session: Session
-    form: StepForm
     position: int | None = None
-    leave: Callable[[], None] = lambda: None
+    values: bytes = b""
 
+    write = staticmethod(Codec.rows_to_raw)
 
-class JoinedFrames:
-    """Validates and answers steps in separate frames."""
+    def complete(self, outputs: bytes, position: int) -> None:
+        self.submitter.complete_step(self, outputs, position)
 
-    def __init__(self, codec: Codec) -> None:
-        self._rows = codec.rows_to_raw
-        self.faults = codec.faults
+    def fail(self, error: UnrollError) -> None:
+        self.submitter.fail_step(self, error)
 
-    def answer(self, steps: Sequence[RecurringStep], reply: GroupReply) -> None:
-        outputs, positions, errors = self._rows(reply.outputs), reply.positions.tolist(), reply.errors
-        for row, step in enumerate(steps):
-            if row in errors:
-                step.submitter.refuse_step(step, errors[row])
-            else:
-                step.submitter.complete_step(step, positions[row], outputs[row])
+    def leave(self) -> None:
+        """Cancel it, unless it has begun to run."""
+        self.served.loop.leave_joined(self.session, self)
 
 
 @dataclass(slots=True, eq=False)
@@ -147,13 +140,16 @@ class FrameSubmitter:
 
     def join(self, handle: int, position: int | None, values: bytes) -> bool:
         """Join a frame of one step to the open group; False if it must be submitted as an ordinary frame."""
+        if self._replies.closed:
+            return False
         step = self._recurring.steps.get(handle)
-        if step is None or self._replies.closed:
+        if step is None:
+            if (found := self._handles.find(handle)) is None:
+                return False
+            step = self._recurring.steps[handle] = RecurringStep(self, handle, *found)
+        if not step.served.loop.join(step.session, position, values, self._timeout, step):
             return False
-        leave = step.served.loop.join(step.session, position, values, self._timeout, step.form, step)
-        if leave is None:
-            return False
-        step.position, step.leave = position, leave
+        step.position, step.values = position, values
         self._pending[step] = None
         return True
 
@@ -258,9 +254,6 @@ class FrameSubmitter:
             pending.chunk = served.loop.submit(chunk, self._timeout, pending)
             if pending.chunk is not None:
                 self._pending[pending] = None
-            if entry.steps == 1 and session.durable is None and entry.handle not in self._recurring.steps:
-                step = RecurringStep(self, entry.handle, served, session, JoinedFrames(served.codec))
-                self._recurring.steps[entry.handle] = step
         except UnrollError as error:
             self._fail(pending, error)
 
@@ -287,15 +280,17 @@ class FrameSubmitter:
         else:
             pending.answer(pending.entry, outcome)
 
-    def complete_step(self, step: RecurringStep, position: int, outputs: bytes) -> None:
+    def complete_step(self, step: RecurringStep, outputs: bytes, position: int) -> None:
         if not self._replies.closed:
-            self._pending.pop(step, None)
+            del self._pending[step]
             self._replies.answer_step(step.handle, position, outputs)
 
-    def refuse_step(self, step: RecurringStep, error: UnrollError) -> None:
-        if not self._replies.closed:
-            self._pending.pop(step, None)
-            self._replies.refuse(step.handle, 1, step.position, error)
+    def fail_step(self, step: RecurringStep, error: UnrollError) -> None:
+        """Answer the step, or begin it again, as a chunk."""
+        self._pending.pop(step, None)
+        inputs = step.served.codec.from_raw(step.values, None) if isinstance(error, SessionContended) else ()
+        entry = SingleEntryFrame(step.handle, 1, step.position, inputs)
+        self.complete(PendingChunk(self, entry, self._replies.answer, session=step.session), error)
 
     def _complete_group(
         self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply
