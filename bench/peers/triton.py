@@ -13,7 +13,7 @@ from bench.peers.peer import Peer
 
 @dataclass(frozen=True)
 class Triton(Peer):
-    """Triton with one strategy of its sequence batcher. Only one peer runs whole sequences: no strategy affects them."""
+    """Triton with one strategy of its sequence batcher. Only one peer runs whole sequences, which do not use it."""
 
     program = "triton"
     strategy: str = "oldest"
