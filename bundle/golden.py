@@ -53,7 +53,6 @@ class Golden:
         return self.outputs | {"state_out": self.state_out}
 
     def first(self, count: int) -> Self:
-        """Return the first `count` sequences."""
         return type(self)(
             {name: array[:count] for name, array in self.inputs.items()},
             self.state[:count],

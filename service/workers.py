@@ -65,7 +65,6 @@ class Worker:
         return cls(int(number), listener, link, operator, bytes.fromhex(secret), Path(folder))
 
     def all(self, count: int) -> AllWorkers:
-        """All `count` workers."""
         ports = {listener.getsockname()[1] for listener in (self.listener, *self.operator)}
         return AllWorkers([self._socket(number) for number in range(1, count + 1)], ports)
 
@@ -215,7 +214,6 @@ class _Supervisor:
         self._stop()
 
     async def _run_one(self, index: int) -> _End:
-        """Run one worker process to its end."""
         loop, since = asyncio.get_running_loop(), None
         try:
             async with self._one_at_a_time:

@@ -205,7 +205,6 @@ class Lanes:
 
 
 def _add_piece(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int) -> None:
-    """Add the next `steps` steps of a chunk that has a workspace."""
     assert chunk.workspace is not None
     chunk.running = True
     end = chunk.done + steps

@@ -141,7 +141,6 @@ class SpilledSessions:
     # ── limits ───────────────────────────────────────────────────────────────────────────────────
 
     def expire(self) -> None:
-        """Remove expired sessions."""
         if self._idle_timeout is None:
             return
         while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:

@@ -150,7 +150,6 @@ class Connections:
             del self._addresses[address]
 
     def _look(self) -> None:
-        """Check the next connections."""
         loop = asyncio.get_running_loop()
         now, size = loop.time(), len(self._watched) // _TICKS_PER_ROUND + 1
         for _ in range(size):

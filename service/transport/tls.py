@@ -84,7 +84,6 @@ class Handshake(asyncio.Protocol):
         self.transport.abort()
 
     def shutdown(self) -> None:
-        """Called when the server shuts down."""
         self.transport.abort()
 
 
