@@ -63,8 +63,9 @@ def test_models_are_unloaded_and_loaded(operated: Running, shelf: Path, reposito
     client = triton.InferenceServerClient(operated.operator_url.removeprefix("http://"))
     sessions = f"{operated.url}/v1/models/gru/sessions"
     assert httpx.post(sessions, json={"session_id": "open"}).status_code == 201
-    client.unload_model("gru")
-    assert httpx.post(sessions).json()["code"] == "model_unknown"
+    for _ in range(2):  # of several workers, one may have done it already
+        client.unload_model("gru")
+        assert httpx.post(sessions).json()["code"] == "model_unknown"
     step = httpx.post(f"{sessions}/open/steps", content=X.tobytes(), headers=raw_steps(X))
     assert step.status_code == 200, "a session goes on where it began"
     index = httpx.post(f"{operated.url}/v2/repository/index").json()
