@@ -59,6 +59,17 @@ def test_the_operators_port_may_have_the_metrics_alone(shelf: Path) -> None:
     running.stop()
 
 
+def test_pages_that_may_use_models_may_not_operate_a_server_without_keys(shelf: Path) -> None:
+    running = Running(Settings(repository=shelf, admin=True, admin_port=0, allowed_origins=("*",)))
+    page = {"Origin": "https://app.example"}
+    assert httpx.post(f"{running.url}/v1/models/gru/sessions", headers=page).status_code == 201
+    for path in ("/v1/admin/drain", "/v2/repository/models/gru/unload"):
+        answer = httpx.post(running.operator_url + path, headers=page)
+        assert (answer.status_code, answer.json()["code"]) == (403, "origin_refused")
+    assert httpx.get(f"{running.url}/readyz").status_code == 200
+    running.stop()
+
+
 def test_models_are_unloaded_and_loaded(operated: Running, shelf: Path, repository: Path) -> None:
     client = triton.InferenceServerClient(operated.operator_url.removeprefix("http://"))
     sessions = f"{operated.url}/v1/models/gru/sessions"
