@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace, about: dict[str, Any], bench: Bench) -> 
     good = True
     for name in arguments.only:
         for outcome in _outcomes(name, bench):
-            document = outcome.document()
+            document = outcome.document(judged=not bench.quick)
             document["remarks"] += bench.failures
             results["outcomes"][outcome.name] = document
             print(report.table(document), flush=True)

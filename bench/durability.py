@@ -86,7 +86,7 @@ def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: 
     )
     named = by_name(rows)
     says = "HTTP, raw bytes, sessions in Redis (everysec): of those in memory"
-    verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"], judged=bench.judged)
+    verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"])
     title = f"Durability, a step a request, {CLIENTS} HTTP clients, LSTM 2×64; Redis on the load generator's core"
     return Outcome("durability", title, "steps/s", rows, [verdict], remarks)
 
@@ -151,7 +151,7 @@ def _reload(bench: Bench, store: tuple[str, str]) -> Outcome:
     with bench.servers() as servers:
         here, there = (servers.server(bench.unroll(*store, name=f"unroll-{name}")).port for name in ("here", "there"))
         with closing(HTTPConnection(HOST, here)) as one, closing(HTTPConnection(HOST, there)) as other:
-            for n in range(_RELOADED if bench.judged else 20):
+            for n in range(20 if bench.quick else _RELOADED):
                 _timed_post(one, path, json.dumps({"session_id": f"reloaded-{n}"}).encode(), JSON)
                 step = f"{path}/reloaded-{n}/steps"
                 _timed_post(one, step, row)

@@ -53,7 +53,7 @@ class Row:
 class Verdict:
     """A target and the value reached. number: row in the table of targets. value: None if not measured.
 
-    low, high: lowest and highest value of a turn. judged: False in a quick run, whose figures mean nothing.
+    low, high: lowest and highest value of a turn.
     """
 
     number: int
@@ -64,11 +64,10 @@ class Verdict:
     high: float | None = None
     at_least: bool = True
     unit: str = ""
-    judged: bool = True
 
     @property
     def passed(self) -> bool | None:
-        if self.value is None or not self.judged:
+        if self.value is None:
             return None
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
@@ -85,8 +84,8 @@ class Outcome:
     remarks: Sequence[str] = field(default_factory=list)
     failed: str = ""
 
-    def document(self) -> dict[str, Any]:
-        """The JSON document: medians, all turns, and the verdicts."""
+    def document(self, *, judged: bool = True) -> dict[str, Any]:
+        """The JSON document: medians, all turns, and the verdicts. judged: whether the figures mean something."""
         ceiling = next((row.rate for row in self.rows if row.name == "ceiling"), None)
         rows = [
             {
@@ -101,7 +100,7 @@ class Outcome:
             }
             for row in self.rows
         ]
-        verdicts = [{**asdict(verdict), "passed": verdict.passed} for verdict in self.verdicts]
+        verdicts = [{**asdict(verdict), "passed": verdict.passed if judged else None} for verdict in self.verdicts]
         return {
             "title": self.title,
             "unit": self.unit,
@@ -112,12 +111,17 @@ class Outcome:
         }
 
 
-def ratio(number: int, says: str, bound: float, row: Row, other: Row | None, *, judged: bool = True) -> Verdict:
+def ratio(number: int, says: str, bound: float, row: Row, other: Row | None) -> Verdict:
     """The rate of `row` relative to that of `other`; low and high turn by turn."""
     if other is None or not all(other.rates):
-        return Verdict(number, says, bound, unit="×", judged=judged)
+        return Verdict(number, says, bound, unit="×")
     each = [rate / other_rate for rate, other_rate in zip(row.rates, other.rates, strict=True)]
-    return Verdict(number, says, bound, row.rate / other.rate, min(each), max(each), unit="×", judged=judged)
+    return Verdict(number, says, bound, row.rate / other.rate, min(each), max(each), unit="×")
+
+
+def at_most(number: int, says: str, bound: float, value: float, each: Sequence[float], unit: str) -> Verdict:
+    """A value that must not exceed `bound`. each: the value of each turn."""
+    return Verdict(number, says, bound, value, min(each), max(each), at_least=False, unit=unit)
 
 
 def fastest(rows: Mapping[str, Row], prefix: str) -> Row | None:

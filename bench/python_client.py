@@ -41,8 +41,7 @@ def python_client(bench: Bench) -> list[Outcome]:
         (f"{_SESSIONS} sessions on a stream: of a bare connection", 5.0, "stream-64", "bare"),
     ]
     verdicts = [
-        ratio(15, f"Python client, {says}", bound, rows[row], rows[other], judged=bench.judged)
-        for says, bound, row, other in targets
+        ratio(15, f"Python client, {says}", bound, rows[row], rows[other]) for says, bound, row, other in targets
     ]
     return [Outcome("python-client", "One client in Python, LSTM 2×64", "steps/s", [*rows.values()], verdicts)]
 

@@ -10,7 +10,7 @@ import uvloop
 from bench import inputs
 from bench.http_client import http_client, post
 from bench.load import Client, Load, Measurement
-from bench.outcomes import Outcome, Row, Verdict, ratio
+from bench.outcomes import Outcome, Row, Verdict, at_most, ratio
 from bench.reference import Reference
 from bench.servers import running_server
 from bench.subjects import Launch, Subject, WrongAnswer
@@ -53,8 +53,8 @@ def sessions(bench: Bench) -> list[Outcome]:
     most = max(after, resident[many][1])
     says = f"{_MANY:,} sessions of small"
     verdicts = [
-        Verdict(11, f"{says}: memory", _ALLOWED_GIB, most, at_least=False, unit=" GiB", judged=bench.judged),
-        ratio(11, f"{says}: step rate, of that with {_FEW:,}", 0.9, lots, few, judged=bench.judged),
+        Verdict(11, f"{says}: memory", _ALLOWED_GIB, most, at_least=False, unit=" GiB"),
+        ratio(11, f"{says}: step rate, of that with {_FEW:,}", 0.9, lots, few),
     ]
     return [Outcome("sessions", title, "steps/s", rows, verdicts, remarks)]
 
@@ -72,17 +72,8 @@ def start(bench: Bench) -> list[Outcome]:
             seconds.append(server.start_seconds)
     turns = [Measurement(1 / each, each * 1e3, each * 1e3) for each in seconds]
     rows = [Row("unroll", "from the process's start to ready; starts/s", turns)]
-    verdict = Verdict(
-        12,
-        "small: from the start to ready",
-        _START_BOUND_SECONDS,
-        median(seconds),
-        min(seconds),
-        max(seconds),
-        at_least=False,
-        unit=" s",
-        judged=bench.judged,
-    )
+    says = "small: from the start to ready"
+    verdict = at_most(12, says, _START_BOUND_SECONDS, median(seconds), seconds, " s")
     return [Outcome("start", "Start to ready, LSTM 2×64", "1/s", rows, [verdict])]
 
 

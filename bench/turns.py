@@ -146,10 +146,6 @@ class Bench:
     peers: Mapping[str, tuple[Peer, Path]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
-    @property
-    def judged(self) -> bool:
-        return not self.quick
-
     @contextmanager
     def servers(self, cores: Collection[int] | None = None) -> Iterator[Servers]:
         """cores: for the servers; one core by default."""

@@ -35,7 +35,7 @@ def workers(bench: Bench) -> list[Outcome]:
         rows = bench.alternate(turns)
     one, *more = (rows[i] for i in judged)
     says = f"HTTP, raw bytes, sessions in a folder, {CLIENTS} clients a worker, steps per second of processor"
-    verdicts = [ratio(14, f"{says}: {row.name} of one", _BOUND, row, one, judged=bench.judged) for row in more]
+    verdicts = [ratio(14, f"{says}: {row.name} of one", _BOUND, row, one) for row in more]
     title = "Workers over one folder, by the number of HTTP clients, a step a request, LSTM 2×64"
     return [Outcome("workers", title, "steps/s of processor", rows, verdicts)]
 

@@ -1,4 +1,4 @@
-"""What `unroll inspect` shows: a bundle's inputs, outputs, state, operators and measured parity."""
+"""The report of `unroll inspect`: a bundle's inputs, outputs, state, operators and measured parity."""
 
 import json
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from unroll.bundle.manifest import StateSlot, TensorSpec
 
 
 def describe(bundle: Bundle, signed_by: str | None) -> dict[str, Any]:
-    """Return the manifest's fields, and `path`, `operators`, and `bytes` of each file and of a client's `state`.
+    """Return the manifest's fields, plus `path`, `signed_by`, `operators`, and `bytes` of the files and of a state row.
 
     Args:
-        bundle: What was read.
-        signed_by: Who signed it, or None.
+        bundle: The bundle.
+        signed_by: The signer's public key, or None.
     """
     manifest = bundle.manifest
     return {

@@ -77,7 +77,10 @@ def first_line(error: BaseException) -> str:
     place = source_line(error)
     while (cause := error.__cause__) is not None:
         error = cause
-    line = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
+    text = _COLOUR.sub("", str(error)).strip()
+    line = " ".join(text.split())
+    if len(line) >= _MESSAGE:
+        line = text.splitlines()[0]
     first, *others = re.split(r"(?<=[.!?])\s+", line)
     for sentence in others:
         if len(first) + len(sentence) >= _MESSAGE:
@@ -86,8 +89,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}{place}" if first else f"{type(error).__name__}{place}"
 
 
-def untraceable(what: str, error: Exception) -> ExportError:
-    """The refusal when torch.export or its translation to ONNX cannot follow `what`."""
+def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambda _: "") -> ExportError:
+    """The refusal when torch.export or its translation to ONNX cannot follow `what`.
+
+    place: returns the line at which `what` calls an operator.
+    """
     text = str(error)
     if "data-dependent" in text:
         written = as_where(error)
@@ -101,8 +107,8 @@ def untraceable(what: str, error: Exception) -> ExportError:
         library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
         return ExportError(
             "not_exportable",
-            f"{what} calls {library}.{unknown[2]}, which ONNX has no operator for; write it with other operators of "
-            "PyTorch, or one time step after another in a Python loop",
+            f"{what} calls {library}.{unknown[2]}{place(unknown[2])}, which ONNX has no operator for; write it with "
+            "other operators of PyTorch, or one time step after another in a Python loop",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 

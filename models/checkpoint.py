@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 Config = TypeVar("Config")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class CheckpointError(Exception):
@@ -42,6 +43,18 @@ def write(stem: Path, module: nn.Module, config: Any) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
     _weights(stem).write_bytes(save(tensors))
     _configuration(stem).write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+
+def read(stem: Path, model: Module, config: Any) -> Module:
+    """Return `model`, with the weights of a checkpoint and in evaluation mode.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read or has another configuration.
+    """
+    if read_config(stem, type(config)) != config:
+        raise CheckpointError(f"{stem}: trained with another configuration than {config}")
+    read_weights(stem, model)
+    return model.eval()
 
 
 def read_config(stem: Path, kind: type[Config]) -> Config:

@@ -41,19 +41,10 @@ class CO2Forecaster(nn.Module):
         return ppm + self.change * self.rnn((ppm - self.level) / self.spread)
 
 
-def forecaster() -> CO2Forecaster:
-    """Make the untrained model; `load()` returns the trained one."""
-    return CO2Forecaster()
-
-
 def load(stem: Path = CHECKPOINT) -> CO2Forecaster:
     """Load the trained forecaster.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read or has another configuration.
     """
-    model = forecaster()
-    if checkpoint.read_config(stem, StackedRNNConfig) != CONFIG:
-        raise checkpoint.CheckpointError(f"{stem}: trained with another configuration than {CONFIG}")
-    checkpoint.read_weights(stem, model)
-    return model.eval()
+    return checkpoint.read(stem, CO2Forecaster(), CONFIG)

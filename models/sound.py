@@ -57,8 +57,4 @@ def load(stem: Path = CHECKPOINT) -> SoundDetector:
     Raises:
         CheckpointError: if the checkpoint cannot be read or has another configuration.
     """
-    model = SoundDetector()
-    if checkpoint.read_config(stem, StackedRNNConfig) != CONFIG:
-        raise checkpoint.CheckpointError(f"{stem}: trained with another configuration than {CONFIG}")
-    checkpoint.read_weights(stem, model)
-    return model.eval()
+    return checkpoint.read(stem, SoundDetector(), CONFIG)

@@ -1,4 +1,4 @@
-"""Wires the parts together: settings in, ASGI application out. The only file that knows all parts."""
+"""Wires the parts together, from settings to an ASGI application. The only file that knows all parts."""
 
 import asyncio
 import signal
@@ -58,9 +58,9 @@ from unroll.service.telemetry.request_log import RequestLog
 
 _log = structlog.get_logger(__name__)
 
-#: Headers of answers that scripts of other origins may read.
+#: Response headers that scripts of other origins may read.
 _EXPOSED = ("Allow", "Retry-After", "Unroll-Position", "Unroll-Reply-Kept", "Unroll-Snapshot-Length")
-#: Seconds for which a browser need not ask again whether it may send a request.
+#: Seconds for which browsers may cache a preflight response.
 _PREFLIGHT_SECONDS = 600
 
 
@@ -70,22 +70,23 @@ def build(
     workers: AllWorkers | None = None,
     ticket_secret: bytes | None = None,
 ) -> tuple[FastAPI, AppState]:
-    """Load every bundle, and make the application and the state that the transport shares with it.
+    """Load every bundle, and create the application and the state that it shares with the transport.
 
     Args:
+        clock: A clock for tests.
         workers: All worker processes, if there are several.
-        ticket_secret: Of all workers.
+        ticket_secret: Secret shared by all workers.
 
     Raises:
         RepositoryError: See `ModelRepository.load_all`.
         DeviceUnavailable: The requested device cannot be used.
-        ValueError: It does not have the requested precision, or the file of keys cannot be used.
+        ValueError: The device lacks the requested precision, or the keys file cannot be used.
     """
     gate = settings.gate(ticket_secret)
     clock = clock or MonotonicClock()
 
     def crash() -> None:
-        """A model without its loop would hang forever: exit, so that a process manager restarts the server."""
+        """Exit, so that a process manager restarts the server: a model without its loop would hang forever."""
         state.ready, state.crashed = False, True
         signal.raise_signal(signal.SIGTERM)
 
@@ -127,7 +128,7 @@ def build(
 
 
 def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
-    """Answer pages of other origins, and tell their browsers so."""
+    """Add CORS headers for pages of these origins."""
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -162,7 +163,7 @@ _Loaded = tuple[ModelRepository, ModelVersions, MemorySessions]
 
 
 def _load(settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None], gate: Gate) -> _Loaded:
-    """On the devices that the settings ask for, or where those leave it open and there is none that works, the CPU."""
+    """Load on the requested devices. With `auto`, fall back to the CPU if they do not work."""
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
     try:
@@ -209,7 +210,7 @@ async def _lifespan(state: AppState, state_file: StateFile | None, store_timeout
         task.add_done_callback(state.repository.watch)
     if state_file is not None:
         state_file.remove()
-    await asyncio.wait(running[:1], timeout=store_timeout)  # without a store that answers, it starts, and is not ready
+    await asyncio.wait(running[:1], timeout=store_timeout)  # if the store does not answer, start without being ready
     yield
     # No client is connected and no request is in flight, unless the drain timed out.
     state.drain()
@@ -225,7 +226,7 @@ async def _lifespan(state: AppState, state_file: StateFile | None, store_timeout
 
 
 async def _become_ready(state: AppState) -> None:
-    """Wait for the first answer of the store. A store that can never work ends the process."""
+    """Become ready when the store has answered once. A misconfigured store ends the process."""
     try:
         await state.sessions.start()
     except StoreRefused as error:
@@ -237,7 +238,7 @@ async def _become_ready(state: AppState) -> None:
 
 
 def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
-    """An application with probes, and with the answers to what may not come in or fails."""
+    """Create an application with admission, error handling and probes."""
     app = FastAPIOffline(  # /docs and /redoc load their scripts from this server
         static_url="/docs/assets",
         title="Unroll",
@@ -283,15 +284,15 @@ def _is_v2(request: Request) -> bool:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the bodies that the hot routes read without FastAPI."""
+    """FastAPI's OpenAPI document, plus the bodies that the hot routes read without FastAPI."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         for path, operation in ((path, o) for path, found in document["paths"].items() for o in found.values()):
             if "HTTPValidationError" in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]  # FastAPI's default, which a path of two strings cannot cause
+                del operation["responses"]["422"]  # FastAPI's default, which string parameters cannot cause
             operation["responses"] = refusals(path) | operation["responses"]
         _link_sessions(document["paths"])
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})  # the port of metrics alone has none
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})  # a metrics-only port has none
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         for model in native_routes.DOCUMENTED:
@@ -303,7 +304,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 def _link_sessions(paths: dict[str, Any]) -> None:
-    """Say which operations take the id of a session that was opened."""
+    """Link the opening of a session to the operations that take its id."""
     ids = {"model": "$request.path.model", "session_id": "$response.body#/session_id"}
     found = [operation for path, one in paths.items() if "{session_id}" in path for operation in one.values()]
     if found:

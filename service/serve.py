@@ -27,19 +27,18 @@ from unroll.service.transport.uvicorn_config import operator_config, uvicorn_con
 from unroll.service.workers import Worker, bind_for_operator, supervise
 
 _EXPOSED = (
-    "every user of this machine can read it in the list of processes: give it as @FILE, in the environment, or in the "
-    "file of --config"
+    "every user of this machine can read it in the process list: use @FILE, the environment, or the file of --config"
 )
 
 
 def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
-    """Serve until a signal ends it.
+    """Serve until a signal arrives.
 
     Args:
-        exposed: Flags that have secrets in them.
+        exposed: Flags that contain secrets.
 
     Returns:
-        0 after an orderly end, 1 if it cannot start or has failed.
+        0 after an orderly shutdown, 1 if the server cannot start or has failed.
     """
     _open_standard_descriptors()
     worker = Worker.inherited()
@@ -71,7 +70,7 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
-    application.openapi()  # the first of these, and FastAPI's first look at its routes, take a tenth of a second
+    application.openapi()  # warm up: the first call takes a tenth of a second
     operator = None
     if operator_listeners:
         application.state.operator.openapi()
@@ -99,20 +98,20 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
 
 
 def _spare_the_collector() -> None:
-    """The objects built so far stay, and reference counting frees those of a step: the collector can skip both."""
+    """Freeze existing objects and collect rarely: they stay anyway, and reference counting frees those of steps."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
 def _ignore_late_signals() -> None:
-    """A signal while the interpreter ends must not change the exit status."""
+    """Ignore signals while the interpreter exits, so that they do not change the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _open_standard_descriptors() -> None:
-    """Give 0, 1 and 2 to no file or socket of the server: libraries print there."""
+    """Ensure that descriptors 0 to 2 are open, so that no file or socket gets them: libraries print there."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -121,7 +120,7 @@ def _open_standard_descriptors() -> None:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Find out before the models are loaded that the server could not listen. Raises OSError."""
+    """Check that the server can listen, before the models are loaded. Raises OSError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -129,14 +128,14 @@ def _check_address(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"cannot listen at {host}, port {port}: {reason}; see --host and --port") from error
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}; see --host and --port") from error
 
 
 async def _check_store(settings: Settings) -> None:
-    """Find out before the models are loaded that a Redis can never work as it is set. Raises StoreRefused."""
+    """Check that a Redis can work as configured, before the models are loaded. Raises StoreRefused."""
     config = settings.store_config()
     if config is not None and not isinstance(config, EmbeddedStoreConfig):
-        from unroll.service.store.redis_store import RedisStore  # only now: its client takes megabytes
+        from unroll.service.store.redis_store import RedisStore  # imported late: the client takes megabytes
 
         store = RedisStore(config)
         try:
@@ -148,7 +147,7 @@ async def _check_store(settings: Settings) -> None:
 
 
 def _catch_signals() -> Event:
-    """From now on SIGTERM ends the start in order, and SIGHUP sets the event that is returned."""
+    """Until the server runs, make SIGTERM exit cleanly, and SIGHUP set the returned event."""
     rescan = Event()
 
     def end(*_: object) -> None:

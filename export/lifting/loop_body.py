@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from unroll.export.lifting.loop_states import Iterations, State, Trace, find_states, operands, source
@@ -61,12 +64,23 @@ def traced(
     with quiet():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
         program = program.run_decompositions({}) if functional else program
-    graph_module = program.module(check_guards=False)
+        graph_module: fx.GraphModule = program.module(check_guards=False)
+        if any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in graph_module.graph.nodes):
+            graph_module = _unmapped(module, arguments, batch_axes)
     graph_module.graph.set_codegen(fx.graph.CodeGen())  # flat arguments and results, as in the graph
     _drop_copies(graph_module)
     if functional:
         _sink_views(graph_module.graph)
     return graph_module
+
+
+def _unmapped(module: nn.Module, arguments: list[Tensor], batch_axes: list[int | None]) -> fx.GraphModule:
+    """Trace `module` down to the operators that torch.vmap calls: torch.export keeps torch.vmap itself."""
+    fake, given = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), []
+    for tensor, batch in zip(arguments, batch_axes, strict=True):
+        sizes = [DimDynamic.DYNAMIC if axis == batch else DimDynamic.STATIC for axis in range(tensor.dim())]
+        given.append(fake.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    return make_fx(module, _allow_non_fake_inputs=True)(*given)
 
 
 def _sink_views(graph: fx.Graph) -> None:

@@ -145,9 +145,9 @@ def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
         ExportError: calls_depend_on_time, layer_axes, or no_recurrent_layer if forward carries no state.
     """
     layouts = [Layout.of(calls) for calls in calls_at.values()]
-    for calls, layout in zip(calls_at.values(), layouts, strict=True):
+    for (batch, calls), layout in zip(((size[0], calls) for size, calls in calls_at.items()), layouts, strict=True):
         if layout != layouts[0]:
-            raise call_count(calls[-1].module)
+            raise call_count(calls[-1].module, by_batch=batch != _SIZES[0][0])
     for (batch, time), calls in calls_at.items():
         _check_axes(calls, batch, time)
     if all(slot.kind == "static" for slot in layouts[0].slots):
@@ -172,14 +172,25 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
                 "batch_first=True; or, if forward expects that too, export with batch_first=False",
             )
         if (call.batch, call.time) != (batch, time):
-            fewer = call.batch == batch and call.time < time
-            remedy = ". Pad the beginning by what convolutions take, or give the frames of a step as one time step"
+            remedy = ""
+            if call.batch == batch and call.time < time:
+                remedy = ". Pad the beginning by what convolutions take, or give the frames of a step as one time step"
+            elif rate := _dilation(call, batch, time):
+                remedy = (
+                    f". If it is dilated by {rate}, loop over the steps, and let each take the state of {rate} before: "
+                    f"hs = [zeros] * {rate}, and for each step hs.append(cell(step, hs[-{rate}]))"
+                )
             raise ExportError(
                 "layer_axes",
                 f"layer {call.module!r} gets {call.batch} sequences of {call.time} steps where the model gets {batch} "
-                f"of {time}; for one state per client, every recurrent layer needs the model's batch and time"
-                + (remedy if fewer else ""),
+                f"of {time}; for one state per client, every recurrent layer needs the model's batch and time{remedy}",
             )
+
+
+def _dilation(call: Call, batch: int, time: int) -> int:
+    """How many parts of the time are sequences of their own in the batch of a call; 0 if none are."""
+    rate, odd = divmod(call.batch, batch)
+    return 0 if odd or rate < 2 or call.time != -(-time // rate) else rate
 
 
 def _computed_starts(lifted: LiftedModel) -> frozenset[Key]:

@@ -76,7 +76,9 @@ class LongSequences:
         loops = [path for path, module in self.double.model.named_modules() if _loops_itself(path, module)]
         if not loops:
             return None
-        brief = [replace(trials.ORIGINAL_LONG, time=time) for time in (3, 5)]
+        by_row = any(getattr(self.double.model.get_submodule(path), "unroll_by_row", False) for path in loops)
+        most = 1 if by_row else trials.ORIGINAL_LONG.batch
+        brief = [replace(trials.ORIGINAL_LONG, batch=most, time=time) for time in (3, 5)]
         short = [self._run(trial, loops, places=True)[0].calls for trial in brief]
         shapes = {
             path: [self._shape(path, three, five) for three, five in zip(*(c[path] for c in short), strict=True)]
@@ -88,7 +90,7 @@ class LongSequences:
         far = self._far(numbers, each)
         if far:
             self.progress(f"trying it over {far.value} time steps, a number in {far.place}")
-        for trial in (*_beyond(far), *self._trials(steps)):
+        for trial in (replace(trial, batch=min(trial.batch, most)) for trial in (*_beyond(far), *self._trials(steps))):
             logged = loops if trial.time <= steps or trial.time * each <= trials.FAR_LOGGED else []
             try:
                 log, _ = self._run(trial, logged)

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save
 
 from unroll.models import checkpoint, mauna_loa
-from unroll.models.co2 import CHECKPOINT, CO2Forecaster, forecaster, load
+from unroll.models.co2 import CHECKPOINT, CO2Forecaster, load
 from unroll.models.mauna_loa import Series
 from unroll.models.training.descent import descend
 
@@ -43,7 +43,7 @@ class Error:
 
 def train(series: Series) -> CO2Forecaster:
     torch.manual_seed(SEED)
-    model = forecaster().train()
+    model = CO2Forecaster().train()
     ppm = torch.from_numpy(series.ppm[: _first_held_out(series)])
     measured = torch.from_numpy(scored(series)[: len(ppm)])
     model.level.fill_(ppm.mean())

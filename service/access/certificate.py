@@ -1,4 +1,4 @@
-"""The server's certificate, and the clients that it takes by theirs."""
+"""TLS: the server's certificate, and the verification of client certificates."""
 
 import ssl
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _log = structlog.get_logger(__name__)
 
 
 class TlsRefused(ValueError):
-    """The certificate, its key or the CA cannot be used; the message says why, and what to do."""
+    """The certificate, its key or the CA cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,10 @@ class TlsFiles:
     """PEM files.
 
     Attributes:
-        cert: The server's certificate, and those between it and its CA.
-        key: Of the certificate; None if it is in the same file.
-        password: What the key is encrypted with.
-        client_ca: Clients need a certificate of one of these CAs.
+        cert: The server's certificate chain.
+        key: The certificate's private key; None if it is in the same file.
+        password: File with the password of the key.
+        client_ca: CAs that must have issued the clients' certificates.
     """
 
     cert: Path
@@ -38,7 +38,7 @@ class TlsFiles:
             context.load_cert_chain(self.cert, self.key, self._read_password)
         except OSError as error:  # ssl.SSLError is one
             files = f"--tls-cert {self.cert}" + ("" if self.key is None else f", --tls-key {self.key}")
-            how = "; if the key has a file of its own, name it by --tls-key" if self.key is None else ""
+            how = "; if the key is in a separate file, use --tls-key" if self.key is None else ""
             raise TlsRefused(f"{files}: no certificate with its key in PEM ({_reason(error)}){how}") from error
         if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
@@ -65,7 +65,7 @@ class Tls:
         self._stale = False
 
     def request_reload(self) -> None:
-        """Read the files again for new connections. May be called by a signal."""
+        """Reload the files for new connections. May be called from a signal handler."""
         self._stale = True
 
     def context(self) -> ssl.SSLContext:

@@ -1,4 +1,4 @@
-"""Requests that concern all workers: the one that gets such a request asks each at its socket, and answers for all."""
+"""Requests that concern all workers: the receiving worker forwards them to every worker, and answers for all."""
 
 import asyncio
 import re
@@ -15,14 +15,14 @@ from fastapi.routing import APIRoute
 
 from unroll.service.api.request import read_request
 
-#: Bytes of the body of such a request.
+#: Maximum size of the body of such a request.
 MOST_BYTES = 2**16
-#: Seconds for the answer of a worker, which may be at work or starting; of one that loads models.
+#: Seconds to wait for a worker, which may be busy or starting, and for one that loads models.
 _PATIENCE, _PATIENCE_OF_OPERATORS = 2.0, 600.0
 _FORWARDED = (b"authorization", b"x-api-key")
-#: Of Prometheus's text format.
+#: Media type of Prometheus's text format.
 METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-#: Of a line: the name, and what follows it.
+#: The name of a sample, and the brace if it has labels.
 _SAMPLE = re.compile(r"(\w+)(\{?)")
 _UP = "# HELP unroll_worker_up 1 if the worker answers.\n# TYPE unroll_worker_up gauge\n"
 
@@ -34,13 +34,13 @@ class WorkerAnswer:
     body: bytes
 
 
-#: Of each worker, in the order of their numbers; None: it does not answer.
+#: The answers in worker order; None for a worker that did not answer.
 Answers = Sequence[WorkerAnswer | None]
 
 
 @dataclass(frozen=True, slots=True)
 class AllWorkers:
-    """sockets: where each worker listens for the others, in the order of their numbers. ports: which they share."""
+    """sockets: on which each worker listens for the others, in worker order. ports: shared by all workers."""
 
     sockets: Sequence[Path]
     ports: Collection[int]
@@ -59,17 +59,17 @@ class AllWorkers:
 
 
 def route_class(workers: AllWorkers | None, join: Callable[[Answers], Response]) -> type[APIRoute]:
-    """Routes that answer for all workers at a shared port, and for this process elsewhere. join: makes one answer."""
+    """Routes that answer for all workers on a shared port, and for this process elsewhere. join: merges the answers."""
     if workers is None:
         return APIRoute
     ask, ports = workers.ask, workers.ports
 
     class RouteOfAll(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            alone = super().get_route_handler()
+            handle_here = super().get_route_handler()
 
             async def handle(http: Request) -> Response:
-                return join(await ask(http)) if http.scope["server"][1] in ports else await alone(http)
+                return join(await ask(http)) if http.scope["server"][1] in ports else await handle_here(http)
 
             return handle
 
@@ -92,7 +92,7 @@ async def _answer(socket: Path, request: bytes, patience: float) -> WorkerAnswer
 
 
 def done_by_all(answers: Answers) -> Response:
-    """What an operator asked for is done once every worker did it: else the answer is that of one that did not.
+    """An operation is done when every worker has done it. Otherwise, return the answer of a worker that has not.
 
     Raises HTTPException.
     """
@@ -100,18 +100,18 @@ def done_by_all(answers: Answers) -> Response:
     worst = max(answered, key=lambda answer: answer.status, default=None)
     missing = [number for number, answer in enumerate(answers, 1) if answer is None]
     if worst is None or (missing and worst.status < HTTPStatus.BAD_REQUEST):
-        raise HTTPException(504, f"workers {missing} do not answer, and the others have done it: send it again")
+        raise HTTPException(504, f"workers {missing} do not answer; the others are done: send the request again")
     return Response(worst.body, worst.status, media_type=worst.media_type)
 
 
 def metrics_of_all(answers: Answers) -> Response:
-    """The metrics of every worker, whose samples get the label `worker`."""
+    """Merge the metrics of all workers. Each sample gets the label `worker`."""
     families: dict[str, list[str]] = {_UP: []}
     for number, answer in enumerate(answers, 1):
         text = answer.body.decode() if answer is not None and answer.status == HTTPStatus.OK else None
         families[_UP].append(f'unroll_worker_up{{worker="{number}"}} {int(text is not None)}.0\n')
         for family in re.findall(r"(?ms)^# HELP .*?(?=^# HELP |\Z)", text or ""):
-            lines = re.findall(r".*\n", family)  # other line breaks may be in labels
+            lines = re.findall(r".*\n", family)  # labels may contain other line breaks
             labelled = [_SAMPLE.sub(partial(_label, number), line, count=1) for line in lines[2:]]
             families.setdefault("".join(lines[:2]), []).extend(labelled)
     merged = "".join(head + "".join(samples) for head, samples in families.items())

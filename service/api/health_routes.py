@@ -1,4 +1,4 @@
-"""Liveness, readiness, and metrics in a router of their own."""
+"""Liveness and readiness, and in a separate router, metrics."""
 
 from typing import Any
 

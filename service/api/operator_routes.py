@@ -1,4 +1,4 @@
-"""What an operator may do to a running server: load and unload models, drain it, set what it logs. Off by default."""
+"""Operations on a running server: load and unload models, drain, set the log level. Off by default."""
 
 import logging
 from typing import Any, Literal
@@ -13,12 +13,12 @@ from unroll.service.api.request import read_request
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.protocol import json
 
-_WORKERS = {504: "gateway_timeout: a worker does not answer, and the others have done it; send the request again"}
+_WORKERS = {504: "gateway_timeout: a worker does not answer; the others are done; send the request again"}
 _DONE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "it is done"},
+    200: {"description": "done"},
     **open_inference_responses(
         {
-            400: "the body has more than the protocol's `unload_dependents`: models come from the repository",
+            400: "the body has parameters other than `unload_dependents`; models come only from the repository",
             404: "model_unknown: the repository has no such model",
             413: "body_too_large",
             503: "model_unavailable: its bundle is refused, for the reason given",
@@ -29,7 +29,7 @@ _DONE: dict[int | str, dict[str, Any]] = {
 
 
 class LogLevel(BaseModel):
-    """level: The least of the lines that are written."""
+    """level: Minimum level of log lines."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +37,7 @@ class LogLevel(BaseModel):
 
 
 class Readiness(BaseModel):
-    """ready: What `/readyz` says."""
+    """ready: As in `/readyz`."""
 
     ready: bool
 
@@ -73,7 +73,7 @@ def router(app: AppState) -> APIRouter:
         "/v1/admin/drain",
         tags=["administration"],
         summary="Become not ready and accept no new sessions; open ones continue until the process ends",
-        responses=problem_responses({400: "malformed_request: it takes no members", 413: "body_too_large"} | _WORKERS),
+        responses=problem_responses({400: "malformed_request: the body has members", 413: "body_too_large"} | _WORKERS),
     )
     async def drain(http: Request) -> Readiness:
         if await _members(http):
@@ -96,7 +96,7 @@ def router(app: AppState) -> APIRouter:
         try:
             asked = LogLevel.model_validate(await _members(http))
         except ValidationError:
-            raise InvalidRequest('the body is {"level": …}: debug, info, warning or error') from None
+            raise InvalidRequest('the body must be {"level": …}, with debug, info, warning or error') from None
         logging.getLogger().setLevel(asked.level.upper())
         return asked
 
@@ -104,13 +104,13 @@ def router(app: AppState) -> APIRouter:
 
 
 async def _members(http: Request) -> dict[str, Any]:
-    """The members of the body, which may be missing."""
+    """The members of the body; an empty body has none."""
     body = (await read_request(http.scope, http.receive, MOST_BYTES)).body
     return json.parse_object(body, MOST_BYTES) if body else {}
 
 
 def _refuse_contents(body: dict[str, Any]) -> None:
-    """Raises InvalidRequest for what would make a model of a request, as Triton's clients can send it."""
+    """Raises InvalidRequest if the request contains model files or a configuration, as Triton's clients can send."""
     given = body.get("parameters", {})
     if body.keys() - {"parameters"} or not isinstance(given, dict) or given.keys() - {"unload_dependents"}:
-        raise InvalidRequest("models come from the repository alone: a request can bring neither files nor a config")
+        raise InvalidRequest("models come only from the repository; a request may contain neither files nor a config")

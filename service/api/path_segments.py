@@ -14,7 +14,7 @@ _KEPT = str.maketrans({character: quote(character, safe="") for character in "%/
 
 
 def split(path: str) -> list[str]:
-    """The segments of an encoded path, decoded."""
+    """Split an encoded path into decoded segments."""
     return [unquote(segment) for segment in path.split("/")] if "%" in path else path.split("/")
 
 
@@ -32,7 +32,7 @@ class EncodedSlashes:
 
 
 class _Segment(Convertor[str]):
-    """`{session_id:segment}` in the path of a route: decoded."""
+    """`{session_id:segment}` in a route's path: one segment, decoded."""
 
     regex = "[^/]+"
 

@@ -1,4 +1,4 @@
-"""What `unroll sessions` does: lists, shows, closes, exports and imports the sessions of a store."""
+"""`unroll sessions`: lists, shows, closes, exports and imports the sessions of a store."""
 
 import asyncio
 import json
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class StoreUnusable(Exception):
-    """The store cannot be used as it is set; the message says why."""
+    """The store cannot be used as configured; the message says why."""
 
 
 def run(options: "commands.OnStore", url: str) -> int:
-    """Do what one of the commands is asked to; returns its exit status. Raises StoreUnusable."""
+    """Run one of the commands; returns its exit status. Raises StoreUnusable."""
     logs.configure_embedded()  # on stderr
     try:
         return asyncio.run(_run(options, url))
@@ -109,7 +109,7 @@ async def _import(store: Store, config: StoreConfig, options: "commands.Import")
 
 
 def _print(options: Any, document: dict[str, Any], lines: list[str]) -> None:
-    """One JSON document, if that was asked for, else the lines."""
+    """Print the document as JSON if requested, else the lines."""
     print(json.dumps(document, indent=2) if options.json else "\n".join(lines))
 
 
@@ -126,7 +126,7 @@ def _words(key: Key) -> str:
     return " ".join(describe(value) for value in named(key).values())
 
 
-#: By the name of the command's options.
+#: Implementations, by the class name of the command's options.
 _WORK: dict[str, Callable[[Store, StoreConfig, Any], Awaitable[int]]] = {
     "List": _list,
     "Show": _show,

@@ -78,7 +78,7 @@ class Facts:
     Attributes:
         packages: Versions of the distributions that install the Python package `onnxruntime`.
         bindings: Version of NVIDIA's Python bindings.
-        sessions: For each device that was tried, the problem, or None.
+        sessions: The problem, or None, for each device that was tried.
     """
 
     python: str

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def report(options: "Doctor") -> tuple[list[Finding], dict[str, Any]]:
-    """Examine this machine, and what the options name; return the findings and the facts behind them."""
+    """Examine this machine, and the store and files in the options. Returns the findings and their facts."""
     facts = examine(options.device)
     stored, about_store = _examine_store(options.store) if options.store else (None, [])
     findings = [*judge(facts, options.device), *about_store, *_examine_files(options)]
@@ -65,7 +65,7 @@ def _examine_store(url: str) -> tuple[dict[str, Any] | None, list[Finding]]:
 
 
 def _examine_files(options: "Doctor") -> list[Finding]:
-    """Imported on demand, likewise."""
+    """Return the findings. Imported on demand, like the store."""
     try:
         from unroll.service.access.certificate import TlsFiles
         from unroll.service.doctor import files

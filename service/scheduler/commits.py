@@ -1,4 +1,4 @@
-"""Commits: what has run of durable sessions is put into the store, and counts as applied once the store has it."""
+"""Commits: work of durable sessions is written to the store after it runs, and counts as applied afterwards."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,12 +14,12 @@ from unroll.service.scheduler.session import Session, Work
 from unroll.service.store.interface import Commit, Tokens
 from unroll.service.store.record import pack, pack_steps
 
-#: The commits, and the result of each.
+#: Each commit with its result.
 _Results = Iterator[tuple[Commit, UnrollError | None]]
 
 
 class Commits:
-    """Makes the commits of what has run, and completes it once they have a result."""
+    """Builds commits from work that has run, and completes the work when the commits have a result."""
 
     def __init__(self, completion: Completion, groups: Groups) -> None:
         self._completion = completion
@@ -30,12 +30,12 @@ class Commits:
     def of(
         self, model: str, pending: Sequence[PendingCommit], read_rows: Callable[[list[int]], np.ndarray]
     ) -> list[Commit]:
-        """A commit of each chunk, and of each row of a group that did not fail.
+        """One commit per chunk, and one per successful row of a group.
 
         Args:
-            model: its name.
-            pending: what `Scheduler.complete` returned.
-            read_rows: returns the states in some slots.
+            model: The model's name.
+            pending: Returned by `Scheduler.complete`.
+            read_rows: Reads the states in the given slots.
         """
         rows = read_rows([session.slot for work, _, _ in pending for session in _sessions_of(work)])
         commits: list[Commit] = []
@@ -84,14 +84,16 @@ class Commits:
         batch_rows: int,
         now: float,
     ) -> None:
-        """The store has taken the commits that were made of what is pending.
+        """Complete pending work after its commits.
 
-        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
+        After an error, the store may or may not have the commit. The copy of the session here is stale, and all its
+        accepted work fails.
 
         Args:
-            errors: of each commit; None: the store has it.
-            batch_rows: of the batch that they ran in.
-            now: the time.
+            pending: The work that the commits were built from.
+            commits: Returned by `of`.
+            errors: Result of each commit; None on success.
+            batch_rows: Rows of the work's batch.
         """
         self._completion.batch_rows = batch_rows
         results = zip(commits, errors, strict=True)
@@ -140,7 +142,7 @@ class Commits:
 
 
 def _note(session: Session, commit: Commit, error: UnrollError | None) -> Sequence[Work]:
-    """What the result of its commit means for the session; returns the work that waits behind it and must fail."""
+    """Update the session after its commit. Returns the work queued behind it, which must fail after an error."""
     durable = session.durable
     assert durable is not None
     if error is None:
@@ -160,6 +162,6 @@ def _sessions_of(work: Chunk | Group) -> list[Session]:
 
 
 def _bytes_of_rows(tensors: Tensors) -> np.ndarray:
-    """The values of each row's tensors one after another: (rows, bytes), uint8."""
+    """Each row's tensors concatenated: (rows, bytes), uint8."""
     blocks = [np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8) for array in tensors]
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)

@@ -1,4 +1,4 @@
-"""Repeats a call whose session must first be looked up in the store, or was updated by another replica."""
+"""Repeats a call after a store lookup of its session, or after another replica updated the session."""
 
 from collections.abc import Callable
 
@@ -6,16 +6,16 @@ from unroll.service.core.errors import NeedsStoreLookup, SessionContended, Unrol
 from unroll.service.core.session_ids import shown
 from unroll.service.sessions.in_memory import MemorySessions
 
-#: Lookups of a session for one call before the call fails with `session_contended`.
+#: Store lookups per call before it fails with `session_contended`.
 ATTEMPTS = 8
 
 
 class Attempts:
-    """Calls `begin` until its session needs no further lookup. Calls for one session wait in the order they came.
+    """Calls `begin` until its session needs no further lookup. Calls for one session keep their order.
 
     Args:
-        begin: Begins the work; may raise NeedsStoreLookup.
-        fail: Called with the error if the session cannot be looked up.
+        begin: Starts the work; may raise NeedsStoreLookup.
+        fail: Called with the error if the lookup fails.
     """
 
     __slots__ = ("_begin", "_fail", "_left", "_name", "_sessions")
@@ -37,7 +37,7 @@ class Attempts:
                 self._fail(contended(needed.session_id))
 
     def again(self, session_id: str) -> bool:
-        """Look the session up and begin again; False if that was done too often."""
+        """Look the session up and call `begin` again; False after too many attempts."""
         if not self._left:
             return False
         self._left -= 1

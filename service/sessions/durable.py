@@ -1,8 +1,8 @@
-"""Durable sessions: loads them from the store on demand, and writes to the store what is not a step.
+"""Durable sessions: loads them from the store on demand, and writes all changes other than steps to the store.
 
-A request for a session that is not here, or whose copy here may be stale, waits for a lookup in the store and is then
-handled again. Requests for one session wait in the order of their arrival. While such a request is handled, its session
-is verified (`is_verified`): the copy here, or the absence of one, is what the store has.
+A request for a session that is not here, or has a copy here that may be stale, waits for a store lookup and is then
+handled again. Requests for one session keep their order. While such a request is handled, its session is verified
+(`is_verified`): the local copy, or its absence, matches the store.
 """
 
 import asyncio
@@ -36,12 +36,12 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
-#: Records in doubt that are kept.
+#: Maximum number of records in doubt.
 _MOST_IN_DOUBT = 1000
 
 
 class DurableSessions(MemorySessions):
-    """Sessions of a server with a store, which may have any session of any model; memory sessions are here, too."""
+    """Sessions of a server with a store, including its memory sessions. The store may have any session of any model."""
 
     has_store = True
 
@@ -53,7 +53,7 @@ class DurableSessions(MemorySessions):
         self._tokens = Tokens()
         self._waiting: dict[Key, list[OnVerified]] = {}
         self._verified: Key | None = None
-        #: Records that were being taken when the store did not answer, with the name of the attempt.
+        #: Records whose `take` got no answer from the store, with the attempt's token.
         self._in_doubt: dict[Key, tuple[Record, bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -123,11 +123,11 @@ class DurableSessions(MemorySessions):
             stranded = await self._bring_in(key)
         except UnrollError as reason:
             error = reason
-        except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
+        except Exception as reason:  # noqa: BLE001 the waiting requests must be answered
             _log.error("session not loaded from the store", model=key[0], session=shown(key[1]), exc_info=reason)
             error = SnapshotInvalid("the stored session cannot be read; the server's log has the reason")
         waiting = self._waiting.pop(key)
-        self._verified = key  # true until the last `then` returns, because nothing can suspend this loop
+        self._verified = key  # holds until the last `then` returns, because nothing suspends in between
         self.directory.stranded = None if stranded is None else (*key, stranded)
         try:
             for then in waiting:
@@ -136,14 +136,14 @@ class DurableSessions(MemorySessions):
             self._verified = self.directory.stranded = None
 
     async def _bring_in(self, key: Key) -> Record | Gone | None:
-        """Make the copy here what the store has. Returns what it has of a session whose version is not here."""
+        """Make the local copy match the store. Returns the store's answer if the session's version is not here."""
         name, session_id = key
         if not self.directory.versions.of(name):
             return None
         if (found := self.directory.living(*key)) is not None:
             served, session = found
             if session.durable is None:
-                return None  # the store has no other
+                return None  # a memory session has no other copy
             await _finish_accepted_work(served, session)
         if (in_doubt := self._in_doubt.get(key)) is not None and await self._take(key, *in_doubt):
             self._adopt_taken(key, in_doubt[0])
@@ -164,7 +164,7 @@ class DurableSessions(MemorySessions):
         raise contended(session_id)
 
     async def _take(self, key: Key, record: Record, attempt: bytes) -> bool:
-        """Take a memory session's record from the store. Raises StoreUnavailable: the next lookup finds out."""
+        """Take a memory session's record from the store. After StoreUnavailable, the next lookup repeats it."""
         self._in_doubt[key] = record, attempt
         if len(self._in_doubt) > _MOST_IN_DOUBT:
             del self._in_doubt[next(iter(self._in_doubt))]
@@ -175,7 +175,7 @@ class DurableSessions(MemorySessions):
     def _adopt_taken(self, key: Key, record: Record) -> None:
         try:
             self._adopt(key, record)
-        except UnrollError:  # it is nowhere else
+        except UnrollError:  # the store no longer has it
             self.directory.spilled.put(key, record)
             raise
 
@@ -191,9 +191,9 @@ class DurableSessions(MemorySessions):
         model.scheduler.counters.adopted += 1
 
     def _drop(self, key: Key, gone: Gone | None) -> Gone | None:
-        """The store has no such session: drop the copy, and remember what the store knows of its end.
+        """Drop the local copy of a session that is not in the store, and add a tombstone if the store has one.
 
-        Returns it if it includes a reply of a version that is not here.
+        Returns the tombstone if it contains a reply of a version that is not here.
         """
         name, session_id = key
         versions = self.directory.versions
@@ -230,24 +230,26 @@ class DurableSessions(MemorySessions):
         served.scheduler.counters.opened += 1
         return served.adopt(new.id, record)
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
-        closed = await super().close(name, version, session_id)
-        if isinstance(closed, Record):
-            return replace(closed, position=await self._close_stored(name, session_id)) if closed.token else closed
-        served, session = closed
-        if session.durable is not None:
-            session.position = await self._close_stored(name, session_id)
+    async def close(
+        self, name: str, version: str | None, session_id: str
+    ) -> tuple[tuple[ServedModel, Session] | Record, int]:
+        closed, position = await super().close(name, version, session_id)
+        if not (closed.token if isinstance(closed, Record) else closed[1].durable):
+            return closed, position
+        position = await self._close_stored(name, session_id)
+        if not isinstance(closed, Record):
+            served, session = closed
             now = served.loop.clock.now()
             if served.scheduler.sessions.get_detached(session_id, now) is session:
                 served.scheduler.close(session, now)
-        return served, session
+        return closed, position
 
     async def _close_stored(self, name: str, session_id: str) -> int:
-        """Returns the position that the session was closed at, whichever replica advanced it there."""
+        """Close the session in the store. Returns its final position, which another replica may have reached."""
         position = await self._store.close((name, session_id))
         if position is None:
             await self.verified(name, session_id, lambda: self.directory.find(name, None, session_id))
-            raise contended(session_id)  # another was opened under its id since
+            raise contended(session_id)  # another session has been opened with this id
         return position
 
     def _fork(self, served: ServedModel, session: Session, new: NewId) -> Awaitable[Session]:
@@ -288,5 +290,5 @@ def _bytes(snapshot: Snapshot) -> bytes:
 
 
 async def _finish_accepted_work(served: ServedModel, session: Session) -> None:
-    with suppress(UnrollError):  # it ended, or the work before it failed: either way none is left
+    with suppress(UnrollError):  # the session ended or earlier work failed; either way no work is left
         await served.loop.act(session, lambda session: None)

@@ -2,15 +2,15 @@
 
     PREFIX:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
     PREFIX:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
-                                  longer than the session. `e` is written first: the session expired, which is true as
-                                  soon as the first key has expired. `c`: the session was closed. `t`, token, for
-                                  minutes: it was taken, so that the same call is recognised when it is sent again
+                                  longer than the session. `e` (expired) is written with the session, and is true as
+                                  soon as the first key has expired. `c`: the session was closed. `t`, token: it was
+                                  taken; kept for minutes, so that a repeated call is recognised
 
 The braces keep both keys of a session on one node of a cluster.
 
-Every access to a session is one call of a function on these two keys, so it is atomic. Concurrent calls go together to
-one script, which runs them in order; each succeeds or fails by itself. How many writes a crash of Redis loses depends
-on its `appendfsync`.
+Every access to a session is one call of a function on these two keys, so it is atomic. Concurrent calls share one run
+of a script, which executes them in order; each succeeds or fails by itself. How many writes a crash of Redis loses
+depends on its `appendfsync`.
 """
 
 import asyncio
@@ -34,18 +34,18 @@ from unroll.service.store.redis_listing import read_page
 
 _log = structlog.get_logger(__name__)
 
-#: Concurrent exchanges with Redis; further calls wait and leave together with the next one.
+#: Concurrent exchanges with Redis; further calls wait and share the next one.
 _EXCHANGES = 2
-#: Maximum calls and bytes per run of the script: Redis does nothing else while it runs.
+#: Maximum calls and bytes per run of the script, because Redis does nothing else while it runs.
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
 #: `expected` of a call that accepts any token.
 _ANY = b"*"
-#: Seconds between attempts at the start, for an answer to one, and between looks at the eviction policy.
+#: Seconds between attempts at the start, for an answer to one, and between checks of the eviction policy.
 _ATTEMPT_SECONDS, _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 5.0, 60.0
 
-# Unused and unknown arguments are empty. The first write of a session brings its `origin`. `finish` returns the
-# position if it closed the session; a session is also closed if there is no memory for its tombstone, except by a step,
-# whose reply is in it. The first write has no effect: it makes a replica, whose data may be old, refuse all calls.
+# Unused and unknown arguments are empty. The first write of a session carries its `origin`. `finish` returns the
+# position if it closed the session. It succeeds without memory for a tombstone, except for a step, since the tombstone
+# has the step's reply. The SET before the calls only makes a read-only replica, which may be stale, refuse all calls.
 _SCRIPT = """
 local call, does = redis.call, {}
 function does.write(state, gone, expected, token, record, position, origin)
@@ -94,27 +94,31 @@ for i = 1, #KEYS / 2 do
 end
 return replies
 """
-# Only when it is due: it costs as much as the rest.
+# Only when due, because it costs as much as the rest.
 _LONGER = """  elseif call('PTTL', gone) < %d then
     call('PEXPIRE', gone, %d)"""
 
 _CLOSED, _TAKEN = b"c", b"t"
 _TOKEN = 16
-#: Index of the longest word of a call.
+#: Index of the longest argument of a call.
 _CONTENT = 3
 #: The arguments of a function: expected, token, content, position, origin.
 _NO_WORDS = (b"",) * 5
 
 
-#: A call of a function of the script: the keys, and the arguments.
+#: A call of a function in the script: the keys and the arguments.
 _Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class RedisStoreConfig:
-    """timeout: seconds for an answer. idle_timeout: of sessions; None: never. tombstone_life: seconds after the end.
+    """The settings of a Redis store.
 
-    prefix: of all keys. Deployments with different prefixes share a server without knowing of each other's sessions.
+    Attributes:
+        timeout: Seconds to wait for an answer.
+        idle_timeout: Seconds until an idle session expires; None for never.
+        tombstone_life: Seconds for which the end of a session is remembered.
+        prefix: Prefix of all keys. Deployments with different prefixes can share a Redis.
     """
 
     url: str
@@ -125,7 +129,7 @@ class RedisStoreConfig:
 
 
 class RedisStore:
-    """Raises StoreRefused if the URL is wrong."""
+    """Raises StoreRefused if the URL is invalid."""
 
     def __init__(self, config: RedisStoreConfig) -> None:
         self._config = config
@@ -184,7 +188,7 @@ class RedisStore:
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 policy = await eviction_policy(self._client)
         except FAILURES:
-            return  # it does not answer, or does not say
+            return  # it does not answer, or does not report the policy
         if policy is not None and not self.figures.evicts:
             remedy = "set its maxmemory-policy to noeviction"
             _log.warning("the store removes sessions when it is full", policy=policy, remedy=remedy)
@@ -202,7 +206,7 @@ class RedisStore:
         if state is not None:
             return Record.unpack(state[_TOKEN:], state[:_TOKEN])
         if gone is None or gone[:1] == _TAKEN or (gone[:1] != _CLOSED and self.figures.evicts):
-            return None  # where sessions are evicted, this one need not have expired
+            return None  # Redis may have evicted the session before it expired
         return _read_gone(gone)
 
     async def close(self, key: Key) -> int | None:
@@ -211,7 +215,7 @@ class RedisStore:
         return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
-        call = self._call(key, b"take", token, attempt or self._tokens.next())  # the same if it is sent again
+        call = self._call(key, b"take", token, attempt or self._tokens.next())  # the same if it is resent
         return bool(await self._exchanges.ask_one(call))
 
     def _call(self, key: Key, function: bytes, *words: bytes) -> _Call:
@@ -244,7 +248,7 @@ class RedisStore:
         return replies
 
     async def _execute_apart(self, calls: Sequence[_Call]) -> list[Any]:
-        """A cluster runs a script on keys of one slot: so each call is a run of its own, in one pipeline per node."""
+        """Run each call separately, in one pipeline per node: in a cluster, a script's keys must share a slot."""
         replies = await self._pipelined(calls, "EVALSHA", self._digest)
         if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
             again = await self._pipelined([calls[i] for i in unknown], "EVAL", self._script)
@@ -260,13 +264,13 @@ class RedisStore:
 
 
 def _words(part: Sequence[_Call]) -> list[bytes]:
-    """The arguments after the script's name: the number of keys, the keys, the arguments of the functions."""
+    """The arguments after the script: number of keys, the keys, and the arguments of the functions."""
     keys, words = zip(*part, strict=True)
     return [b"%d" % (2 * len(part)), *chain(*keys), *chain(*words)]
 
 
 def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
-    """The calls of each run of the script: at most _MOST_CALLS, and fewer if they are large."""
+    """Split calls into runs of the script: at most _MOST_CALLS each, and fewer if they are large."""
     begin = size = 0
     for end, (_, words) in enumerate(calls):
         size += len(words[_CONTENT])
@@ -277,7 +281,7 @@ def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
 
 
 def _with_lives(config: RedisStoreConfig) -> str:
-    """The script with the lifetimes of the keys. If sessions never expire, states have none."""
+    """The script with the lifetimes of the keys. State keys have none if sessions never expire."""
     tombstone = _milliseconds(config.tombstone_life)
     if config.idle_timeout is None:
         return _SCRIPT % {"idle": "", "both": "", "longer": "", "tombstone": tombstone}

@@ -98,7 +98,7 @@ def test_a_key_expires(tmp_path: Path) -> None:
         (ENTRY.format(DIGEST) + "expires = 2027-01-01\n", "keys.0.expires"),
         (ENTRY.format(DIGEST) + "expires = 2027-01-01T00:00:00\n", "keys.0.expires"),
         (ENTRY.format(DIGEST) * 2, "two keys have the same sha256"),
-        (ENTRY.format(DIGEST) + "[tenants.other]\nsessions = 3\n", "no key is of the tenant 'other'"),
+        (ENTRY.format(DIGEST) + "[tenants.other]\nsessions = 3\n", "no key belongs to the tenant 'other'"),
         (ENTRY.format(DIGEST) + "[tenants.acme]\nsessions = 0\n", "tenants.acme.sessions"),
         ("keys = " + "[" * 100_000, "keys.toml"),
         ("keys = " + "9" * 5_000, "keys.toml"),

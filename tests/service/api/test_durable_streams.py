@@ -115,6 +115,28 @@ def test_a_pipeline_of_chunks_whose_session_moved(pair: list[Running], dial: Dia
             assert np.array_equal(np.concatenate([reply.outputs[0] for reply in good]), whole[t + 1 :])
 
 
+def test_steps_in_frames_of_their_own_whose_sessions_moved(
+    pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray
+):
+    """The store refuses what has joined: it is run again, on the state that the other server left."""
+    client, contended = dial(pair[0]), pair[0].model("lstm").scheduler.counters.failed
+    names = client.bind(0, 1)
+    with httpx.Client(base_url=pair[1].url) as rest:
+        for t in range(0, 6, 2):
+            for i, name in enumerate(names):
+                url = f"/v1/models/lstm/sessions/{name}/steps"
+                assert rest.post(url, content=x[i, t : t + 1].tobytes(), headers=RAW).status_code == 200
+            with pair[0].in_one_turn():
+                for i in range(2):
+                    client.socket.send(frame((i, None, x[i, t + 1 : t + 2])))
+            good, bad = client.receive(2)
+            assert not bad
+            for reply in good:
+                assert reply.position == t + 2
+                assert np.array_equal(reply.outputs[0], oracle("lstm")(x[reply.handle, : t + 2])[t + 1 :])
+    assert contended["session_contended"] == 6
+
+
 @pytest.mark.parametrize("durability", ["memory", "redis"])
 def test_more_handles_than_rows(
     serve: Serve, redis_server: RedisServer, dial: Dial, oracle: Oracles, x: np.ndarray, durability: str

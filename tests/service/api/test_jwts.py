@@ -361,7 +361,7 @@ def test_a_provider_that_does_not_answer_yet(repository: Path, tmp_path: Path) -
         ({"keys": []}, "1 to 100 keys"),
         ({"keys": [public(ELLIPTIC, "a", use="enc")]}, "1 to 100 keys"),
         ({"keys": [public(ELLIPTIC, "a"), public(NEXT, "a")]}, "same kid"),
-        ({"keys": [public(ELLIPTIC, "a"), public(NEXT, None)]}, "without a kid"),
+        ({"keys": [public(ELLIPTIC, "a"), public(NEXT, None)]}, "has no kid"),
         ({"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "a"}]}, "is secret"),
         ({"keys": [RSAAlgorithm.to_jwk(RSA, as_dict=True) | {"kid": "a"}]}, "is secret"),
         ({"keys": [public(RSA, "a", alg="HS256")]}, "cannot be used"),

@@ -112,7 +112,7 @@ def test_one_port_and_several_processes(
     assert started.end() == 0
     kept = [line for line in started.log if line["event"] == "sessions"]
     assert {line["worker"] for line in kept} == {1}, "one worker says it for all"
-    assert kept[0]["survive"] == "the end of any server, and a crash of Redis but for the last second"
+    assert kept[0]["survive"] == "the end of any server, and a crash of Redis except for the last second"
     assert not any(version(port) for port in ports)
     ended = [line for line in started.log if line["event"] == "worker exited"]
     assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
@@ -242,8 +242,8 @@ async def test_pauses_grow_only_for_a_worker_that_cannot_start(
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        ("3 stay", "it exited with status 3; correct what its last line says, and start again"),
-        ("SIGSEGV stay", "it was ended by signal 11, Segmentation fault; see what `unroll doctor` finds"),
+        ("3 stay", "it exited with status 3; fix the problem in its last log line, and start again"),
+        ("SIGSEGV stay", "it was killed by signal 11, Segmentation fault; run `unroll doctor`"),
     ],
 )
 async def test_a_first_start_that_fails_by_itself_ends_all_with_a_line(
@@ -253,7 +253,7 @@ async def test_a_first_start_that_fails_by_itself_ends_all_with_a_line(
     assert await planned.run() == 1
     assert len(planned.starts) == 1
     [line] = [line for line in capfd.readouterr().out.splitlines() if "not started" in line]
-    assert f"worker 1 did not come to serve, so all end: {why}" in line
+    assert f"worker 1 did not start serving, so all workers stop: {why}" in line
 
 
 @pytest.mark.parametrize("served", [False, True])
