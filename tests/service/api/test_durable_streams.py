@@ -13,13 +13,18 @@ from serving import RAW, Oracle, Running, Serve
 from streams import Client, frame
 from waiting import PATIENCE, until
 
+from unroll.service.settings import Settings
+
 Oracles = Callable[..., Oracle]
 Dial = Callable[[Running], Client]
 
 
-@pytest.fixture
-def pair(serve: Serve, redis_server: RedisServer) -> list[Running]:
-    return [serve(store=redis_server.url) for _ in range(2)]
+@pytest.fixture(scope="module")
+def pair(few: Path, redis_process: RedisServer) -> Iterator[list[Running]]:
+    pair = [Running(Settings.model_validate({"repository": few, "store": redis_process.url})) for _ in "12"]
+    yield pair
+    for running in pair:
+        running.stop()
 
 
 @pytest.fixture
