@@ -42,7 +42,7 @@ class KeySet(dict[str, jwt.PyJWK]):
 
     @classmethod
     def read(cls, content: bytes) -> "KeySet":
-        """Parse a JWK set (RFC 7517), skipping keys for other uses than signing and of unknown kinds. Raises KeysRefused."""
+        """Parse a JWK set (RFC 7517), skipping keys for other uses and of unknown kinds. Raises KeysRefused."""
         try:
             entries = json.loads(content)["keys"]
             found = [entry for entry in entries if entry.get("use", "sig") == "sig" and entry.get("kty") in _KINDS]
