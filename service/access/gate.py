@@ -243,8 +243,8 @@ class KeyWatch:
         if key is None:
             self._on_end()
         elif key.expires is not None:
-            left = (key.expires - datetime.now(UTC)).total_seconds()
-            self._timer = asyncio.get_running_loop().call_later(min(left, _MOST_SECONDS), self.check)
+            remaining = (key.expires - datetime.now(UTC)).total_seconds()
+            self._timer = asyncio.get_running_loop().call_later(min(remaining, _MOST_SECONDS), self.check)
 
     def stop(self) -> None:
         if self._timer is not None:

@@ -256,8 +256,8 @@ class ModelRepository:
             if not len(model.scheduler.sessions) and not model.scheduler.in_flight and not self._awaits_spilled(model):
                 self._versions.remove(model)
                 self._versions.retired.add((model.name, model.manifest.digest))
-                for heir in self._versions.of(model.name)[:1]:
-                    heir.scheduler.sessions.merge_closed(model.scheduler.sessions)
+                for successor in self._versions.of(model.name)[:1]:
+                    successor.scheduler.sessions.merge_closed(model.scheduler.sessions)
                 await model.stop()
                 model.engine.close()
                 _log.info("model dropped", model=model.name, version=model.version)
