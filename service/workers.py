@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Self
 
@@ -91,6 +92,7 @@ class Worker:
 
         def gone() -> None:
             loop.remove_reader(self.link)
+            rmtree(self.folder, ignore_errors=True)  # the supervisor could not
             orphaned()
 
         self.link.send(b"1")
@@ -129,8 +131,8 @@ def supervise(
     operator: Host and number of the operator's port; the number is None without one.
     """
     try:
-        with bind(host, port) as alone:  # without SO_REUSEPORT, detects another server on the port
-            port = alone.getsockname()[1]
+        with bind(host, port) as probe:  # without SO_REUSEPORT, detects another server on the port
+            port = probe.getsockname()[1]
         listeners = [bind(host, port, shared=True) for _ in range(workers)]
         operator_listeners = bind_for_operator(*operator)
         folder = TemporaryDirectory(prefix="unroll-")
@@ -245,12 +247,12 @@ class _Supervisor:
         listener = self._listeners[index]
         ours, theirs = socket.socketpair()
         descriptors = [inherited.fileno() for inherited in (listener, theirs, *self._operator)]
-        said = f"{index + 1} {','.join(map(str, descriptors))} {self._ticket_secret} {self._folder}"
+        value = f"{index + 1} {','.join(map(str, descriptors))} {self._ticket_secret} {self._folder}"
         with theirs, ExitStack() as on_error:
             on_error.enter_context(ours)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *sys.orig_argv[1:]),
-                env={**os.environ, _VARIABLE: said},
+                env={**os.environ, _VARIABLE: value},
                 pass_fds=descriptors,
                 process_group=0,  # Ctrl-C reaches only the supervisor, which forwards it
             )

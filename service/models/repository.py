@@ -154,7 +154,7 @@ class ModelRepository:
 
     async def unload(self, name: str) -> None:
         """Retire all versions of a model until it is loaded again, or the process ends. Raises ModelUnknown."""
-        if not self._versions.of(name):
+        if name not in self.unloaded and not self._versions.of(name):
             self._versions.available(name)
         self.unloaded.add(name)
         await self.rescan()
@@ -256,8 +256,8 @@ class ModelRepository:
             if not len(model.scheduler.sessions) and not model.scheduler.in_flight and not self._awaits_spilled(model):
                 self._versions.remove(model)
                 self._versions.retired.add((model.name, model.manifest.digest))
-                for heir in self._versions.of(model.name)[:1]:
-                    heir.scheduler.sessions.merge_closed(model.scheduler.sessions)
+                for successor in self._versions.of(model.name)[:1]:
+                    successor.scheduler.sessions.merge_closed(model.scheduler.sessions)
                 await model.stop()
                 model.engine.close()
                 _log.info("model dropped", model=model.name, version=model.version)

@@ -123,8 +123,8 @@ def _read(reading: int, connection: socket.socket, until: float) -> bytes | None
     poll, answer = select.poll(), b""
     poll.register(reading, select.POLLIN)
     poll.register(connection, select.POLLHUP)
-    while (left := until - monotonic()) > 0 and len(answer) <= _MOST_ANSWER:
-        for descriptor, _ in poll.poll(left * 1000):
+    while (remaining := until - monotonic()) > 0 and len(answer) <= _MOST_ANSWER:
+        for descriptor, _ in poll.poll(remaining * 1000):
             if descriptor != reading:
                 raise SystemExit(0)
             if not (part := os.read(reading, 65_536)):

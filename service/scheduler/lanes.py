@@ -72,7 +72,7 @@ class Lanes:
 
     @property
     def steps_may_join(self) -> bool:
-        """Whether only single steps wait, apart from long chunks, whose pieces run in batches of their own."""
+        """Whether nothing waits but single steps, and long chunks, which run in separate batches."""
         return not self._starved and self._lanes.keys() <= {1, _LONG}
 
     def is_long(self, steps: int) -> bool:
@@ -193,9 +193,9 @@ class Lanes:
             return
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_SECONDS
-            left = [chunk for chunk in self._starved if not self._drop(chunk, now)]
-            if len(left) < len(self._starved):
-                self._starved = FairQueue(left)
+            remaining = [chunk for chunk in self._starved if not self._drop(chunk, now)]
+            if len(remaining) < len(self._starved):
+                self._starved = FairQueue(remaining)
         free = self._workspaces.count - self._workspaces.taken
         while self._starved and free > 0:
             chunk = self._starved.popleft()

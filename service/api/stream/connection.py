@@ -129,17 +129,17 @@ class Connection:
             faults = codec.faults(frame)
             if (refused := self._over_quota(frame.total)) is not None:
                 faults = dict.fromkeys(range(len(frame.entries)), refused) | faults
-            apart = self._submitter.submit_frame(frame, faults)
-            if len(apart) > SLICE:
-                self._control.carry_out(self._submit_in_slices(frame, faults, apart))
+            remaining = self._submitter.submit_frame(frame, faults)
+            if len(remaining) > SLICE:
+                self._control.carry_out(self._submit_in_slices(frame, faults, remaining))
             else:
-                self._submitter.submit_apart(frame, faults, apart)
+                self._submitter.submit_chunks(frame, faults, remaining)
         flow.update()
 
     async def _submit_in_slices(self, frame: Frame, faults: dict[int, UnrollError], entries: list[int]) -> None:
         """Submit the entries, suspending after each slice."""
         for begin in range(0, len(entries), SLICE):
-            self._submitter.submit_apart(frame, faults, entries[begin : begin + SLICE])
+            self._submitter.submit_chunks(frame, faults, entries[begin : begin + SLICE])
             await asyncio.sleep(0)
 
     def _over_quota(self, steps: int) -> UnrollError | None:
