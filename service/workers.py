@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Self
 
@@ -90,6 +91,7 @@ class Worker:
 
         def gone() -> None:
             loop.remove_reader(self.link)
+            rmtree(self.folder, ignore_errors=True)  # the supervisor could not
             orphaned()
 
         self.link.send(b"1")

@@ -154,7 +154,7 @@ class ModelRepository:
 
     async def unload(self, name: str) -> None:
         """Retire all versions of a model until it is loaded again, or the process ends. Raises ModelUnknown."""
-        if not self._versions.of(name):
+        if name not in self.unloaded and not self._versions.of(name):
             self._versions.available(name)
         self.unloaded.add(name)
         await self.rescan()
