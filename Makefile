@@ -131,9 +131,9 @@ figures: ## write docs/benchmarks.md and its plots from the results of `make ben
 check-deploy: install deploy-tools ## check the proxy configuration, the Helm chart and the KServe files (UNROLL_CRDS=folder of CRDs)
 	$(BIN)/python -m pytest tests/deploy -rs
 
-check-compose: ## run three replicas in containers; a session must survive `docker kill` of its replica
+check-compose: .venv-serve/.installed ## run three replicas in containers; a session must survive `docker kill` of its replica
 	@export COMPOSE_PROJECT_NAME=unroll-check PORT=$(PORT); \
-	docker compose up --build --wait --scale unroll=3 && PYTHONPATH=src $(PYTHON) -m deploy.check --url http://127.0.0.1:$(PORT) --kill; \
+	docker compose up --build --wait --scale unroll=3 && .venv-serve/bin/python -m deploy.check --url http://127.0.0.1:$(PORT) --kill; \
 	status=$$?; docker compose down --volumes; exit $$status
 
 check-ray: .tools/ray/.installed ## run two replicas under Ray Serve, which does not route by session, and kill one (needs redis-server)

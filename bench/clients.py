@@ -9,7 +9,7 @@ import uvloop
 
 from bench import subjects
 from bench.load import Client, Load, Measurement
-from bench.outcomes import Outcome, Row, Verdict
+from bench.outcomes import Outcome, Row, at_most
 from bench.subjects import Subject
 from bench.turns import Bench, Servers, require_no_errors
 
@@ -86,7 +86,7 @@ def ramp(bench: Bench) -> list[Outcome]:
         Row("arriving", f"{_ARRIVING} clients: from connecting to the first step's answer; clients/s", arriving_runs),
     ]
     says = f"{_ARRIVING} clients arrive while {_STREAMING} stream: the slowest first answer"
-    verdict = Verdict(10, says, 1.0, max(worst), min(worst), max(worst), at_least=False, unit=" s", judged=bench.judged)
+    verdict = at_most(10, says, 1.0, max(worst), worst, " s")
     return [Outcome("ramp", "New clients at full load, LSTM 2×64", "steps/s", rows, [verdict])]
 
 

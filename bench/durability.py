@@ -1,13 +1,12 @@
 """The cost of durable sessions.
 
-Redis runs on the load generator's core, as it would on another machine: the server's work for a commit counts, Redis's
-own work does not.
+Redis runs on the load generator's core, as if on another machine: the server's work for a commit counts, but not
+Redis's own.
 """
 
 import base64
 import json
 import random
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from http.client import HTTPConnection
 from time import perf_counter
 
 import numpy as np
+from redis import Redis
 
 from bench.http_client import JSON, RAW, http_client, post
 from bench.load import WARM_UP, Client, Measurement
@@ -27,7 +27,7 @@ from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
 from bench.turns import Bench, Servers, Turn, by_name
 from deploy import local_redis
 
-#: Target: share of the rate with sessions in memory.
+#: The target, as a share of the rate with sessions in memory.
 _BOUND = 0.6
 #: Number of sessions that are reloaded, one after another.
 _RELOADED = 500
@@ -87,13 +87,13 @@ def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: 
     )
     named = by_name(rows)
     says = "HTTP, raw bytes, sessions in Redis (everysec): of those in memory"
-    verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"], judged=bench.judged)
+    verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"])
     title = f"Durability, a step a request, {CLIENTS} HTTP clients, LSTM 2×64; Redis on the load generator's core"
     return Outcome("durability", title, "steps/s", rows, [verdict], remarks)
 
 
 def _processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
-    """Processor time of a step, which other load on the machine changes little."""
+    """Processor time of a step, which is insensitive to other load."""
     before = {name: process.cpu_seconds() for name, process in processes.items()}
     steps = turn.measure(bench.seconds).rate * bench.seconds * (1 + WARM_UP)
     took = {name: (process.cpu_seconds() - before[name]) / steps * 1e6 for name, process in processes.items()}
@@ -133,20 +133,10 @@ def _client_held(launch: Launch, reference: Reference) -> Subject:
 
 
 def _bytes_of_a_session(port: int) -> float:
-    """Mean over all sessions in Redis."""
-    with socket.create_connection((HOST, port)) as connection, connection.makefile("rwb") as file:
-
-        def ask(*words: bytes) -> bytes:
-            file.write(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
-            file.flush()
-            line: bytes = file.readline().rstrip()
-            if line[:1] == b"$":
-                return file.read(int(line[1:]) + 2)[:-2]
-            return line[1:]
-
-        count = int(ask(b"KEYS", b"unroll:*"))
-        keys = [file.read(int(file.readline()[1:]) + 2)[:-2] for _ in range(count)]
-        total = sum(int(ask(b"MEMORY", b"USAGE", key, b"SAMPLES", b"0")) for key in keys)
+    """The mean over all sessions in Redis."""
+    with Redis(HOST, port) as redis:
+        keys: list[bytes] = redis.keys("unroll:*")
+        total = sum(redis.memory_usage(key, samples=0) for key in keys)
         return total / len({key.removesuffix(b":gone") for key in keys})
 
 
@@ -162,7 +152,7 @@ def _reload(bench: Bench, store: tuple[str, str]) -> Outcome:
     with bench.servers() as servers:
         here, there = (servers.server(bench.unroll(*store, name=f"unroll-{name}")).port for name in ("here", "there"))
         with closing(HTTPConnection(HOST, here)) as one, closing(HTTPConnection(HOST, there)) as other:
-            for n in range(_RELOADED if bench.judged else 20):
+            for n in range(20 if bench.quick else _RELOADED):
                 _timed_post(one, path, json.dumps({"session_id": f"reloaded-{n}"}).encode(), JSON)
                 step = f"{path}/reloaded-{n}/steps"
                 _timed_post(one, step, row)

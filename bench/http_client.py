@@ -3,10 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from bench.load import Client, Connection
 from bench.servers import HOST
 
 RAW, JSON = "application/octet-stream", "application/json"
+INFER_HEADER = "inference-header-content-length"
 _LENGTH = b"\r\ncontent-length:"
 
 
@@ -16,6 +19,25 @@ def post(path: str, body: bytes | Mapping[str, object], headers: Mapping[str, st
     fields = {"host": HOST, "content-type": media, "content-length": str(len(content)), **(headers or {})}
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value)
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def infer(model: str, x: np.ndarray, **parameters: int) -> bytes:
+    """A request of the Open Inference Protocol. x: (time, features)."""
+    length, body = infer_body(x, **parameters)
+    return post(f"/v2/models/{model}/infer", body, {"content-type": "", INFER_HEADER: str(length)})
+
+
+def infer_body(x: np.ndarray, **parameters: int) -> tuple[int, bytes]:
+    """Its body as tritonclient.http writes it, with binary tensors behind the JSON, and the length of the JSON."""
+    size = {"binary_data_size": x.nbytes}
+    document: dict[str, object] = {
+        "inputs": [{"name": "x", "shape": [1, *x.shape], "datatype": "FP32", "parameters": size}],
+        "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
+    }
+    if parameters:
+        document["parameters"] = parameters
+    text = json.dumps(document, separators=(",", ":")).encode()
+    return len(text), text + x.tobytes()
 
 
 def http_client(

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.load import Measurement
 
-#: Above this share of its ceiling, or of its core, the load generator limits the figures.
+#: Above this share of its ceiling or core, the load generator limits the figures.
 LOAD_BOUND = 0.85
 #: Milliseconds by which requests of an open loop may leave late.
 _LATE = 0.5
@@ -15,7 +15,7 @@ _LATE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A subject's turns and their medians. at: the position on a curve's x axis."""
+    """A subject's turns and their medians; `at` is the position on a curve's x axis."""
 
     name: str
     what: str
@@ -39,7 +39,7 @@ class Row:
         return median(turn.p99 for turn in self.turns)
 
     def is_load_bound(self, ceiling: float | None) -> bool:
-        """Whether the load generator was the limit. ceiling: the rate it reaches with canned replies."""
+        """Was the load generator the limit? `ceiling` is its rate with canned replies."""
         late = median(turn.late for turn in self.turns)
         if late:
             return late > _LATE
@@ -51,9 +51,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A target and the value reached. number: row in the table of targets. value: None if not measured.
+    """A target and the value reached.
 
-    low, high: lowest and highest value of a turn. judged: False in a quick run, whose figures mean nothing.
+    Attributes:
+        number: the row in the table of targets.
+        value: the value reached; None if it was not measured.
+        low, high: the lowest and highest value of a turn.
     """
 
     number: int
@@ -64,18 +67,17 @@ class Verdict:
     high: float | None = None
     at_least: bool = True
     unit: str = ""
-    judged: bool = True
 
     @property
     def passed(self) -> bool | None:
-        if self.value is None or not self.judged:
+        if self.value is None:
             return None
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A scenario's figures. unit: of the rates. failed: the reason if there are none."""
+    """A scenario's figures; `unit` is that of the rates, `failed` is the reason if there are none."""
 
     name: str
     title: str
@@ -85,8 +87,8 @@ class Outcome:
     remarks: Sequence[str] = field(default_factory=list)
     failed: str = ""
 
-    def document(self) -> dict[str, Any]:
-        """The JSON document: medians, all turns, and the verdicts."""
+    def document(self, *, judged: bool = True) -> dict[str, Any]:
+        """The JSON document: medians, all turns, and verdicts; these only if the figures are meaningful (`judged`)."""
         ceiling = next((row.rate for row in self.rows if row.name == "ceiling"), None)
         rows = [
             {
@@ -101,7 +103,7 @@ class Outcome:
             }
             for row in self.rows
         ]
-        verdicts = [{**asdict(verdict), "passed": verdict.passed} for verdict in self.verdicts]
+        verdicts = [{**asdict(verdict), "passed": verdict.passed if judged else None} for verdict in self.verdicts]
         return {
             "title": self.title,
             "unit": self.unit,
@@ -112,12 +114,17 @@ class Outcome:
         }
 
 
-def ratio(number: int, says: str, bound: float, row: Row, other: Row | None, *, judged: bool = True) -> Verdict:
+def ratio(number: int, says: str, bound: float, row: Row, other: Row | None) -> Verdict:
     """The rate of `row` relative to that of `other`; low and high turn by turn."""
     if other is None or not all(other.rates):
-        return Verdict(number, says, bound, unit="×", judged=judged)
+        return Verdict(number, says, bound, unit="×")
     each = [rate / other_rate for rate, other_rate in zip(row.rates, other.rates, strict=True)]
-    return Verdict(number, says, bound, row.rate / other.rate, min(each), max(each), unit="×", judged=judged)
+    return Verdict(number, says, bound, row.rate / other.rate, min(each), max(each), unit="×")
+
+
+def at_most(number: int, says: str, bound: float, value: float, each: Sequence[float], unit: str) -> Verdict:
+    """A value that must not exceed `bound`, from the values of each turn."""
+    return Verdict(number, says, bound, value, min(each), max(each), at_least=False, unit=unit)
 
 
 def fastest(rows: Mapping[str, Row], prefix: str) -> Row | None:

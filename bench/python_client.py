@@ -1,16 +1,15 @@
-"""What the Python client costs: its steps beside those of a bare connection, and of tritonclient."""
+"""The cost of the Python client: its steps compared with those of a bare connection and of tritonclient."""
 
 import http.client
 from collections.abc import Callable
 from contextlib import ExitStack
-from time import perf_counter
 
 import numpy as np
 import tritonclient.http as triton
 
 import unroll
 from bench import inputs
-from bench.load import Measurement
+from bench.load import repeated
 from bench.outcomes import Outcome, ratio
 from bench.servers import HOST
 from bench.turns import Bench, Turn, by_name
@@ -19,7 +18,7 @@ _MODEL, _SESSIONS = "small", 64
 
 
 def python_client(bench: Bench) -> list[Outcome]:
-    """One client that waits for each answer: a step a request, and 64 sessions a message."""
+    """One client that waits for each answer: one step per request, and 64 sessions per message."""
     x = inputs.rows(inputs.MODELS[_MODEL].features)[:_SESSIONS, 0]
     with bench.servers() as servers, ExitStack() as stack:
         port = servers.server(bench.unroll()).port
@@ -42,30 +41,19 @@ def python_client(bench: Bench) -> list[Outcome]:
         (f"{_SESSIONS} sessions on a stream: of a bare connection", 5.0, "stream-64", "bare"),
     ]
     verdicts = [
-        ratio(15, f"Python client, {says}", bound, rows[row], rows[other], judged=bench.judged)
-        for says, bound, row, other in targets
+        ratio(15, f"Python client, {says}", bound, rows[row], rows[other]) for says, bound, row, other in targets
     ]
     return [Outcome("python-client", "One client in Python, LSTM 2×64", "steps/s", [*rows.values()], verdicts)]
 
 
 def _turn(name: str, what: str, step: Callable[[], object], steps: int) -> Turn:
-    """steps: of each call."""
+    """A turn that repeats `step`; a call makes `steps` time steps."""
 
-    def measure(seconds: float) -> Measurement:
-        taken = []
-        began = now = perf_counter()
-        while now < began + seconds:
-            step()
-            before, now = now, perf_counter()
-            taken.append(now - before)
-        p50, p99 = np.percentile(taken, [50, 99]) * 1e3
-        return Measurement(len(taken) * steps / (now - began), float(p50), float(p99))
-
-    return Turn(name, what, measure, check=step)
+    return Turn(name, what, lambda seconds: repeated(step, seconds, steps), check=step)
 
 
 def _bare(client: unroll.Client, port: int, x: np.ndarray) -> Callable[[], bytes]:
-    """What somebody writes who needs no more: it numbers the steps, and retries nothing."""
+    """A minimal hand-written client: it numbers the steps, but retries nothing."""
     path = f"/v1/models/{_MODEL}/sessions/{client.session(_MODEL).id}/steps"
     connection = http.client.HTTPConnection(HOST, port)
     position = 0

@@ -1,7 +1,7 @@
-"""onnxruntime alone: the throughput of a model on one core, with inputs that are ready in memory.
+"""Bare onnxruntime: the throughput of a model on one core, with inputs ready in memory.
 
-`python -m bench.raw MODEL` reads lines of `batch steps seconds` and answers each with a line of JSON, so that it takes
-turns with the servers. `RawModel` is its client.
+`python -m bench.raw MODEL` reads lines of `batch steps seconds` and answers each with a line of JSON, so that it can
+take turns with the servers. `RawModel` is its client.
 """
 
 import json
@@ -9,12 +9,12 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 
-from bench.load import Measurement
+from bench.load import Measurement, repeated
 from bench.reference import runner
 from bench.servers import ROOT, ServerFailed, on_cores
 
@@ -53,7 +53,7 @@ def raw_model(path: Path, cores: Collection[int]) -> Iterator[RawModel]:
         process.communicate()
 
 
-def _measure(session: object, batch: int, steps: int, seconds: float) -> dict[str, float]:
+def _measure(session: object, batch: int, steps: int, seconds: float) -> Measurement:
     shapes = {node.name: node.shape for node in session.get_inputs()}  # type: ignore[attr-defined]
     x = np.random.default_rng(0).standard_normal((batch, steps, shapes["x"][-1]), np.float32)
     state = np.zeros((batch, shapes["state"][-1]), np.float32)
@@ -61,21 +61,14 @@ def _measure(session: object, batch: int, steps: int, seconds: float) -> dict[st
     run, names = session.run, ["y", "state_out"]  # type: ignore[attr-defined]
     for _ in range(3):
         run(names, feeds)
-    began = now = perf_counter()
-    latencies = []
-    while now < began + seconds:
-        run(names, feeds)
-        before, now = now, perf_counter()
-        latencies.append(now - before)
-    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
-    return {"rate": len(latencies) * batch / (now - began), "p50": float(p50), "p99": float(p99)}
+    return repeated(lambda: run(names, feeds), seconds, batch)
 
 
 def _answer_all() -> None:
     session = runner(Path(sys.argv[1]))
     for line in sys.stdin:
         batch, steps, seconds = line.split()
-        print(json.dumps(_measure(session, int(batch), int(steps), float(seconds))), flush=True)
+        print(json.dumps(asdict(_measure(session, int(batch), int(steps), float(seconds)))), flush=True)
 
 
 if __name__ == "__main__":

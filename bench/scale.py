@@ -10,7 +10,7 @@ import uvloop
 from bench import inputs
 from bench.http_client import http_client, post
 from bench.load import Client, Load, Measurement
-from bench.outcomes import Outcome, Row, Verdict, ratio
+from bench.outcomes import Outcome, Row, Verdict, at_most, ratio
 from bench.reference import Reference
 from bench.servers import running_server
 from bench.subjects import Launch, Subject, WrongAnswer
@@ -21,16 +21,16 @@ _MANY, _FEW = 1_000_000, 1_000
 _QUICK_MANY = 20_000
 _GIB = 2**30
 _NEEDED_GIB, _ALLOWED_GIB = 6.0, 2.5
-#: Number of sessions that one connection opens, and of entries in a frame.
+#: The number of sessions per connection, and of entries per frame.
 _OPENED, _ENTRIES = 4000, 1000
 _CONNECTIONS = 4
-#: HTTP clients after that, and prepared requests of each, to sessions that no other client uses.
+#: The number of HTTP clients afterwards, and of prepared requests of each, to sessions that no other client uses.
 _CLIENTS, _REQUESTS = 64, 1000
 _START_BOUND_SECONDS = 1.5
 
 
 def sessions(bench: Bench) -> list[Outcome]:
-    """1,000,000 sessions that have been stepped: their memory, and their effect on the step rate."""
+    """1,000,000 sessions with a step each: their memory, and their effect on the step rate."""
     many = _QUICK_MANY if bench.quick else _MANY
     title = f"{many:,} open sessions, LSTM 2×64"
     free = _available_bytes() / _GIB
@@ -53,8 +53,8 @@ def sessions(bench: Bench) -> list[Outcome]:
     most = max(after, resident[many][1])
     says = f"{_MANY:,} sessions of small"
     verdicts = [
-        Verdict(11, f"{says}: memory", _ALLOWED_GIB, most, at_least=False, unit=" GiB", judged=bench.judged),
-        ratio(11, f"{says}: step rate, of that with {_FEW:,}", 0.9, lots, few, judged=bench.judged),
+        Verdict(11, f"{says}: memory", _ALLOWED_GIB, most, at_least=False, unit=" GiB"),
+        ratio(11, f"{says}: step rate, of that with {_FEW:,}", 0.9, lots, few),
     ]
     return [Outcome("sessions", title, "steps/s", rows, verdicts, remarks)]
 
@@ -72,17 +72,8 @@ def start(bench: Bench) -> list[Outcome]:
             seconds.append(server.start_seconds)
     turns = [Measurement(1 / each, each * 1e3, each * 1e3) for each in seconds]
     rows = [Row("unroll", "from the process's start to ready; starts/s", turns)]
-    verdict = Verdict(
-        12,
-        "small: from the start to ready",
-        _START_BOUND_SECONDS,
-        median(seconds),
-        min(seconds),
-        max(seconds),
-        at_least=False,
-        unit=" s",
-        judged=bench.judged,
-    )
+    says = "small: from the start to ready"
+    verdict = at_most(12, says, _START_BOUND_SECONDS, median(seconds), seconds, " s")
     return [Outcome("start", "Start to ready, LSTM 2×64", "1/s", rows, [verdict])]
 
 

@@ -1,4 +1,4 @@
-"""Whole sequences: alone, and uploaded while other clients stream."""
+"""Whole sequences: by themselves, and uploaded while other clients stream."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import uvloop
 
 from bench import subjects
 from bench.load import Client, Load, Measurement
-from bench.outcomes import Outcome, Row, Verdict, fastest, ratio
+from bench.outcomes import Outcome, Row, at_most, fastest, ratio
 from bench.turns import Bench, by_name, require_no_errors
 
 _LENGTH, _CLIENTS = 128, 16
@@ -16,7 +16,7 @@ _STREAMS, _UPLOADS, _UPLOAD_LENGTH = 64, 4, 4096
 
 
 def sequences(bench: Bench) -> list[Outcome]:
-    """16 clients, 128 time steps a request; the server on one core, and on all."""
+    """16 clients, 128 time steps per request; the server on one core, and on all."""
     found = []
     for name, of_triton in (("small", 1.1), ("medium", 1.0)):
         found.append(_sequences(bench, name, of_triton, all_cores=False))
@@ -35,19 +35,19 @@ def _sequences(bench: Bench, name: str, of_triton: float, *, all_cores: bool) ->
         )
         turns += [servers.turn(subject, _CLIENTS) for subject in peers]
         rows = bench.alternate(turns)
-    named, judged = by_name(rows), bench.judged
+    named = by_name(rows)
     says = f"{name}, sequences of {_LENGTH}, {where}"
-    verdicts = [ratio(8, f"{says}: of Triton", of_triton, named["unroll"], fastest(named, "triton"), judged=judged)]
+    verdicts = [ratio(8, f"{says}: of Triton", of_triton, named["unroll"], fastest(named, "triton"))]
     if not all_cores:
         best = fastest(named, "raw")
-        verdicts.append(ratio(8, f"{says}: of onnxruntime's best batch", 0.75, named["unroll"], best, judged=judged))
+        verdicts.append(ratio(8, f"{says}: of onnxruntime's best batch", 0.75, named["unroll"], best))
     title = f"Sequences of {_LENGTH} steps, {_CLIENTS} HTTP clients, {name} model, server on {where}"
     suffix = "-cores" if all_cores else ""
     return Outcome(f"sequences-{name}{suffix}", title, "sequences/s", rows, verdicts)
 
 
 def mixed(bench: Bench) -> list[Outcome]:
-    """64 streams while 4 clients upload long sequences, and each of both alone."""
+    """64 streams while 4 clients upload long sequences, and each by itself."""
     reference = bench.models["small"]
     with bench.servers() as servers:
         launch = bench.unroll()
@@ -79,9 +79,9 @@ def mixed(bench: Bench) -> list[Outcome]:
     pairs = zip(mixed_streams.turns, streams_alone.turns, strict=True)
     slower = [in_mix.p99 / by_itself.p99 for in_mix, by_itself in pairs]
     p99_ratio = mixed_streams.p99 / streams_alone.p99
-    p99 = Verdict(9, says, 2.0, p99_ratio, min(slower), max(slower), False, "×", bench.judged)
+    p99 = at_most(9, says, 2.0, p99_ratio, slower, "×")
     says = "uploads while others stream: of their rate alone"
-    rate = ratio(9, says, 0.5, mixed_uploads, uploads_alone, judged=bench.judged)
+    rate = ratio(9, says, 0.5, mixed_uploads, uploads_alone)
     title = f"{_STREAMS} streams while {_UPLOADS} clients upload {_UPLOAD_LENGTH} steps, LSTM 2×64"
     return [Outcome("mixed", title, "steps/s", rows, [p99, rate])]
 

@@ -3,7 +3,7 @@
 from bench import subjects
 from bench.http_client import post
 from bench.load import Measurement
-from bench.outcomes import Outcome, Row, Verdict, fastest, ratio
+from bench.outcomes import Outcome, Row, at_most, fastest, ratio
 from bench.reference import Reference
 from bench.turns import Bench, Servers, Turn, by_name
 from bench.websocket_client import ENTRY, HEADER
@@ -11,7 +11,7 @@ from bench.websocket_client import ENTRY, HEADER
 CLIENTS = 64
 #: Sessions per frame, and number of connections.
 _ENTRIES, _CONNECTIONS = 256, 2
-#: Microseconds that the server may add to a bare echo plus the model.
+#: The most microseconds that the server may add to a bare echo plus the model.
 _OWN_MICROSECONDS = 120
 
 
@@ -53,14 +53,14 @@ def _http_small(bench: Bench) -> Outcome:
         turns += _peers(bench, servers, reference, CLIENTS)
         rows = bench.alternate(turns)
     named = by_name(rows)
-    ours, echo, triton, judged = named["unroll"], named["echo"], fastest(named, "triton"), bench.judged
+    ours, echo, triton = named["unroll"], named["echo"], fastest(named, "triton")
     verdicts = [
-        ratio(1, "small, HTTP, raw bytes: of the bare echo", 1.4, ours, echo, judged=judged),
-        ratio(1, "small, HTTP, raw bytes: of Triton", 2.2, ours, triton, judged=judged),
-        ratio(1, "small, HTTP, raw bytes: of the naive server", 6.0, ours, named.get("naive"), judged=judged),
-        ratio(2, "small, HTTP, JSON: of the bare echo", 1.1, named["unroll-json"], echo, judged=judged),
-        ratio(3, "small, HTTP, Open Inference: of the bare echo", 1.0, named["unroll-infer"], echo, judged=judged),
-        ratio(3, "small, HTTP, Open Inference: of Triton", 2.0, named["unroll-infer"], triton, judged=judged),
+        ratio(1, "small, HTTP, raw bytes: of the bare echo", 1.4, ours, echo),
+        ratio(1, "small, HTTP, raw bytes: of Triton", 2.2, ours, triton),
+        ratio(1, "small, HTTP, raw bytes: of the naive server", 6.0, ours, named.get("naive")),
+        ratio(2, "small, HTTP, JSON: of the bare echo", 1.1, named["unroll-json"], echo),
+        ratio(3, "small, HTTP, Open Inference: of the bare echo", 1.0, named["unroll-infer"], echo),
+        ratio(3, "small, HTTP, Open Inference: of Triton", 2.0, named["unroll-infer"], triton),
     ]
     return Outcome("http-small", "One step a request, 64 HTTP clients, LSTM 2×64", "steps/s", rows, verdicts)
 
@@ -77,7 +77,7 @@ def _http_medium(bench: Bench) -> Outcome:
         rows = bench.alternate(turns)
     named = by_name(rows)
     says = "medium, HTTP, raw bytes: of the bare echo"
-    verdicts = [ratio(4, says, 0.50, named["unroll"], named["echo"], judged=bench.judged)]
+    verdicts = [ratio(4, says, 0.50, named["unroll"], named["echo"])]
     return Outcome("http-medium", "One step a request, 64 HTTP clients, LSTM 2×256", "steps/s", rows, verdicts)
 
 
@@ -94,7 +94,7 @@ def websocket(bench: Bench) -> list[Outcome]:
         rows = bench.alternate(turns)
     named = by_name(rows)
     says = "small, WebSocket, a step a frame: of the bare WebSocket echo"
-    verdict = ratio(5, says, 0.62, named["unroll-ws"], named["ws-echo"], judged=bench.judged)
+    verdict = ratio(5, says, 0.62, named["unroll-ws"], named["ws-echo"])
     single = Outcome("websocket", "One step a frame, 64 WebSockets, LSTM 2×64", "steps/s", rows, [verdict])
     return [single, _wide_frames(bench, "small", 0.70), _wide_frames(bench, "medium", 0.88)]
 
@@ -111,7 +111,7 @@ def _wide_frames(bench: Bench, name: str, bound: float) -> Outcome:
         rows = bench.alternate(turns)
     raw, _, ours = rows
     says = f"{name}, WebSocket, {_ENTRIES} sessions a frame: of onnxruntime alone"
-    verdict = ratio(6, says, bound, ours, raw, judged=bench.judged)
+    verdict = ratio(6, says, bound, ours, raw)
     title = f"{_ENTRIES} sessions a frame, {_CONNECTIONS} WebSockets, {name} model"
     return Outcome(f"websocket-{name}-{_ENTRIES}", title, "steps/s", rows, [verdict])
 
@@ -134,17 +134,7 @@ def latency(bench: Bench) -> list[Outcome]:
     raw, echo, ours = (named[name] for name in ("raw-1", "echo", "unroll"))
     says = "one client: median latency above that of the bare echo and of onnxruntime alone"
     each = [_above(*turns) for turns in zip(ours.turns, echo.turns, raw.turns, strict=True)]
-    verdict = Verdict(
-        7,
-        says,
-        _OWN_MICROSECONDS,
-        _above(ours, echo, raw),
-        min(each),
-        max(each),
-        at_least=False,
-        unit=" µs",
-        judged=bench.judged,
-    )
+    verdict = at_most(7, says, _OWN_MICROSECONDS, _above(ours, echo, raw), each, " µs")
     return [Outcome("latency", "One client, one step at a time, LSTM 2×64", "steps/s", rows, [verdict])]
 
 

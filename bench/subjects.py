@@ -1,4 +1,4 @@
-"""Subjects of the measurements: how each server starts, what its clients send, and what they must receive."""
+"""The subjects of the measurements: how servers start, their clients' requests, and the expected answers."""
 
 import json
 import sys
@@ -9,23 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from bench import inputs
-from bench.http_client import http_client, post
+from bench.http_client import http_client, infer, post
 from bench.load import Client
 from bench.peers import Peer
 from bench.reference import TOLERANCE, Reference
 from bench.servers import HOST
 from bench.websocket_client import read_outputs, steps_frame, websocket_client
 
-INFER_HEADER = "inference-header-content-length"
-
 
 class WrongAnswer(Exception):
-    """A server gave a wrong answer, so its figures mean nothing."""
+    """A server gave a wrong answer, so its figures are meaningless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a server starts. command: for an empty folder, with the word PORT in place of the port."""
+    """How to start a server; `command` takes an empty folder, and has the word PORT in place of the port."""
 
     name: str
     command: Callable[[Path], tuple[str, ...]]
@@ -34,9 +32,12 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A server and its clients. client: makes client number n. check: raises WrongAnswer if its last reply is wrong.
+    """A server and its clients.
 
-    optional: if it fails, the others are still measured.
+    Attributes:
+        client: makes client number n.
+        check: raises WrongAnswer if a client's last reply is wrong.
+        optional: whether measurements continue if this subject fails.
     """
 
     name: str
@@ -153,19 +154,11 @@ def infer_steps(launch: Launch, reference: Reference) -> Subject:
 
 
 def infer_request(model: str, sequence: int, row: np.ndarray, *, start: bool = False) -> bytes:
-    tensor = {"name": "x", "shape": [1, 1, len(row)], "datatype": "FP32"}
-    document = {
-        "inputs": [{**tensor, "parameters": {"binary_data_size": row.nbytes}}],
-        "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
-        "parameters": {"sequence_id": sequence, "sequence_start": start, "sequence_end": False},
-    }
-    text = json.dumps(document, separators=(",", ":")).encode()
-    headers = {"content-type": "", INFER_HEADER: str(len(text))}
-    return post(f"/v2/models/{model}/infer", text + row.tobytes(), headers)
+    return infer(model, row[None], sequence_id=sequence, sequence_start=start, sequence_end=False)
 
 
 def stream_steps(launch: Launch, reference: Reference, entries: int = 1) -> Subject:
-    """WebSocket: client n has `entries` sessions from number n * entries, all in each frame."""
+    """WebSocket: client n steps `entries` sessions, from number n * entries on, in each frame."""
     name = "unroll-ws" if entries == 1 else f"unroll-ws-{entries}"
 
     def client(n: int) -> Client:
@@ -242,7 +235,7 @@ def peer_steps(peer: Peer, launch: Launch, reference: Reference) -> Subject:
 
 
 def peer_sequences(peer: Peer, launch: Launch, reference: Reference, length: int) -> Subject | None:
-    """None if the peer does not offer whole sequences."""
+    """The subject for whole sequences; None if the peer does not support them."""
 
     def requests(n: int) -> Sequence[bytes]:
         request = peer.sequence(reference.name, reference.sequences(length)[n])

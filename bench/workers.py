@@ -1,7 +1,7 @@
-"""The cost of several workers that share a store: processor time, which other load on the machine changes little.
+"""The cost of several workers that share a store, as processor time, which is insensitive to other load.
 
-The workers have all cores, the load generator one of them, so the rate over the clock says little: steps per second of
-processor do.
+The workers have all cores, and the load generator shares one, so the wall-clock rate is meaningless; steps per second
+of processor time are not.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from bench.steps import CLIENTS
 from bench.turns import Bench, Turn
 
 _WORKERS = (1, 2, 4)
-#: Target: steps per second of processor, of those with one worker.
+#: The target for steps per second of processor time, as a share of those with one worker.
 _BOUND = 0.85
 
 
@@ -35,7 +35,7 @@ def workers(bench: Bench) -> list[Outcome]:
         rows = bench.alternate(turns)
     one, *more = (rows[i] for i in judged)
     says = f"HTTP, raw bytes, sessions in a folder, {CLIENTS} clients a worker, steps per second of processor"
-    verdicts = [ratio(14, f"{says}: {row.name} of one", _BOUND, row, one, judged=bench.judged) for row in more]
+    verdicts = [ratio(14, f"{says}: {row.name} of one", _BOUND, row, one) for row in more]
     title = "Workers over one folder, by the number of HTTP clients, a step a request, LSTM 2×64"
     return [Outcome("workers", title, "steps/s of processor", rows, verdicts)]
 

@@ -1,7 +1,7 @@
 """The bundle: the contract between `export`, which writes it, and `service`, which serves it.
 
-A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `manifest.json` and `golden.safetensors`.
-This package needs NumPy, but neither torch nor onnxruntime.
+A bundle is a folder `<repository>/<name>/<version>/` with `model.onnx`, `manifest.json` and `golden.safetensors`. This
+package needs NumPy, but neither torch nor onnxruntime.
 """
 
 from unroll.bundle.errors import BundleError

@@ -1,17 +1,17 @@
-"""Why a bundle is refused: a code that never changes, a sentence, and what to do."""
+"""Refusals of bundles: a code that never changes, the problem, and a remedy."""
 
-#: By code, what to do. Every refusal is `CODE: what is wrong; what to do`.
+#: Remedies by code. The text of a refusal is `CODE: problem; remedy`.
 REMEDIES = {
     "bundle_file": "copy the bundle's files into its folder again",
-    "bundle_too_large": "export the model again; no bundle of export is that large",
+    "bundle_too_large": "export the model again; export never writes a bundle that large",
     "bundle_name": "export the model again under another name",
     "bundle_manifest": "export the model again",
     "bundle_digest": "copy all files of one export into the folder, then send SIGHUP",
     "bundle_golden": "export the model again",
-    "bundle_tolerance": "export the model again; --max-error bounds what it may write",
+    "bundle_tolerance": "export the model again; --max-error limits the tolerance",
     "bundle_graph": "export the model again",
     "bundle_external_data": "export the model again; a bundle holds its weights in model.onnx",
-    "bundle_operator": "if you trust the bundle, name the operator in --allow-operators",
+    "bundle_operator": "if you trust the bundle, add the operator to --allow-operators",
     "bundle_unsigned": "sign it with `unroll export --sign`, or serve without --trusted-keys",
     "bundle_signature": "add the signer's public key to --trusted-keys if you trust it, or sign the bundle again",
     "bundle_mismatch": "export the model again, and run `unroll verify` on this machine",
@@ -29,8 +29,8 @@ class BundleError(Exception):
     """A bundle cannot be used.
 
     Attributes:
-        code: Of `REMEDIES`.
-        message: What is wrong.
+        code: A key of `REMEDIES`.
+        message: The problem.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -41,5 +41,5 @@ class BundleError(Exception):
 
 
 def printable(text: str) -> str:
-    """A text that anybody may have chosen, for logs and terminals: one line, without control characters."""
+    """Make untrusted text safe for logs and terminals: one line, without control characters."""
     return text if text.isprintable() else ascii(" ".join(text.split()))[1:-1]

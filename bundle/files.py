@@ -1,6 +1,6 @@
-"""A bundle on disk: written completely or not at all, and read only if every digest matches.
+"""Bundles on disk: written completely or not at all, and accepted only if every digest matches.
 
-Whoever can write to the repository may be anybody: each file is read once, as bytes, and everything else works on them.
+The repository is not trusted: each file is read once, and everything else works on the bytes that were read.
 """
 
 import errno
@@ -19,21 +19,21 @@ from unroll.bundle.graph import check_operators, operators
 from unroll.bundle.manifest import Manifest, check_name, is_name, is_version
 
 MODEL, MANIFEST, GOLDEN = "model.onnx", "manifest.json", "golden.safetensors"
-#: Of a bundle that was signed; see `signature.py`.
+#: The signature of a signed bundle; see `signature.py`.
 SIGNATURE = "signature.json"
 
-#: Bytes of each file at most. A message of protobuf ends at 2 GiB.
+#: Maximum size of each file. A protobuf message is limited to 2 GiB.
 _MOST_BYTES = {MANIFEST: 32 * 2**20, MODEL: 2**31 - 1, GOLDEN: 64 * 2**20}
 _MOST_SIGNATURE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The bytes of a bundle's files, read once.
+    """The bytes of a bundle's files.
 
     Attributes:
-        path: Its folder.
-        manifest, model, golden: Content of its files.
+        path: The folder.
+        manifest, model, golden: Content of the files.
         signature: Content of `signature.json`, if there is one.
     """
 
@@ -50,14 +50,14 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle that was read.
+    """A bundle that was read and checked.
 
     Attributes:
-        path: Its folder.
+        path: The folder.
         model: Content of `model.onnx`; empty once it is loaded.
-        identity: SHA-256 of `manifest.json`, which holds those of the other files: it changes with any of them.
-        nbytes: Of its files together.
-        golden_bytes: Of `golden.safetensors`.
+        identity: SHA-256 of `manifest.json`, which contains the other files' digests, so that it changes with any file.
+        nbytes: Total size of the files.
+        golden_bytes: Size of `golden.safetensors`.
     """
 
     path: Path
@@ -70,10 +70,10 @@ class Bundle:
 
 
 def discover(repository: Path) -> list[Path]:
-    """Return the bundles of a repository: its folders `<name>/<version>`, by name and then by number.
+    """Return the bundles of a repository: its folders `<name>/<version>`, ordered by name and version number.
 
-    A folder counts if it holds any file of a bundle. A folder that cannot be listed counts, too, even `<name>` itself:
-    `read` says what is wrong with it.
+    A folder counts if it contains any file of a bundle. So does a folder that cannot be listed, even `<name>` itself;
+    `read` reports the problem.
 
     Raises:
         OSError: The repository cannot be listed.
@@ -85,7 +85,7 @@ def discover(repository: Path) -> list[Path]:
         except NotADirectoryError:
             continue
         except OSError:
-            found += [folder] if is_name(folder.name) else []  # not lost+found, which is of the disk
+            found += [folder] if is_name(folder.name) else []  # not lost+found
         else:
             found += sorted(versions, key=lambda path: int(path.name))
     return found
@@ -110,11 +110,11 @@ def read(path: Path, allowed_operators: Collection[str] | None = ()) -> Bundle:
     """Read a bundle, and check it without running it.
 
     Args:
-        path: Its folder, `<repository>/<name>/<version>`.
-        allowed_operators: Operators that its graph may have besides those of the allow-list; None for any.
+        path: The folder, `<repository>/<name>/<version>`.
+        allowed_operators: Permitted operators besides those of the allow-list; None for any.
 
     Raises:
-        BundleError: A file is missing, damaged, or contradicts the manifest; or the graph must not be run.
+        BundleError: A file is missing or damaged, or contradicts the manifest; or the graph must not be run.
     """
     return parse(read_content(path), allowed_operators)
 
@@ -122,10 +122,11 @@ def read(path: Path, allowed_operators: Collection[str] | None = ()) -> Bundle:
 def read_content(path: Path) -> Content:
     """Read the bytes of a bundle's files.
 
-    Links that lead to the folder are the operator's. A link in it must stay in it, as Kubernetes mounts a ConfigMap.
+    Links in the path to the folder are trusted. Links within the folder must not leave it; Kubernetes mounts ConfigMaps
+    with such links.
 
     Args:
-        path: Its folder.
+        path: The folder.
 
     Raises:
         BundleError: `bundle_file`, `bundle_too_large`.
@@ -142,7 +143,7 @@ def read_content(path: Path) -> Content:
 
 
 def _within(folder: Path, name: str) -> Path:
-    """The file itself. Raises BundleError if a link leads out of the folder, OSError if it leads nowhere."""
+    """The file's real path. Raises BundleError if a link leaves the folder, and OSError if it is broken."""
     path = folder / name
     if not path.is_symlink():
         return path
@@ -153,15 +154,15 @@ def _within(folder: Path, name: str) -> Path:
 
 
 def read_regular(path: Path, most: int, *, follow: bool) -> bytes:
-    """Read a file that may have been made to harm: reading ends, and no device is touched.
+    """Read an untrusted file: refuses devices, pipes and the like, and never reads more than `most` bytes.
 
     Args:
         path: The file.
-        most: Bytes that it may have.
-        follow: It may be a symbolic link.
+        most: Maximum size in bytes.
+        follow: Permit a symbolic link.
 
     Raises:
-        BundleError: It is no file (`bundle_file`), or too large.
+        BundleError: It is not a regular file (`bundle_file`), or too large.
         OSError: It cannot be read.
     """
     try:
@@ -236,13 +237,13 @@ def write(
         model: Content of `model.onnx`.
         golden: The golden vectors.
         replace_existing: Replace a folder that exists.
-        sign: Makes a signature of the manifest, as `signature.Signer` does.
+        sign: Signs the manifest, as `signature.Signer` does.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        BundleError: The bundle could not be read again.
+        BundleError: The bundle would not be readable.
         FileExistsError: The folder exists.
     """
     check_name(manifest.name, manifest.version)

@@ -1,4 +1,4 @@
-"""Golden vectors: inputs with PyTorch's float64 answers. `verification.py` compares a model's answers with them."""
+"""Golden vectors: inputs with PyTorch's float64 outputs, with which `verification.py` compares a model's outputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ Arrays = dict[str, np.ndarray]
 RunFunction = Callable[[Arrays, np.ndarray, np.ndarray], tuple[Arrays, np.ndarray]]
 
 
-#: Calls of a replay. Export writes four chunkings of at most 24 time steps.
+#: Maximum number of calls per replay. Export writes four chunkings of at most 24 time steps.
 _MOST_CHUNKS = 4096
-#: Share of the largest value of an output that a tolerance may be. Export wrote at most 0.012, and 1.4 for a graph or
-#: an output of integers. Outputs near zero may differ by the second number.
+#: Maximum tolerance as a share of an output's largest value, in general and for integers, and a minimum for outputs
+#: near zero. Export wrote at most 0.012, and 1.4 for integer graphs or outputs.
 _SHARE, _SHARE_OF_INTEGERS, _LEAST_TOLERANCE = 0.1, 4.0, 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """One batch of sequences and PyTorch's answers in float64.
+    """One batch of sequences and PyTorch's outputs in float64.
 
     Attributes:
         inputs: By name, each (batch, time, *shape).
         state: The state rows before the sequences, (batch, state_size) float32. Row 0 is the model's initial state.
         outputs: By name, each (batch, time, *shape) or (batch, *shape) without time; float64 unless integer.
         state_out: The state rows after the sequences, (batch, state_size) float64.
-        chunkings: Ways to cut the time steps into chunks; the chunks of each add up to them.
+        chunkings: Ways to cut the time steps into chunks.
     """
 
     inputs: Arrays
@@ -53,7 +53,6 @@ class Golden:
         return self.outputs | {"state_out": self.state_out}
 
     def first(self, count: int) -> Self:
-        """Return the first sequences."""
         return type(self)(
             {name: array[:count] for name, array in self.inputs.items()},
             self.state[:count],
@@ -92,10 +91,10 @@ class Golden:
             raise ValueError(f"the golden vectors in golden.safetensors cannot be read: {error}") from error
 
     def check(self, manifest: Manifest) -> None:
-        """Check that the vectors are of the model that the manifest describes.
+        """Check that the vectors match the manifest.
 
         Raises:
-            ValueError: A tensor is missing, unknown, of another shape or type, or not finite; or a chunking does not
+            ValueError: A tensor is missing, unknown, of the wrong shape or type, or not finite; or a chunking does not
                 add up to the time steps.
         """
         batch, time, *_ = (*next(iter(self.inputs.values()), np.empty(0)).shape, 0, 0)
@@ -121,7 +120,7 @@ class Golden:
                 raise ValueError(f"golden.safetensors: the chunks {chunks} do not add up to {time} time steps")
 
     def _check_tolerances(self, manifest: Manifest) -> None:
-        """Without a bound, any answer could count as PyTorch's."""
+        """Check that no tolerance is so large that any answer would pass."""
         for entry in manifest.parity:
             expected = self.expected[entry.output]
             exact = manifest.precision == "float32" and expected.dtype.kind == "f"
@@ -134,7 +133,7 @@ class Golden:
                 )
 
     def _tensors(self) -> Arrays:
-        """By name in the file, without the chunkings."""
+        """The tensors by name in the file, except the chunkings."""
         tensors = {f"input.{name}": array for name, array in self.inputs.items()}
         tensors |= {f"output.{name}": array for name, array in self.outputs.items()}
         return tensors | {"state": self.state, "state_out": self.state_out}

@@ -1,4 +1,4 @@
-"""What a graph may hold: operators of an allow-list, and all of its weights.
+"""Checks a graph: it may contain only operators of an allow-list, and must contain all its weights.
 
 Operators are counted in the graph, in its subgraphs (of Scan, Loop and If) and in its functions.
 """
@@ -22,13 +22,13 @@ _TYPED_DATA = {4, 5, 7, 10, 11}
 
 _DEFAULT_DOMAINS = {"", "ai.onnx"}
 _KNOWN_DOMAINS = _DEFAULT_DOMAINS | {"com.microsoft"}
-#: Bytes of a value, by ONNX's number of its type: numbers only.
+#: Bytes per value, by ONNX's type number; only numeric types.
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
-#: A layer of export has some dozen nodes; subgraphs of EmbeddingBag are five deep.
+#: For comparison, export writes some dozen nodes per layer, and the subgraphs of EmbeddingBag are five deep.
 _MOST_NODES, _MOST_DEPTH = 20_000, 16
 
-#: Operators that bundles may hold: those of ONNX that compute numbers from numbers, the same ones each time. Not in
-#: it are random numbers, texts, images, optional values and losses.
+#: Operators that bundles may contain: ONNX's deterministic numeric operators. Random numbers, text, images, optional
+#: values and losses are excluded.
 ALLOWED = frozenset(
     """
     Abs Acos Acosh Add AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization
@@ -58,11 +58,11 @@ def operators(model: bytes) -> dict[str, int]:
         model: Content of an ONNX file.
 
     Returns:
-        Counts by operator, the most frequent first. An operator outside ONNX's own domain is called `domain.Name`.
+        Counts by operator, the most frequent first. An operator outside ONNX's own domain is named `domain.Name`.
 
     Raises:
-        BundleError: `bundle_graph`, `bundle_too_large` or `bundle_external_data`: it is no ONNX model of numbers that
-            holds its weights.
+        BundleError: `bundle_graph`, `bundle_too_large` or `bundle_external_data`: it is not a numeric ONNX model that
+            contains its weights.
     """
     try:
         found = _Walk().model(model)
@@ -72,14 +72,14 @@ def operators(model: bytes) -> dict[str, int]:
 
 
 def check_operators(found: Collection[str], allowed: Collection[str]) -> None:
-    """Raises BundleError (`bundle_operator`) for one that is neither in the allow-list nor in `allowed`."""
+    """Raises BundleError (`bundle_operator`) for an operator that is neither in the allow-list nor in `allowed`."""
     if foreign := sorted(name for name in found if name not in ALLOWED and name not in allowed):
         names = ", ".join(name[:80] for name in foreign[:5])
         raise BundleError("bundle_operator", f"its graph has operators that are not allowed: {names}")
 
 
 class _Walk:
-    """Goes once through a model, which nothing has checked."""
+    """Walks through an untrusted model once."""
 
     def __init__(self) -> None:
         self._nodes = 0
@@ -94,7 +94,7 @@ class _Walk:
             elif number == _FUNCTION:
                 self._function(_message(part))
             elif number == _TRAINING:
-                raise ValueError("it holds instructions for training")
+                raise ValueError("it contains training instructions")
         if graphs != 1:
             raise ValueError(f"not an ONNX model: it has {graphs} graphs")
         return self._found
@@ -102,11 +102,11 @@ class _Walk:
     def _function(self, function: memoryview) -> None:
         domains = [str(_message(part), "utf-8") for number, part in fields(function) if number == _FUNCTION_DOMAIN]
         if not domains or not _KNOWN_DOMAINS.isdisjoint(domains):
-            raise ValueError("a function takes the place of an operator")
+            raise ValueError("a function replaces an operator")
         self._nodes_of(function, _FUNCTION_NODE, Scope(), 0)
 
     def _graph(self, graph: memoryview, scope: Scope, depth: int) -> list[bool]:
-        """Which of its outputs are floats. scope: of what is around it."""
+        """Walk through a graph. Returns which outputs are floats. scope: of the enclosing graph."""
         if depth > _MOST_DEPTH:
             raise BundleError("bundle_too_large", f"model.onnx nests graphs deeper than {_MOST_DEPTH}")
         scope, outputs = scope.inner(), []
@@ -171,12 +171,12 @@ class _Walk:
 
 def _message(part: int | memoryview) -> memoryview:
     if isinstance(part, int):
-        raise ValueError("not an ONNX model: a number stands for a message")
+        raise ValueError("not an ONNX model: a number in place of a message")
     return part
 
 
 def _check_tensor(tensor: memoryview) -> None:
-    """A tensor holds all of its values itself, and they are numbers."""
+    """Check that a tensor is numeric and contains all its values."""
     count, kind, raw, typed = 1, 0, None, 0
     for number, part in fields(tensor):
         if number == _DIMS:
@@ -191,6 +191,6 @@ def _check_tensor(tensor: memoryview) -> None:
         elif number == _EXTERNAL_DATA or (number == _DATA_LOCATION and part):
             raise BundleError("bundle_external_data", "its graph keeps weights in other files")
     if kind not in _BYTES:
-        raise ValueError(f"it holds a tensor of type {kind}, which is not one of numbers")
+        raise ValueError(f"it contains a tensor of type {kind}, which is not numeric")
     if (count > typed) if raw is None else (count * _BYTES[kind] != raw):
-        raise ValueError("it holds a tensor that has not as many values as its shape says")
+        raise ValueError("it contains a tensor with more or fewer values than its shape requires")

@@ -1,8 +1,8 @@
-"""Which nodes of a graph may end the process, or compute other numbers each time, though their operators do not.
+"""Detects nodes that may crash the process or compute random numbers, although their operators are allowed.
 
-onnxruntime checks an integer divisor for 0, but not for -1, by which the least integer cannot be divided: the processor
-then ends the process. So integers may be divided by constants only. Nothing declares the types of inner tensors, so
-they are derived; what cannot be derived counts as integers.
+onnxruntime checks integer divisors for 0 but not for -1. Dividing the smallest integer by -1 crashes the process, so
+integers may be divided only by constants. Graphs do not declare the types of inner tensors, so the types are inferred;
+tensors of unknown type count as integers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,15 +18,15 @@ _TENSOR_NAME, _DATA_TYPE, _RAW_DATA, _INTEGERS = 8, 2, 9, {5, 7}  # of a tensor
 
 _FLOATS = {1, 10, 11, 16}
 _SIGNED = {6: "<i4", 7: "<i8"}
-#: Their inputs have one type, which is that of the output.
+#: Operators with a single type for all inputs and the output.
 _ALIKE = {"Add", "Concat", "Div", "Gemm", "MatMul", "Max", "Mean", "Min", "Mod", "Mul", "PRelu", "Sub", "Sum"}
-#: The input whose type the output has, if it is not the first.
+#: Index of the input that determines the output's type, if it is not the first.
 _TYPED_BY = {"CastLike": 1, "OneHot": 2, "Where": 1}
-#: Only their first output has the type of their first input.
+#: Operators where only the first output has the type of the first input.
 _OTHERS_DIFFER = {"Dropout", "MaxPool", "TopK", "Unique"}
 _ALWAYS = {"DequantizeLinear", "com.microsoft.DynamicQuantizeLSTM"}
 _ALWAYS |= {"com.microsoft.DynamicQuantizeMatMul", "com.microsoft.MatMulIntegerToFloat"}
-#: Their outputs have another type than their first input, or one that an attribute says.
+#: Operators with another output type than their first input's, or one that an attribute specifies.
 _UNKNOWN = frozenset(
     """
     And ArgMax ArgMin ConvInteger DynamicQuantizeLinear Equal EyeLike Greater GreaterOrEqual IsInf IsNaN Less
@@ -38,7 +38,7 @@ _UNKNOWN = frozenset(
 
 @dataclass(slots=True)
 class Node:
-    """A node, and which outputs of its subgraphs are floats. tensors: attributes that are tensors."""
+    """A node. numbers, tensors: attributes of these kinds. bodies: which outputs of each subgraph are floats."""
 
     operator: str = ""
     inputs: list[str] = field(default_factory=list)
@@ -50,11 +50,11 @@ class Node:
 
 @dataclass(slots=True)
 class Scope:
-    """What is known of tensors, by name.
+    """Facts about tensors, by name.
 
     Attributes:
-        floats: Whether they are floats.
-        constants: Those that have the same values in each call, and none is -1.
+        floats: Whether each tensor is a float.
+        constants: Tensors with constant values other than -1.
     """
 
     floats: dict[str, bool] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Scope:
         return Scope(dict(self.floats), set(self.constants))
 
     def add_value(self, value: memoryview) -> str:
-        """An input or output of a graph, which declares its type. Returns its name."""
+        """Add an input or output of a graph, which declares its type. Returns its name."""
         name, element = "", 0
         for number, part in fields(value):
             if number == _NAME and not isinstance(part, int):
@@ -75,7 +75,7 @@ class Scope:
         return name
 
     def add_constant(self, tensor: memoryview, name: str = "") -> None:
-        """name: of the tensor, if it does not say it itself."""
+        """Add a constant. name: used if the tensor has no name."""
         for number, part in fields(tensor):
             if number == _TENSOR_NAME and not name and not isinstance(part, int):
                 name = str(part, "utf-8")
@@ -86,7 +86,7 @@ class Scope:
             self.constants.add(name)
 
     def add_node(self, node: Node) -> str:
-        """Learn what its outputs are. Returns its operator, with what makes it a hazard."""
+        """Add a node's outputs. Returns its operator, with a suffix if the node is a hazard."""
         for name, is_float in zip(node.outputs, self._float_outputs(node), strict=False):
             self.floats[name] = is_float
             self.constants.discard(name)
@@ -133,7 +133,7 @@ class Scope:
 
 
 def _element(type_: int | memoryview) -> int:
-    """The type of a tensor's values; 0 of what is no tensor."""
+    """The element type of a tensor type; 0 if it is not a tensor."""
     found = 0
     for number, part in () if isinstance(type_, int) else fields(type_):
         if number == _TENSOR_TYPE and not isinstance(part, int):
@@ -142,7 +142,7 @@ def _element(type_: int | memoryview) -> int:
 
 
 def _reversed(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Of a field that is there twice, the last counts."""
+    """The fields in reverse order, because the last occurrence of a repeated field counts."""
     return reversed([*fields(message)])
 
 

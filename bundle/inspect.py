@@ -1,4 +1,4 @@
-"""What `unroll inspect` shows: a bundle's inputs, outputs, state, operators and measured parity."""
+"""The report of `unroll inspect`: a bundle's inputs, outputs, state, operators and measured parity."""
 
 import json
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from unroll.bundle.manifest import StateSlot, TensorSpec
 
 
 def describe(bundle: Bundle, signed_by: str | None) -> dict[str, Any]:
-    """Return the manifest's fields, and `path`, `operators`, and `bytes` of each file and of a client's `state`.
+    """Return the manifest's fields, plus `path`, `signed_by`, `operators`, and `bytes` of the files and of a state row.
 
     Args:
-        bundle: What was read.
-        signed_by: Who signed it, or None.
+        bundle: The bundle.
+        signed_by: The signer's public key, or None.
     """
     manifest = bundle.manifest
     return {
@@ -40,19 +40,19 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  written by {', '.join(f'{name} {version}' for name, version in found['tools'].items())}"
     for title in ("inputs", "outputs"):
         yield ""
-        yield from _table([title, "dtype", "a client's tensor", "limit"], [_tensor(t) for t in found[title]])
+        yield from table([title, "dtype", "a client's tensor", "limit"], [_tensor(t) for t in found[title]])
         if title == "inputs":
             yield from (f"  {name}: {rate:g} values per second" for name, rate in found["rates"].items())
     if found["static"]:
         yield ""
         rows = [_tensor(t | {"time": False}) for t in found["static"]]
-        yield from _table(["given once", "dtype", "a client's tensor", "limit"], rows)
+        yield from table(["given once", "dtype", "a client's tensor", "limit"], rows)
     initial = "zeros" if found["initial_state"] is None else "in the manifest"
     yield ""
     yield f"  state: {found['state_size']} float32, {found['bytes']['state']} bytes per client; initially {initial}"
-    yield from _table(list(StateSlot.__dataclass_fields__), [list(map(str, slot.values())) for slot in found["state"]])
+    yield from table(list(StateSlot.__dataclass_fields__), [list(map(str, slot.values())) for slot in found["state"]])
     yield ""
-    yield from _table(
+    yield from table(
         ["difference from PyTorch float64", "onnxruntime", "PyTorch float32", "tolerance"],
         [
             [p["output"], *(f"{p[name]:.2e}" for name in ("onnxruntime", "torch_float32", "tolerance"))]
@@ -69,7 +69,7 @@ def _tensor(tensor: dict[str, Any]) -> list[str]:
     return [spec.name, spec.dtype, f"({shape})", limit]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     """Yield the lines of a table with left-aligned columns."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:

@@ -1,6 +1,6 @@
 """The manifest of a bundle: the model's tensors, its state row, and the parity that export measured.
 
-It is read strictly: an unknown field, a wrong type or an inconsistent layout is an error.
+Parsing is strict: an unknown field, a wrong type or an inconsistent layout is an error.
 """
 
 import json
@@ -22,29 +22,29 @@ RESERVED_NAMES = frozenset({"state", "state_out", "sequence_lens"})
 
 Dtype = Literal["float32", "int64", "int32", "bool"]
 
-#: The precision in which the graph computes. Inputs, outputs and state are always float32.
+#: The precision of the graph's computation. Inputs, outputs and state are always float32.
 Precision = Literal["float32", "float16", "int8"]
 
 #: Disabled in onnxruntime: crashes on a recurrent layer with float16 weights on the CPU.
 CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 
-#: The kinds of state: a recurrent layer's h or c, of which any value is valid; values that a loop over time or forward
-#: itself carries; earlier steps that another layer needs; the number of steps; a static input's values, which never
+#: The kinds of state: a recurrent layer's h or c, where any value is valid; values carried by a loop over time or by
+#: forward itself; earlier steps that another layer needs; the number of steps; a static input's values, which never
 #: change.
 Kind = Literal["h", "c", "carry", "past", "count", "static"]
 
 _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}
 
-#: float32 has every integer up to here.
+#: float32 represents every integer up to here exactly.
 _EXACT = 2**24
 
-# Bounds of what is read. Export writes much less: a state row of 8,000 values is a large one.
+# Limits of parsing, far above what export writes: a state row of 8,000 values is large.
 _MOST_TENSORS, _MOST_SLOTS, _MOST_STATE = 1024, 65_536, 2**20
 _MOST_DIMENSIONS, _MOST_VALUES, _MOST_LIMIT = 16, 2**24, 2**53
 _LONGEST_NAME, _LONGEST_TEXT = 256, 4096
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-#: As of Triton: a number, which may be a time such as 20261129120000, of 63 bits.
+#: As in Triton: a 63-bit number, which may be a time such as 20261129120000.
 _MODEL_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -56,8 +56,8 @@ class TensorSpec:
 
     Attributes:
         time: The tensor is (batch, time, *shape); otherwise it is (batch, *shape), an output of the last step.
-        limit: Bounds an integer input to `0 <= value < limit`, the rows of the table that it indexes.
-        nan: A float32 input may hold NaN, for a value that is missing.
+        limit: Bounds an integer input to `0 <= value < limit`, the size of the table that it indexes.
+        nan: A float32 input may contain NaN, which means a missing value.
     """
 
     __pydantic_config__ = _STRICT
@@ -87,12 +87,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class StaticInput:
-    """An input without time: given once, when a sequence begins, and kept in the state row.
+    """An input without time: given once, when a sequence starts, and kept in the state row.
 
     Attributes:
-        shape: Shape of one client's value. In the row it is flat and float32, so an integer's absolute value must be
+        shape: Shape of one client's value. The row stores it flat, as float32, so an integer's absolute value must be
             below 2**24.
-        offset: First value in the state row.
+        offset: Index of the first value in the state row.
         limit: As in TensorSpec.
     """
 
@@ -111,11 +111,11 @@ class StaticInput:
 
 @dataclass(frozen=True, slots=True)
 class StateSlot:
-    """One piece of the state row, `row[offset : offset + size]`.
+    """One slice of the state row, `row[offset : offset + size]`.
 
     Attributes:
-        module: Path of the module that it belongs to.
-        call: Which call of the module within one forward pass.
+        module: Path of the module that owns it.
+        call: Index of the module's call within one forward pass.
         layer, direction: Layer and direction within the module.
     """
 
@@ -138,9 +138,9 @@ class Parity:
         output: The output, or `state_out`.
         onnxruntime: onnxruntime's difference over the golden inputs; in reduced precision over more sequences as well.
         torch_float32: PyTorch float32's difference over the golden inputs and 32 more sequences.
-        tolerance: The most that any device may differ: 4 times `torch_float32` plus 1e-7 of the output's scale. In
+        tolerance: Maximum difference on any device: 4 times `torch_float32` plus 1e-7 of the output's scale. In
             reduced precision it is twice `onnxruntime`, in float16 at least 4 times PyTorch float16's difference, and
-            at most the limit that was given to export.
+            at most the limit given to export.
     """
 
     __pydantic_config__ = _STRICT
@@ -166,25 +166,25 @@ class Manifest:
     state_size: int
     #: The state row that a sequence starts from, with zeros in place of static inputs; None: all zeros.
     initial_state: tuple[float, ...] | None
-    #: True if running step by step, carrying the state, equals running the whole sequence.
+    #: True if running step by step with a carried state equals running the whole sequence.
     streamable: bool
     #: Why not, for the model's author; None if streamable.
     not_streamable_because: str | None
     #: True if rows of different lengths may share a padded batch through `sequence_lens`.
     ragged: bool
-    #: True if chunking, batch size and the other rows of a batch change no bit on the CPU.
+    #: True if chunking, batch size and other rows of a batch do not change any bit of the results on the CPU.
     bit_exact: bool
     parity: tuple[Parity, ...]
     #: SHA-256 of the bundle's other files, in hex, by file name.
     files: dict[str, str]
     #: Versions of the tools that wrote the bundle, by name.
     tools: dict[str, str]
-    #: Manifests without this field are older than reduced precisions.
+    #: Missing in manifests that predate reduced precisions.
     precision: Precision = "float32"
-    #: Inputs that are given once; a sequence needs all of them to start.
+    #: Inputs that are given once; a sequence needs all to start.
     static: tuple[StaticInput, ...] = ()
-    #: Values per second, by name, of inputs whose time steps are consecutive pieces of a signal, such as sound. For
-    #: clients: no number depends on it.
+    #: Sample rates in Hz, by name, of inputs where each time step is the next piece of a signal, such as sound. For
+    #: clients only; no result depends on the rates.
     rates: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -202,7 +202,7 @@ class Manifest:
         """Return the state row that a sequence starts from: (state_size,) float32.
 
         Args:
-            static: The static inputs by name, each of its shape.
+            static: The static inputs by name.
 
         Raises:
             ValueError: One is missing, unknown, of another shape, or out of range.
@@ -223,7 +223,7 @@ class Manifest:
         return row
 
     def to_json(self) -> bytes:
-        # What earlier releases do not read is left out where it says nothing.
+        # Omit fields that earlier releases do not know, unless they have information.
         left_out: dict[str, Any] = {
             group: {i: {"nan"} for i, tensor in enumerate(getattr(self, group)) if not tensor.nan}
             for group in ("inputs", "outputs")
@@ -240,7 +240,7 @@ class Manifest:
 
     def _check(self) -> None:
         if self.format != FORMAT:
-            raise ValueError(f"format {self.format} is not one that this release reads")
+            raise ValueError(f"format {self.format} is not supported by this release")
         check_name(self.name, self.version)
         self._check_bounds()
         names = [tensor.name for tensor in self.inputs + self.outputs] + [spec.name for spec in self.static]
@@ -256,7 +256,7 @@ class Manifest:
                 raise ValueError(f"the state row has a gap or an overlap at offset {offset}")
             offset += slot.size
         if offset != self.state_size or not self.state:
-            raise ValueError(f"state_size is {self.state_size}, the slots hold {offset}")
+            raise ValueError(f"state_size is {self.state_size}, but the slots have {offset} values")
         static = [(slot.offset, slot.size) for slot in self.state if slot.kind == "static"]
         if static != [(spec.offset, spec.size) for spec in self.static]:
             raise ValueError("the static inputs do not match their slots in the state row")
@@ -265,12 +265,12 @@ class Manifest:
         if {entry.output for entry in self.parity} != {tensor.name for tensor in self.outputs} | {"state_out"}:
             raise ValueError("parity must cover every output and state_out")
         if not self.rates.keys() <= {tensor.name for tensor in self.inputs}:
-            raise ValueError("a rate is of an input that there is not")
+            raise ValueError("a rate belongs to an unknown input")
         if self.streamable != (self.not_streamable_because is None):
             raise ValueError("streamable and not_streamable_because contradict each other")
 
     def _check_bounds(self) -> None:
-        """Nothing is larger than the server can hold, no number is infinite, and no text would move a terminal."""
+        """Check that sizes are within limits, numbers are finite, and texts have no control characters."""
         tensors: tuple[TensorSpec | StaticInput, ...] = (*self.inputs, *self.outputs, *self.static)
         if len(tensors) > _MOST_TENSORS or len(self.state) > _MOST_SLOTS or not 0 < self.state_size <= _MOST_STATE:
             raise ValueError(
@@ -329,7 +329,7 @@ def is_version(text: str) -> bool:
 def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a member stands in it twice")
+        raise ValueError("a member is repeated")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Reads the wire format of protobuf messages, since a server lacks the package `onnx`. Nothing is copied."""
+"""Reads the wire format of protobuf messages without copying, because a server lacks the package `onnx`."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ Field = tuple[int, int | memoryview]
 
 
 def fields(message: memoryview) -> Iterator[Field]:
-    """Yield number and value of each field: a number, or the content of a field with a length.
+    """Yield number and value of each field; the value is a number, or the content of a length-delimited field.
 
     Raises:
-        ValueError: It is not a message.
+        ValueError: The content is not a message.
     """
     at = 0
     while at < len(message):

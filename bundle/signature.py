@@ -1,6 +1,6 @@
-"""Signatures of bundles: Ed25519 over the manifest, which holds the digests of the other files.
+"""Signatures of bundles: Ed25519 over the manifest, which contains the digests of the other files.
 
-It needs the package `cryptography`, and imports it when there is a signature to make or to check.
+This needs the package `cryptography`, which is imported on demand.
 """
 
 import json
@@ -15,7 +15,7 @@ from unroll.bundle.files import SIGNATURE, Content
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-#: In front of what is signed: a key of bundles signs nothing else.
+#: Prefix of the signed bytes, so that a signature cannot be valid in another context.
 _PREFIX = b"unroll bundle 1\n"
 _MEMBERS = {"algorithm", "public_key", "signature"}
 
@@ -37,9 +37,9 @@ class Signer:
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), password=None)
         except (OSError, ValueError, TypeError) as error:
-            raise KeyUnusable(f"{path} holds no private key in PEM without a password: {error}") from error
+            raise KeyUnusable(f"{path} has no private key in PEM without a password: {error}") from error
         if not isinstance(key, ed25519.Ed25519PrivateKey):
-            raise KeyUnusable(f"{path} holds a key of another kind than Ed25519; `unroll keys pair` makes one")
+            raise KeyUnusable(f"{path} has a key other than Ed25519; `unroll keys pair` makes one")
         return cls(key)
 
     def sign(self, manifest: bytes) -> bytes:
@@ -54,7 +54,7 @@ class Signer:
 
 @dataclass(frozen=True, slots=True)
 class TrustedKeys:
-    """The public keys whose bundles are served, in hex."""
+    """The public keys of trusted signers, in hex."""
 
     keys: frozenset[str]
 
@@ -67,16 +67,16 @@ class TrustedKeys:
             for file in sorted(path.glob("*.pem")) if path.is_dir() else [path]:
                 key = serialization.load_pem_public_key(file.read_bytes())
                 if not isinstance(key, ed25519.Ed25519PublicKey):
-                    raise KeyUnusable(f"{file} holds a key of another kind than Ed25519")
+                    raise KeyUnusable(f"{file} has a key other than Ed25519")
                 found.add(key.public_bytes_raw().hex())
         except (OSError, ValueError) as error:
             raise KeyUnusable(f"a trusted key cannot be used: {error}") from error
         if not found:
-            raise KeyUnusable(f"{path} holds no public key: put files *.pem there, as `unroll keys pair` makes them")
+            raise KeyUnusable(f"{path} has no public key: add files *.pem from `unroll keys pair`")
         return cls(frozenset(found))
 
     def check(self, content: Content) -> None:
-        """Raises BundleError: `bundle_unsigned`, or `bundle_signature` if it is not by one of these keys."""
+        """Raises BundleError: `bundle_unsigned`, or `bundle_signature` if the signer is not trusted."""
         key = signed_by(content)
         if key is None:
             raise BundleError("bundle_unsigned", "it has no signature.json")
@@ -85,10 +85,10 @@ class TrustedKeys:
 
 
 def signed_by(content: Content) -> str | None:
-    """Return the public key, in hex, that signed a bundle, trusted or not; None if nobody did.
+    """Return the public key, in hex, that signed a bundle, trusted or not; None if it is not signed.
 
     Raises:
-        BundleError: `bundle_signature`: the signature is damaged, or of another bundle.
+        BundleError: `bundle_signature`: the signature is damaged, or belongs to another bundle.
         KeyUnusable: The package `cryptography` is missing.
     """
     if content.signature is None:
@@ -104,7 +104,7 @@ def signed_by(content: Content) -> str | None:
         key: Ed25519PublicKey = ed25519.Ed25519PublicKey.from_public_bytes(raw)
         key.verify(bytes.fromhex(document["signature"]), _PREFIX + content.manifest)
     except InvalidSignature as error:
-        raise BundleError("bundle_signature", "its signature is not of its manifest") from error
+        raise BundleError("bundle_signature", "its signature does not match its manifest") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError("bundle_signature", f"{SIGNATURE} cannot be read: {error}") from error
     return raw.hex()

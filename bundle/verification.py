@@ -1,6 +1,6 @@
-"""Checks that a model gives the same answers however its sequences are cut, batched and padded. NumPy only.
+"""Checks that chunking, batching and padding do not change a model's answers. Needs only NumPy.
 
-Export, the server at start, and `unroll verify` all compare answers with these functions.
+Export, the server at start, and `unroll verify` compare answers with these functions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,14 +16,14 @@ Differences = dict[str, float]
 
 
 class GoldenMismatch(Exception):
-    """A model's answers differ from PyTorch's on this device by more than its tolerance."""
+    """A model's answers on this device differ from PyTorch's by more than its tolerance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
     """Runs one model in ways that must not change its answers.
 
-    Every answer holds the outputs by name, each (batch, time, *shape) or (batch, *shape) without time, and `state_out`,
+    An answer has the outputs by name, each (batch, time, *shape) or (batch, *shape) without time, and `state_out`,
     (batch, state_size).
 
     Attributes:
@@ -44,7 +44,7 @@ class Verifier:
         return self.chunked(inputs, state, (next(iter(inputs.values())).shape[1],))
 
     def chunked(self, inputs: Arrays, state: np.ndarray, chunks: Iterable[int]) -> Arrays:
-        """Run sequences chunk by chunk, each from the state that the one before left.
+        """Run sequences chunk by chunk, each from the state after the previous one.
 
         Args:
             inputs: As for `whole`.
@@ -61,7 +61,7 @@ class Verifier:
         return join_chunks(answers, self.manifest) | {"state_out": state}
 
     def padded(self, inputs: Arrays, state: np.ndarray, lens: np.ndarray) -> Iterator[Differences]:
-        """Run sequences of different lengths as one padded batch; yield how much those of each length differ unpadded.
+        """Run sequences of different lengths as one padded batch; yield the differences from unpadded runs, by length.
 
         Args:
             inputs: As for `whole`; a row's values after its length are the padding.
@@ -89,10 +89,10 @@ class Verifier:
 
         Args:
             golden: The bundle's golden vectors.
-            slack: How many times the manifest's tolerance an answer may be off.
+            slack: Factor on the manifest's tolerance.
 
         Raises:
-            GoldenMismatch: A difference exceeds that, or is not finite.
+            GoldenMismatch: A difference exceeds the tolerance, or is not finite.
         """
         return largest(
             check_golden(found, golden, self.manifest, f"in chunks {chunks}", slack)
@@ -124,19 +124,19 @@ def check_golden(found: Arrays, golden: Golden, manifest: Manifest, how: str, sl
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest absolute difference: infinite if the shapes differ, NaN if a value is not finite."""
+    """Return the largest absolute difference; infinity if the shapes differ, NaN if a value is not finite."""
     if found.shape != expected.shape:
         return float("inf")
     return float(np.max(np.abs(found.astype(np.float64) - expected.astype(np.float64))))
 
 
 def differences(found: Arrays, expected: Arrays) -> Differences:
-    """Return the largest absolute difference of each array of `found` from the one of that name in `expected`."""
+    """Return the largest absolute difference of each array in `found` from the array of that name in `expected`."""
     return {name: difference(array, expected[name]) for name, array in found.items()}
 
 
 def largest(measured: Iterable[Differences]) -> Differences:
-    """Return the largest difference of each name; NaN if one is NaN."""
+    """Return the largest difference per name; NaN if one is NaN."""
     worst: Differences = {}
     for each in measured:
         for name, value in each.items():
@@ -145,7 +145,7 @@ def largest(measured: Iterable[Differences]) -> Differences:
 
 
 def join_chunks(answers: Sequence[Arrays], manifest: Manifest) -> Arrays:
-    """Return the outputs of whole sequences from those of their chunks."""
+    """Combine the outputs of chunks into those of whole sequences."""
     return {
         spec.name: np.concatenate([answer[spec.name] for answer in answers], axis=1)
         if spec.time

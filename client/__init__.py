@@ -1,4 +1,4 @@
-"""A client of Unroll servers. Needs NumPy, aiohttp and websockets; neither torch nor the server."""
+"""A client for Unroll servers. It needs NumPy, aiohttp and websockets, but neither torch nor the server."""
 
 from unroll.client import errors
 from unroll.client.async_client import AsyncClient, AsyncSession

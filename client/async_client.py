@@ -1,4 +1,4 @@
-"""The asynchronous client: `AsyncClient`, its sessions, and its streams. What they mean is described at `Client`."""
+"""The asynchronous client: `AsyncClient` and its sessions. `Client` documents their methods."""
 
 import asyncio
 import ssl
@@ -22,7 +22,7 @@ from unroll.client.tensors import ArrayLike, Arrays, Model
 
 T = TypeVar("T")
 
-#: Sequences of one call that are under way at a time: the server runs them as one batch.
+#: Concurrent sequences of one call, which the server can run as one batch.
 _CONCURRENT = 64
 _BROKEN = (OSError, aiohttp.ClientError, TimeoutError)
 
@@ -34,8 +34,8 @@ class AsyncClient:
         forecast = await session.step([371.2])
 
     Args:
-        url, api_key, headers, timeout, retry_for, tls: As of `Client`.
-        connections: Most connections at a time; 0: no limit.
+        url, api_key, headers, timeout, retry_for, tls: As for `Client`.
+        connections: The most connections at a time; 0 means no limit.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class AsyncClient:
         static: Mapping[str, ArrayLike] | None = None,
         snapshot: Snapshot | None = None,
     ) -> "AsyncSession":
-        """As `Client.session`. The session opens when it is entered with `async with`, or awaited:
+        """As `Client.session`. The session opens when it is entered with `async with` or awaited:
 
         session = await client.session("co2")
         """
@@ -120,11 +120,11 @@ class AsyncClient:
         return AsyncSession(self, lambda: SessionCalls.start(self._catalogue, model, session_id, mode, **start))
 
     def stream(self, model: str) -> AsyncStream:
-        """As `Client.stream`; to be entered with `async with`."""
+        """As `Client.stream`; enter it with `async with`."""
         return AsyncStream(self._address, model, lambda: self.model(model), self._timeout, self._policy)
 
     async def roll_out(self, call: RolloutCall) -> AsyncIterator[RolledStep]:
-        """Receive a rollout, and send it again after a broken connection."""
+        """Receive a rollout, retrying after a broken connection."""
         retries = Retries(self._policy)
         while not call.complete:
             try:
@@ -143,7 +143,7 @@ class AsyncClient:
             await asyncio.sleep(pause)
 
     async def run(self, exchange: Exchange[T]) -> T:
-        """Send what the operation asks for, until it has its result."""
+        """Send the requests of the operation, and return its result."""
         response = None
         try:
             while True:
@@ -152,7 +152,7 @@ class AsyncClient:
             return done.value
 
     async def _send(self, request: Request) -> Response:
-        """Raises ConnectionFailed if no attempt was answered."""
+        """Send a request, with retries. Raises ConnectionFailed if no attempt was answered."""
         retries = Retries(self._policy)
         while True:
             try:
@@ -197,8 +197,8 @@ def _headers(answer: aiohttp.ClientResponse) -> dict[str, str]:
 class AsyncSession(SessionFacts):
     """`Session` for asyncio: `async with client.session(…) as session`, or `session = await client.session(…)`.
 
-    Tasks may share it; their steps wait for each other. After a cancelled step it is unknown whether the step was
-    applied: the next one must be the same, or `refresh` must find out.
+    Tasks may share it; their steps are serialised. A cancelled step may have been applied: repeat it, or call `refresh`
+    first.
     """
 
     def __init__(self, client: AsyncClient, opening: Callable[[], Exchange[SessionCalls]]) -> None:

@@ -1,4 +1,4 @@
-"""The asynchronous stream: `AsyncStream`, and its sessions. What they mean is described at `Stream`."""
+"""The asynchronous stream: `AsyncStream` and its sessions. `Stream` documents their methods."""
 
 import asyncio
 from collections.abc import (
@@ -42,7 +42,7 @@ async def as_async(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
 
 
 class AsyncStream:
-    """`Stream` for asyncio. Any number of tasks may share it: steps that are asked for at the same time go together.
+    """`Stream` for asyncio. Any number of tasks may share it: their concurrent steps are sent together.
 
     async with client.stream("co2") as stream:
         sessions = await stream.open(64)
@@ -161,7 +161,7 @@ class AsyncStream:
             return call.result(chunk=chunk, several=several)
 
     def _outlive(self, link: "_Link", call: StepsCall, held: AsyncExitStack) -> None:
-        """A call was cancelled. Its late answers must not be taken for those of the next, which wait for them."""
+        """Wait for the answers of a cancelled call, so that they are not mistaken for those of the next call."""
 
         async def wait() -> None:
             async with held:
@@ -176,7 +176,7 @@ class AsyncStream:
         task.add_done_callback(self._outliving.discard)
 
     async def _exchange(self, call: ControlCall | StepsCall) -> None:
-        """Send, receive until all is answered, and send again what is refused for now or was cut off."""
+        """Send and wait for all answers; retry temporary refusals and broken connections."""
         retries = Retries(self._policy)
         while not call.complete:
             call.begin()
@@ -190,7 +190,7 @@ class AsyncStream:
                     call.give_up()
                     return
                 if isinstance(call, ControlCall) and call.op == "close" and link is self._link:
-                    await self.disconnect()  # the server has unbound the handle: first it is bound again
+                    await self.disconnect()  # the server has unbound the handle: reconnecting binds it again
             except BROKEN as error:
                 if link is not None and link is self._link:
                     await self.disconnect()
@@ -198,7 +198,7 @@ class AsyncStream:
             await asyncio.sleep(pause)
 
     async def _roll_out(self, rollout: StreamRollout) -> AsyncGenerator[RolledStep]:
-        """Receive a rollout, and send it again after a broken connection."""
+        """Receive a rollout, retrying after a broken connection."""
         retries = Retries(self._policy)
         try:
             while not rollout.complete:
@@ -220,7 +220,7 @@ class AsyncStream:
                 await self._link.say(message)
 
     async def _connected(self) -> "_Link":
-        """The connection; if there is none, a new one, on which the sessions are resumed."""
+        """The connection. If there is none, connect and resume the sessions."""
         async with self._connecting:
             if self._link is not None and self._link.broken is None:
                 return self._link
@@ -238,7 +238,7 @@ class AsyncStream:
 
 
 class _Link:
-    """One connection, with the task that reads it, and the calls that wait for its answers."""
+    """One connection, its reader task, and the calls that wait for answers."""
 
     def __init__(self, socket: ClientConnection, calls: StreamCalls) -> None:
         self._socket = socket
@@ -252,7 +252,7 @@ class _Link:
         self.broken: Exception | None = None
 
     async def ask(self, call: ControlCall | StepsCall, timeout: float) -> None:
-        """Send the call and wait until it is settled. Raises what broke the connection, or TimeoutError."""
+        """Send the call and wait until it is settled. Raises the error that broke the connection, or TimeoutError."""
         if self.broken is not None:
             raise self.broken
         if call.settled:
@@ -265,7 +265,7 @@ class _Link:
         await self.wait(call, timeout)
 
     async def roll(self, rollout: StreamRollout, timeout: float) -> None:
-        """Wait until there is something for its caller; as `ask`."""
+        """Wait until the rollout has something for its caller. Raises as `ask`."""
         if self.broken is not None:
             raise self.broken
         if not rollout.sent:
@@ -273,12 +273,12 @@ class _Link:
         await self.wait(rollout, timeout)
 
     async def say(self, message: str) -> None:
-        """Send what nobody waits for."""
+        """Send a message without waiting for an answer."""
         with suppress(ConnectionClosed):
             await self._socket.send(message)
 
     async def wait(self, call: ControlCall | StepsCall | StreamRollout, timeout: float) -> None:
-        """Wait until the call, which was sent, is settled; as `ask`."""
+        """Wait until a sent call is settled. Raises as `ask`."""
         if call.settled:
             return
         if self.broken is not None:
@@ -294,19 +294,19 @@ class _Link:
             call.on_settled = None
 
     def will_answer(self, call: StepsCall) -> bool:
-        """Were the steps sent, and not answered? If they were not sent, they never will be."""
+        """Were the steps sent but not yet answered? Unsent steps are dropped."""
         if call in self._outbox:
             self._outbox.remove(call)
         return call in self._sent and not call.settled and self.broken is None
 
     async def close(self) -> None:
-        """From now on nothing is received: late answers belong to calls that have been sent again."""
+        """Close the connection and ignore late answers, which belong to calls that were sent again."""
         self._closed = True
         await self._socket.close()
         await asyncio.wait([self._reader])
 
     def _post(self, call: StepsCall) -> None:
-        """Send the steps together with those that other tasks ask for in this turn of the event loop."""
+        """Queue the steps, to be sent together with those of other tasks in this turn of the event loop."""
         self._outbox.append(call)
         if self._sender is None:
             self._sender = asyncio.create_task(self._flush())
@@ -319,7 +319,7 @@ class _Link:
                 for frame in self._calls.frames(calls):
                     await self._socket.send(frame)
         except ConnectionClosed:
-            pass  # the reader tells those who wait
+            pass  # the reader wakes the waiting calls
         finally:
             self._sender = None
 
@@ -329,7 +329,7 @@ class _Link:
                 message = await self._socket.recv()
                 if not self._closed:
                     self._calls.receive(message)
-        except Exception as error:  # noqa: BLE001 those who wait raise it
+        except Exception as error:  # noqa: BLE001 the waiting calls raise it
             self.broken = error
             for settled in self._waiting:
                 if not settled.done():
@@ -337,7 +337,7 @@ class _Link:
 
 
 class AsyncStreamSession(PlaceFacts):
-    """A session on a stream. Opened by `AsyncStream.open`. Tasks may share it; their steps wait for each other."""
+    """A session on a stream, opened by `AsyncStream.open`. Tasks may share it; their steps are serialised."""
 
     def __init__(self, stream: AsyncStream, place: Place) -> None:
         self._stream = stream

@@ -20,33 +20,33 @@ from unroll.client.tensors import ArrayLike, Arrays, Model
 
 T = TypeVar("T")
 
-#: Sequences of one call that are under way at a time: the server runs them as one batch.
+#: Concurrent sequences of one call, which the server can run as one batch.
 _CONCURRENT = 16
-#: Errors of a connection, after which the request is sent again on a new one.
+#: Connection errors, after which the request is retried on a new connection.
 _BROKEN = (OSError, http.client.HTTPException)
-#: Most bytes of an answer that are taken at a time while it comes.
+#: The most bytes of a streamed response to read at a time.
 _PART_BYTES = 65_536
 
 
 class Client:
-    """A client of one Unroll server, or of several behind one address. Threads may share it.
+    """A client for one Unroll server, or for several behind one address. Threads may share it.
 
     with Client("http://127.0.0.1:8000") as client, client.session("co2") as session:
         forecast = session.step([371.2])
 
-    Requests that may succeed later are repeated: after a broken connection, and after 429, 502, 503 and 504. Steps
-    carry their position, so the server applies each once, however often it is sent.
+    The client retries a request after a broken connection, and after status 429, 502, 503 or 504. Each step carries its
+    position, so the server applies it once, however often it is sent.
 
     Args:
-        url: http:// or https://, with a path if the server is behind one.
+        url: An http:// or https:// URL, with a path if the server is behind one.
         api_key: Sent as `Authorization: Bearer …`.
         headers: Sent with every request.
-        timeout: Seconds for one attempt, at most 1,000,000.
-        retry_for: Seconds for which a request is repeated; 0: not at all; inf: for ever.
-        tls: For https://; the default verifies the server's certificate.
+        timeout: Seconds per attempt, at most 1,000,000.
+        retry_for: Seconds to keep retrying a request; 0 disables retries, inf retries forever.
+        tls: The context for https://; the default verifies the server's certificate.
 
     Raises:
-        InvalidInput: The URL is none, or the seconds are none.
+        InvalidInput: The URL, `timeout` or `retry_for` is invalid.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Client:
             self._idle.pop().close()
 
     def models(self) -> list[Model]:
-        """The models that the server has, the newest version of each."""
+        """List the server's models, in the newest version of each."""
         return self._run(self._catalogue.models())
 
     def model(self, name: str) -> Model:
-        """One model: `name` or `name:version`. Raises ModelUnknown or ModelUnavailable."""
+        """Describe one model, `name` or `name:version`. Raises ModelUnknown or ModelUnavailable."""
         return self._run(self._catalogue.model(name))
 
     def sequences(
@@ -94,19 +94,19 @@ class Client:
         *,
         static: Sequence[Mapping[str, ArrayLike]] | None = None,
     ) -> list[Arrays]:
-        """Whole sequences, each from the model's initial state; nothing is kept.
+        """Run whole sequences, each from the model's initial state. The server keeps no state.
 
         Args:
             model: `name` or `name:version`.
-            inputs: For each sequence an array (T, *shape), or a dict with one per input. Lengths may differ.
-            static: The static inputs of each sequence, if the model has some.
+            inputs: For each sequence an array (T, *shape), or a dict with an array per input. Lengths may differ.
+            static: The static inputs of each sequence, if the model has any.
 
         Returns:
-            For each sequence an array (T, *shape), or a dict with one per output.
+            For each sequence an array (T, *shape), or a dict with an array per output.
 
         Raises:
             InvalidInput: An array does not fit the model.
-            ServerError: The server refused; the class says why.
+            ServerError: The server refused the request; the class says why.
             ConnectionFailed: No server answered.
         """
         given = model_calls.check_sequences(inputs, static)
@@ -134,17 +134,17 @@ class Client:
 
         Args:
             model: `name` or `name:version`.
-            session_id: 1 to 128 characters; a random one if None.
-            mode: new: open a session. resume: attach to the open session of this id. either: attach, or open one if the
-                id is unknown.
+            session_id: 1 to 128 characters; random if None.
+            mode: new opens a session; resume attaches to the open session with this id; either attaches, or opens one
+                if the id is unknown.
             durability: memory (lost with its server), stored (in the server's store) or client (this object holds the
-                state, and sends it with each step); the server's default if None.
+                state and sends it with each step); the server's default if None.
             static: The model's static inputs.
-            snapshot: Begin from this state: bytes of `Session.snapshot()`, or the file that holds them.
+            snapshot: The state to start from: the bytes from `Session.snapshot()`, or a file with them.
 
         Raises:
-            SessionExists: A session of this id is open.
-            SessionUnknown, SessionGone: With mode resume: there is none, or not any more.
+            SessionExists: A session with this id is open.
+            SessionUnknown, SessionGone: With mode resume, the session does not exist, or no longer exists.
             NotStreamable: The model serves whole sequences only.
             DurabilityUnavailable: The server has no store, or no keys for client-held states.
             InvalidInput, ServerError, ConnectionFailed: As for `sequences`.
@@ -154,11 +154,11 @@ class Client:
         return Session(self, self._run(calls))
 
     def stream(self, model: str) -> Stream:
-        """One WebSocket for the steps of many sessions at once. See `Stream`."""
+        """A WebSocket that carries the steps of many sessions. See `Stream`."""
         return Stream(self._address, model, self.model(model), self._timeout, self._policy)
 
     def roll_out(self, call: RolloutCall) -> Iterator[RolledStep]:
-        """Receive a rollout, and send it again after a broken connection."""
+        """Receive a rollout, retrying after a broken connection."""
         retries = Retries(self._policy)
         while not call.complete:
             try:
@@ -174,7 +174,7 @@ class Client:
             time.sleep(pause)
 
     def _receive(self, request: Request) -> Iterator[bytes]:
-        """The parts of the body as they come. Raises ServerError if the request is refused."""
+        """Yield the parts of the body as they arrive. Raises ServerError if the request is refused."""
         connection = self._address.connection(self._timeout)
         try:
             connection.send(self._head(request) + request.body)
@@ -188,7 +188,7 @@ class Client:
             connection.close()
 
     def _run(self, exchange: Exchange[T]) -> T:
-        """Send what the operation asks for, until it has its result."""
+        """Send the requests of the operation, and return its result."""
         response = None
         try:
             while True:
@@ -197,7 +197,7 @@ class Client:
             return done.value
 
     def _send(self, request: Request) -> Response:
-        """Raises ConnectionFailed if no attempt was answered."""
+        """Send a request, with retries. Raises ConnectionFailed if no attempt was answered."""
         retries = Retries(self._policy)
         while True:
             try:
@@ -225,18 +225,18 @@ class Client:
         try:
             return self._ask(connection, request)
         except ConnectionError:
-            self.close()  # the server may have closed all that were idle
+            self.close()  # the server may have closed all idle connections
         response = self._ask(self._address.connection(self._timeout), request)
         response.repeated = True
         return response
 
     def _ask(self, connection: http.client.HTTPConnection, request: Request) -> Response:
         try:
-            connection.send(self._head(request) + request.body)  # in one piece, which `request` would not do
+            connection.send(self._head(request) + request.body)  # a single write, unlike `request`
             with http.client.HTTPResponse(connection.sock, method=request.method) as answer:
                 answer.begin()
                 body = answer.read()
-            if answer.length is None and not answer.chunked:  # it takes headers that are cut off for whole
+            if answer.length is None and not answer.chunked:  # http.client accepts truncated headers
                 raise http.client.IncompleteRead(body)
         except BaseException:
             connection.close()
@@ -261,9 +261,9 @@ def _headers(answer: http.client.HTTPResponse) -> dict[str, str]:
 
 
 class Session(SessionFacts):
-    """One session on the server. Its steps are applied once and in order, whatever breaks between.
+    """One session on the server. Its steps are applied exactly once and in order, whatever fails in between.
 
-    Threads may share it; their steps wait for each other.
+    Threads may share it; their steps are serialised.
     """
 
     def __init__(self, client: Client, calls: SessionCalls) -> None:
@@ -285,28 +285,28 @@ class Session(SessionFacts):
         """Apply one time step.
 
         Args:
-            inputs: An array of the input's shape, or a dict with one per input.
-            position: The step's number, from 0, if you count them yourself. One that was applied already is not applied
-                again: it gets the same answer.
+            inputs: An array of the input's shape, or a dict with an array per input.
+            position: The step's number, from 0, if you count steps yourself. A step that was already applied is not
+                applied again; it returns the same answer.
 
         Returns:
-            An array of the output's shape, or a dict with one per output.
+            An array of the output's shape, or a dict with an array per output.
 
         Raises:
             InvalidInput: An array does not fit the model; nothing was sent.
-            PositionError: The session is at another position: `error.expected` says where.
+            PositionError: The session is at another position, `error.expected`.
             SessionGone: Its state is lost; the class says why.
-            ServerError: Another refusal; the session is as before.
-            ConnectionFailed: No server answered. Whether the step was applied is unknown: call again with the same.
+            ServerError: Any other refusal; the session is unchanged.
+            ConnectionFailed: No server answered, and the step may have been applied: call again with the same inputs.
         """
         return self._run(self._calls.step(inputs, position))
 
     def steps(self, inputs: ArrayLike, *, position: int | None = None) -> Arrays:
-        """Apply T time steps at once, (T, *shape); otherwise as `step`. position: of the first."""
+        """Apply T time steps at once, (T, *shape). Otherwise as `step`; `position` is that of the first one."""
         return self._run(self._calls.steps(inputs, position))
 
     def stream(self, inputs: Iterable[ArrayLike]) -> Iterator[Arrays]:
-        """Apply one time step for each item, and yield its outputs before the next item is asked for."""
+        """Apply one time step per item, and yield its outputs before requesting the next item."""
         for values in inputs:
             yield self.step(values)
 
@@ -319,22 +319,22 @@ class Session(SessionFacts):
         inputs: ArrayLike | None = None,
         outputs: ArrayLike | None = None,
     ) -> Iterator[RolledStep]:
-        """Feed outputs back as inputs on the server, and yield each time step as it comes.
+        """Feed outputs back as inputs on the server, and yield each time step as it arrives.
 
         Args:
-            steps: Time steps to feed back.
-            map: How inputs are made of outputs: `identity`, `argmax`, or an object such as
+            steps: The number of time steps to feed back.
+            map: How to compute inputs from outputs: `identity`, `argmax`, or an object such as
                 `{"kind": "sample", "temperature": 0.8, "seed": 7}`, see docs/rollout.md; a dict of these for a model
                 with several inputs.
-            on: fork: on a copy of the state, and the session stays as it is. session: on the session, as a whole when
-                the last step was yielded; whoever stops earlier must `refresh`.
-            inputs: Given time steps that come first, (T, *shape). The last of them is yielded, too.
-            outputs: In place of `inputs`, outputs of the last time step; default: those that this session got, or that
-                the server has kept.
+            on: fork runs on a copy of the state and leaves the session unchanged. session runs on the session, which
+                advances once the last step was yielded; if you stop earlier, call `refresh`.
+            inputs: Time steps to run first, (T, *shape). The last one is yielded, too.
+            outputs: Instead of `inputs`, the outputs of the last time step; by default those that this session
+                received, or that the server kept.
 
         Raises:
             MapInvalid: The map does not fit the model.
-            PositionError: The session is elsewhere by now.
+            PositionError: The session has moved to another position.
             InvalidInput, ServerError, ConnectionFailed: As for `step`.
         """
         with self._lock:
@@ -342,19 +342,19 @@ class Session(SessionFacts):
         return self._client.roll_out(call)
 
     def refresh(self) -> int:
-        """Ask the server for the session's position, and continue from there. Returns it."""
+        """Adopt the session's position on the server, and return it."""
         return self._run(self._calls.refresh())
 
     def fork(self, session_id: str | None = None) -> "Session":
-        """A second session that continues from the same state. Raises SessionExists."""
+        """Open a second session that continues from the same state. Raises SessionExists."""
         return Session(self._client, self._run(self._calls.fork(session_id)))
 
     def snapshot(self) -> bytes:
-        """The state and position, for `rewind`, for `Client.session(snapshot=…)`, or for a file."""
+        """Get state and position as bytes, for `rewind`, `Client.session(snapshot=…)` or a file."""
         return self._run(self._calls.snapshot())
 
     def rewind(self, snapshot: Snapshot) -> int:
-        """Return to the state of a snapshot: its bytes, or the file that holds them. Returns the position."""
+        """Restore the state of a snapshot, given as bytes or as a file. Returns the position."""
         return self._run(self._calls.rewind(snapshot))
 
     def close(self) -> None:

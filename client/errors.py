@@ -1,13 +1,13 @@
-"""What a client raises. Every refusal of the server has a class of its own, named after its stable code.
+"""The client's exceptions. Every error code of the server has its own class, named after the code.
 
 UnrollError
 ├── InvalidInput         an array does not fit the model; nothing was sent
-├── SomeFailed           of the sessions in one frame; the steps of the others were applied
-├── ConnectionFailed     no server answered, for as long as the client retries
+├── SomeFailed           some sessions of one frame failed; the steps of the rest were applied
+├── ConnectionFailed     no server answered before the client gave up
 └── ServerError          the server refused or failed
-    ├── InvalidRequest   the request is wrong: InvalidShape, NonFiniteInput, SnapshotInvalid, …
-    ├── SessionError     where the session is, or is no more: PositionGap, SessionExpired, …
-    ├── Overloaded       the server has no room now, for as long as the client retries: QueueFull, …
+    ├── InvalidRequest   the request is invalid: InvalidShape, NonFiniteInput, SnapshotInvalid, …
+    ├── SessionError     the session is gone or at another position: PositionGap, SessionExpired, …
+    ├── Overloaded       the server had no capacity before the client gave up: QueueFull, …
     └── ExecutionError   the request was accepted and failed: DeadlineExceeded, NonFiniteOutput, …
 """
 
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 
 class UnrollError(Exception):
-    """The base of everything that a client raises."""
+    """The base class of the client's exceptions."""
 
 
 class InvalidInput(UnrollError, ValueError):
@@ -24,15 +24,15 @@ class InvalidInput(UnrollError, ValueError):
 
 
 class ConnectionFailed(UnrollError, ConnectionError):
-    """No server answered within `retry_for`. The session's last step may have been applied: send it again."""
+    """No server answered within `retry_for`. The last step may have been applied: send it again."""
 
 
 class SomeFailed(UnrollError):
-    """Steps of several sessions were sent at once, and some were refused. Those of the others were applied.
+    """Steps of several sessions were sent at once, and some were refused; the rest were applied.
 
     Attributes:
-        errors: By the session's index in the call.
-        outputs: As the call would have returned them; zeros for the sessions that failed.
+        errors: The errors, by the session's index in the call.
+        outputs: The call's outputs, with zeros for the failed sessions.
     """
 
     def __init__(self, errors: "Mapping[int, ServerError]", outputs: Any) -> None:
@@ -46,9 +46,9 @@ class ServerError(UnrollError):
     """The server refused a request, or failed on it.
 
     Attributes:
-        code: Stable; `error.code == "position_gap"` stays true in later versions.
-        status: HTTP status; 0 if the error came over a stream.
-        detail: A sentence for people.
+        code: The stable error code, such as "position_gap".
+        status: The HTTP status; 0 for an error from a stream.
+        detail: A human-readable explanation.
         members: Further members of the server's error document.
     """
 
@@ -68,24 +68,24 @@ class ServerError(UnrollError):
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds after which the server may accept the request; None if it did not say."""
+        """Seconds after which the server may accept the request, if it gave them."""
         seconds = self.members.get("retry_after")
         return None if seconds is None else float(seconds)
 
     @staticmethod
     def of(code: str, detail: str, status: int = 0, members: Mapping[str, Any] = {}) -> "ServerError":
-        """The error of a code. A code that this version does not know is a plain ServerError."""
+        """Make the error for a code; a plain ServerError if this version does not know the code."""
         return ServerError._classes.get(code, ServerError)(detail, code, status, members)
 
     @staticmethod
     def in_item(item: Mapping[str, Any]) -> "ServerError | None":
-        """The error of one session in an answer about several, if it has one."""
+        """The error of one session, if any, in an answer about several."""
         error = item.get("error")
         return None if error is None else ServerError.of(error["code"], error["detail"], members=error)
 
 
 class Unauthenticated(ServerError):
-    """The server has API keys, and the client sent none, or one that is unknown or has expired."""
+    """The server requires an API key, and the client's is missing, unknown or expired."""
 
     code = "unauthenticated"
 
@@ -97,34 +97,34 @@ class Forbidden(ServerError):
 
 
 class HostRefused(ServerError):
-    """The server is not known by the host name in the URL; see its `--allowed-hosts`."""
+    """The server does not accept the host name in the URL; see its `--allowed-hosts`."""
 
     code = "host_refused"
 
 
 class OriginRefused(ServerError):
-    """Pages of this origin may not use the server; see its `--allowed-origins`."""
+    """Pages from this origin may not use the server; see its `--allowed-origins`."""
 
     code = "origin_refused"
 
 
 class ModelUnknown(ServerError):
-    """The server has no model of this name or version."""
+    """The server has no model with this name or version."""
 
     code = "model_unknown"
 
 
 class ModelUnavailable(ServerError):
-    """The model is in the repository and its bundle is refused; the detail says why."""
+    """The model is in the repository, but the server refuses its bundle; the detail says why."""
 
     code = "model_unavailable"
 
 
-# ── the request is wrong; nothing was applied ────────────────────────────────────────────────────
+# ── the request is invalid; nothing was applied ──────────────────────────────────────────────────
 
 
 class InvalidRequest(ServerError):
-    """The request is not one that the server understands."""
+    """The server does not understand the request."""
 
     code = "malformed_request"
 
@@ -136,19 +136,19 @@ class BodyTooLarge(InvalidRequest):
 
 
 class UnsupportedMediaType(InvalidRequest):
-    """The body has a type or an encoding that the route does not take."""
+    """The route does not accept the body's type or encoding."""
 
     code = "unsupported_media_type"
 
 
 class InvalidShape(InvalidRequest):
-    """A tensor has another shape than the model's."""
+    """A tensor's shape differs from the model's."""
 
     code = "invalid_shape"
 
 
 class InvalidDtype(InvalidRequest):
-    """A tensor has values of another type than the model's."""
+    """A tensor's dtype differs from the model's."""
 
     code = "invalid_dtype"
 
@@ -166,13 +166,13 @@ class InputOutOfRange(InvalidRequest):
 
 
 class MapInvalid(InvalidRequest):
-    """The map of a rollout does not make the model's inputs of its outputs."""
+    """The map of a rollout does not turn the model's outputs into its inputs."""
 
     code = "map_invalid"
 
 
 class SnapshotInvalid(InvalidRequest):
-    """The snapshot is damaged, or of another model."""
+    """The snapshot is damaged, or belongs to another model."""
 
     code = "snapshot_invalid"
 
@@ -184,26 +184,26 @@ class NotStreamable(InvalidRequest):
 
 
 class DurabilityUnavailable(InvalidRequest):
-    """The server has no store, or no keys that sign client-held snapshots."""
+    """The server has no store, or no keys to sign client-held snapshots."""
 
     code = "durability_unavailable"
 
 
-# ── the session; its state is as before ──────────────────────────────────────────────────────────
+# ── the session; its state is unchanged ──────────────────────────────────────────────────────────
 
 
 class SessionError(ServerError):
-    """Where the session is, or what became of it."""
+    """The session is gone, or not in the expected state."""
 
 
 class SessionUnknown(SessionError):
-    """The session was never opened, or was lost with its server: open one and send the steps again."""
+    """The session was never opened, or was lost with its server: open one, and send the steps again."""
 
     code = "session_unknown"
 
 
 class SessionGone(SessionError):
-    """The session existed and its state is lost."""
+    """The session existed, but its state is lost."""
 
 
 class SessionClosed(SessionGone):
@@ -219,28 +219,28 @@ class SessionExpired(SessionGone):
 
 
 class SessionEvicted(SessionGone):
-    """The server needed the session's room."""
+    """The server evicted the session to make room."""
 
     code = "session_evicted"
 
 
 class SessionExists(SessionError):
-    """A session of this id is open: attach to it with `mode="resume"`, or choose another id."""
+    """A session with this id is open: attach to it with `mode="resume"`, or choose another id."""
 
     code = "session_exists"
 
 
 class ModelChanged(SessionError):
-    """The session runs on a version of the model that is not served any more."""
+    """The session's model version is no longer served."""
 
     code = "model_changed"
 
 
 class PositionError(SessionError):
-    """The session is not where the client expects it.
+    """The session is not at the position that the client expects.
 
     Attributes:
-        expected: The position of the step that the session would apply next.
+        expected: The position of the next step.
     """
 
     @property
@@ -255,68 +255,68 @@ class PositionGap(PositionError):
 
 
 class PositionTooOld(PositionError):
-    """The step was applied long ago, and its reply is not kept any more."""
+    """The step was applied long ago, and its reply is no longer kept."""
 
     code = "position_too_old"
 
 
 class PayloadMismatch(PositionError):
-    """A step of this position was applied with other values."""
+    """A step with this position was applied with different values."""
 
     code = "payload_mismatch"
 
 
-# ── no room now; the client has retried ──────────────────────────────────────────────────────────
+# ── no capacity; the client has retried ──────────────────────────────────────────────────────────
 
 
 class Overloaded(ServerError):
-    """The server has no room at present. The client has retried for `retry_for` seconds."""
+    """The server has no capacity at present. The client has retried for `retry_for` seconds."""
 
 
 class QueueFull(Overloaded):
-    """Too many requests wait."""
+    """Too many requests are waiting."""
 
     code = "queue_full"
 
 
 class DeadlineUnreachable(Overloaded):
-    """What waits takes longer than the request may wait."""
+    """The request would miss its deadline in the queue."""
 
     code = "deadline_unreachable"
 
 
 class TooManyConnections(Overloaded):
-    """The server, or the client's address, has as many connections as it may."""
+    """The server, or the client's address, has reached its limit of connections."""
 
     code = "too_many_connections"
 
 
 class CapacityExhausted(Overloaded):
-    """No further session fits."""
+    """The server has no room for another session."""
 
     code = "capacity_exhausted"
 
 
 class QuotaExceeded(Overloaded):
-    """The tenant of the API key has used up what it may."""
+    """The API key's tenant has exhausted its quota."""
 
     code = "quota_exceeded"
 
 
 class Draining(Overloaded):
-    """The server shuts down, and no other one answered."""
+    """The server is shutting down, and no other server answered."""
 
     code = "draining"
 
 
 class KeysUnavailable(Overloaded):
-    """The server could not verify the JWT that was sent as the API key: its identity provider has not answered."""
+    """The server could not verify the JWT sent as the API key, because its identity provider has not answered."""
 
     code = "keys_unavailable"
 
 
 class VersionUnavailable(Overloaded):
-    """The session runs on a version that the server does not have yet, and no other one answered."""
+    """The server does not have the session's version yet, and no other server answered."""
 
     code = "version_unavailable"
 
@@ -328,12 +328,12 @@ class StoreUnavailable(Overloaded):
 
 
 class SessionContended(Overloaded):
-    """Other servers updated the session at the same time, again and again."""
+    """Other servers kept updating the session concurrently."""
 
     code = "session_contended"
 
 
-# ── accepted, and failed; the state is as before ─────────────────────────────────────────────────
+# ── accepted, and failed; the state is unchanged ─────────────────────────────────────────────────
 
 
 class ExecutionError(ServerError):
@@ -347,18 +347,18 @@ class Cancelled(ExecutionError):
 
 
 class DeadlineExceeded(ExecutionError):
-    """The request waited for longer than it may, for as long as the client retried."""
+    """The request missed its deadline in the queue, on every retry."""
 
     code = "deadline_exceeded"
 
 
 class NonFiniteOutput(ExecutionError):
-    """The model answered with NaN or infinity."""
+    """The model's output contains NaN or infinity."""
 
     code = "non_finite_output"
 
 
 class EngineFailed(ExecutionError):
-    """The model could not be run; the server's log has the reason."""
+    """Running the model failed; the server's log has the reason."""
 
     code = "engine_failed"

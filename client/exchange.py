@@ -1,7 +1,7 @@
-"""What a client asks over HTTP, without I/O.
+"""HTTP requests and responses, without I/O.
 
 Each operation is a generator: it yields a Request, receives the Response, and returns its result. `Client` and
-`AsyncClient` send the requests, and repeat them; what they mean is here, once.
+`AsyncClient` only send the requests, with retries.
 """
 
 import json
@@ -22,7 +22,7 @@ EVENTS = "text/event-stream"
 
 @dataclass(slots=True)
 class Request:
-    """path: encoded, after the server's URL."""
+    """A request; `path` is percent-encoded and relative to the server's URL."""
 
     method: str
     path: str
@@ -32,7 +32,7 @@ class Request:
 
 @dataclass(slots=True)
 class Response:
-    """headers: by lower-case name. repeated: the request was sent more than once."""
+    """A response, with lower-case header names; `repeated` if its request was sent more than once."""
 
     status: int
     headers: Mapping[str, str]
@@ -51,26 +51,26 @@ class Response:
             return None
 
     def json(self) -> Any:
-        """Raises ServerError if it is none."""
+        """Parse the body. Raises ServerError if it is not JSON."""
         try:
             return json.loads(self.body)
         except ValueError as error:
             raise self.foreign() from error
 
     def number(self, header: str) -> int:
-        """Raises ServerError if there is no such header."""
+        """An integer header. Raises ServerError if it is missing or invalid."""
         try:
             return int(self.headers[header])
         except (KeyError, ValueError) as error:
             raise self.foreign() from error
 
     def foreign(self) -> ServerError:
-        """Something else than a server of ours has answered."""
+        """The error for an answer that did not come from Unroll."""
         text = self.body[:200].decode(errors="replace").strip()
         return ServerError(f"this is no answer of Unroll: {text or 'it is empty'}", "unexpected_answer", self.status)
 
     def error(self) -> ServerError | None:
-        """The refusal that this response is, if it is one."""
+        """The error that this response carries, if any."""
         if 200 <= self.status < 300:
             return None
         if self.status < 400:
@@ -87,11 +87,11 @@ class Response:
         return ServerError.of(code, detail, self.status, members)
 
     def refusal(self) -> ServerError:
-        """`error` of a response that is none of those expected."""
+        """The error of a response that was not expected to succeed."""
         return self.error() or self.foreign()
 
     def checked(self) -> "Response":
-        """Raises ServerError."""
+        """Return the response. Raises ServerError if it carries an error."""
         if (error := self.error()) is not None:
             raise error
         return self
@@ -102,13 +102,13 @@ Exchange = Generator[Request, Response, T]
 
 
 def json_request(method: str, path: str, document: Mapping[str, Any]) -> Request:
-    """Members that are None are left out."""
+    """A request with a JSON body; members that are None are omitted."""
     members = {name: value for name, value in document.items() if value is not None}
     return Request(method, path, json.dumps(members).encode(), {"Content-Type": JSON})
 
 
 def model_path(model: str) -> str:
-    """model: a name, or `name:version`."""
+    """The path of a model, `name` or `name:version`."""
     return f"/v1/models/{quote(model, safe=':')}"
 
 

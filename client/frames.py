@@ -1,7 +1,7 @@
 """The stream's binary frames, as docs/protocol.md specifies them: steps to the server, outputs from it.
 
 A frame has a header of 8 bytes (type, flags, N), N entries of 16 bytes (handle, steps T, position), and the values:
-tensor after tensor, and of each the entries' (T, *shape) one after another.
+tensor by tensor, each as the concatenation of the entries' (T, *shape).
 """
 
 import struct
@@ -17,18 +17,18 @@ _STEPS, _OUTPUTS = 1, 2
 ROLLED = b"\x03"
 _ENTRY = np.dtype([("handle", "<u4"), ("steps", "<u4"), ("position", "<u8")])
 
-#: Most entries and bytes of the frames that are sent; servers take at least so much unless they are set to less.
+#: Limits on the entries and bytes of a frame that is sent; servers accept at least this much by default.
 MOST_ENTRIES, MOST_BYTES = 2048, 4 * 2**20
 
 
 def pack_steps(handles: np.ndarray, steps: int, positions: np.ndarray, inputs: Sequence[np.ndarray]) -> Iterator[bytes]:
-    """Frames of one chunk per session.
+    """Yield frames with one chunk per session.
 
     Args:
-        handles: (N,)
-        steps: T of every chunk.
-        positions: (N,) of their first steps.
-        inputs: Each (N, T, *shape).
+        handles: The sessions' handles, (N,).
+        steps: T, the length of every chunk.
+        positions: The positions of the first steps, (N,).
+        inputs: Arrays (N, T, *shape).
     """
     row_bytes = sum(array[0].nbytes for array in inputs)
     each = max(1, min(MOST_ENTRIES, MOST_BYTES // row_bytes))
@@ -41,14 +41,17 @@ def pack_steps(handles: np.ndarray, steps: int, positions: np.ndarray, inputs: S
 
 
 def unpack_outputs(frame: bytes, tensors: Sequence[Tensor]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """The entries of a frame, (N,) of handle, steps and position; and for each tensor, an array per entry.
+    """Decode a frame of outputs, or of rollout steps.
 
     Args:
-        frame: Of outputs, or of the steps of a rollout.
-        tensors: That it has: the outputs; of a rollout, the inputs before them.
+        frame: The frame.
+        tensors: The tensors in the frame: the outputs; for a rollout, the inputs and then the outputs.
+
+    Returns:
+        The entries (N,) with handle, steps and position; and for each tensor, an array per entry.
 
     Raises:
-        ValueError: It is no such frame.
+        ValueError: The frame is of another type, or damaged.
     """
     kind, _, _, count = _HEADER.unpack_from(frame)
     if kind != _OUTPUTS and frame[:1] != ROLLED:

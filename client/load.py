@@ -1,7 +1,7 @@
-"""A load generator for a model on a running server: what `unroll bench` measures.
+"""The load generator behind `unroll bench`, for a model on a running server.
 
-A client has a session of its own and one request in flight. In an open loop requests are due at the times of a Poisson
-process, each at the next client in turn, and wait there for the request before.
+Each client has its own session and one request in flight. In an open loop, requests are due at the times of a Poisson
+process. They go to the clients in turn, and wait there for the previous request.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from unroll.client.errors import ConnectionFailed, ServerError
 from unroll.client.plot import bars
 from unroll.client.tensors import Tensor
 
-#: Seconds after the end of the run within which replies are still waited for.
+#: Seconds to wait for replies after the end of the run.
 _PATIENCE = 30.0
 _COLUMNS = 60
 _LOCAL = {"127.0.0.1", "localhost", "::1"}
@@ -36,11 +36,11 @@ _Send = Callable[[Any], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run.
+    """The plan of a run.
 
     Attributes:
-        rate: Requests per second of an open loop; None: a closed loop.
-        lengths: Time steps per request, in turn.
+        rate: Requests per second of an open loop; None for a closed loop.
+        lengths: Time steps per request, used in turn.
     """
 
     url: str
@@ -56,12 +56,13 @@ class Plan:
 
 @dataclass(slots=True)
 class Measured:
-    """What was measured.
+    """The measurements of a run.
 
     Attributes:
-        ends, latencies: Of the accepted requests, in seconds: when each ended, since the begin, and how long it took.
-        steps: Time steps that were accepted.
-        refused: Requests that were not, by the code of the error.
+        ends: When each accepted request ended, in seconds since the start.
+        latencies: How long each accepted request took, in seconds.
+        steps: The number of accepted time steps.
+        refused: The number of refused requests, by error code.
         cores: Processor cores that the load generator kept busy.
         load: The machine's load average at the end.
     """
@@ -80,7 +81,7 @@ class Measured:
 
 
 def measure(plan: Plan, processes: int = 1) -> Measured:
-    """Run the plan, its clients divided among several processes. Raises UnrollError if no session can be opened."""
+    """Run the plan, with its clients divided among processes. Raises UnrollError if a session cannot be opened."""
     if processes == 1:
         return asyncio.run(_measure(plan))
     shares = [len(range(one, plan.clients, processes)) for one in range(processes)]
@@ -121,7 +122,7 @@ async def _measure(plan: Plan) -> Measured:
 
 
 class _Run:
-    """Sends the requests of all clients of a process."""
+    """Sends the requests of a process's clients."""
 
     def __init__(self, plan: Plan, inputs: list[Any], senders: Sequence[_Send], rng: np.random.Generator) -> None:
         self._plan, self._inputs, self._senders, self._rng = plan, inputs, senders, rng
@@ -175,7 +176,7 @@ class _Run:
             await asyncio.sleep(0)
         except ConnectionFailed:
             measured.refused["connection_failed"] += 1
-            await asyncio.sleep(0.01)  # it may fail at once
+            await asyncio.sleep(0.01)  # the failure may be immediate
         else:
             now = time.perf_counter()
             measured.ends.append(now - self._begin)
@@ -183,13 +184,13 @@ class _Run:
             measured.steps += self._plan.lengths[length]
 
     def _turns(self, first: int) -> Iterator[int]:
-        """Yield the number of the next length."""
+        """Yield indices of lengths in turn."""
         count = len(self._inputs)
         return cycle([(first + one) % count for one in range(count)])
 
 
 def _random(specs: Sequence[Tensor], leading: tuple[int, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Values that any model takes: small floats, and integers that are 0 or 1."""
+    """Values that any model accepts: small floats, and integers 0 and 1."""
     made = {}
     for spec in specs:
         shape = (*leading, *spec.shape)
@@ -224,7 +225,7 @@ def document(plan: Plan, measured: Measured) -> str:
 
 
 def report(plan: Plan, measured: Measured, processes: int) -> str:
-    """The figures in words, with the course of the run and the spread of the latencies as plots."""
+    """The figures as text, with plots of the rate over time and of the latency distribution."""
     found = _figures(plan, measured)
     loop = "closed loop" if plan.rate is None else f"open loop, {plan.rate:g} requests/s"
     lengths = ", ".join(map(str, plan.lengths))

@@ -1,4 +1,4 @@
-"""The operations on models: their descriptions, and whole sequences."""
+"""The operations on models: descriptions and whole sequences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import numpy as np
 
 from unroll.client.errors import InvalidInput
 from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path
-from unroll.client.tensors import ArrayLike, Arrays, Model
+from unroll.client.tensors import ArrayLike, Arrays, Model, listed
 
 
 class Catalogue:
-    """The models that a client knows already. A version's description never changes, so it is asked for once."""
+    """Caches model descriptions: that of a version never changes."""
 
     def __init__(self) -> None:
         self._versions: dict[tuple[str, str], Model] = {}
@@ -21,7 +21,7 @@ class Catalogue:
         return [self._add(response, document) for document in response.checked().json()]
 
     def model(self, reference: str) -> Exchange[Model]:
-        """reference: `name` or `name:version`. Raises ModelUnknown or ModelUnavailable."""
+        """Look up `name` or `name:version`. Raises ModelUnknown or ModelUnavailable."""
         name, _, version = reference.partition(":")
         if (known := self._versions.get((name, version))) is not None:
             return known
@@ -40,14 +40,11 @@ class Catalogue:
 
 
 def sequence(model: Model, inputs: ArrayLike, static: Mapping[str, ArrayLike] | None = None) -> Exchange[Arrays]:
-    """One whole sequence from the model's initial state.
-
-    Args:
-        inputs: (T, *shape).
+    """Run a whole sequence, `inputs` (T, *shape), from the model's initial state.
 
     Raises:
-        InvalidInput: Nothing was sent.
-        ServerError: The server refused.
+        InvalidInput: An array does not fit; nothing was sent.
+        ServerError: The server refused the request.
     """
     arrays = model.inputs_of(inputs, "T")
     first = model.static_of(static)
@@ -60,15 +57,15 @@ def sequence(model: Model, inputs: ArrayLike, static: Mapping[str, ArrayLike] | 
     named = {spec.name: [array.tolist()] for spec, array in zip(model.inputs, arrays, strict=True)}
     document = {"inputs": named, "static": {name: [value] for name, value in first.items()}}
     response = yield json_request("POST", path, document)
-    outputs = response.checked().json()["outputs"]
-    lists = [outputs[0]] if len(model.outputs) == 1 else [outputs[spec.name][0] for spec in model.outputs]
-    return model.outputs_of([np.array(item, spec.numpy) for spec, item in zip(model.outputs, lists, strict=True)])
+    several = listed(model.outputs, response.checked().json()["outputs"])
+    return model.outputs_of([np.array(rows[0], spec.numpy) for spec, rows in zip(model.outputs, several, strict=True)])
 
 
 def split_outputs(model: Model, response: Response, content: bytes | memoryview, steps: int) -> list[np.ndarray]:
-    """The outputs of a raw body, which holds one after another: each (T, *shape), or (*shape) without a time axis.
+    """Split a raw body into the outputs, each (T, *shape), or (*shape) without a time axis.
 
-    Raises ServerError if they are not of this model.
+    Raises:
+        ServerError: The body does not have the size of this model's outputs.
     """
     sizes = [spec.size * (steps if spec.time else 1) * spec.numpy.itemsize for spec in model.outputs]
     if len(content) != sum(sizes):
@@ -83,7 +80,7 @@ def split_outputs(model: Model, response: Response, content: bytes | memoryview,
 
 
 def check_sequences(sequences: Sequence[Any], static: Sequence[Any] | None) -> list[Any]:
-    """The static inputs of each sequence. Raises InvalidInput."""
+    """The static inputs of each sequence, or None. Raises InvalidInput if the numbers differ."""
     if static is not None and len(static) != len(sequences):
         raise InvalidInput(f"{len(sequences)} sequences were given, and static inputs for {len(static)}")
     return [None] * len(sequences) if static is None else list(static)

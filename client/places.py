@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 class Place:
-    """A session's place on a stream.
+    """A session on a stream.
 
     Attributes:
         handle: The session's number on the stream.
-        id, position, durability: As of the session.
-        lost: Why the session cannot be stepped any more.
-        call: Its steps that are unanswered.
-        last: The outputs of its last chunk, if they are known.
-        rollout: Of it, if one is under way.
+        id, position, durability: As in `Session`.
+        lost: Why the session can no longer be stepped, or None.
+        call: Its unanswered steps, if any.
+        last: The outputs of its last chunk, if known.
+        rollout: The running rollout, if any.
     """
 
     __slots__ = ("call", "durability", "handle", "id", "last", "lost", "position", "rollout")
@@ -37,7 +37,7 @@ class Place:
         self.rollout: StreamRollout | None = None
 
     def fail(self, error: ServerError) -> None:
-        """Whatever is under way fails."""
+        """Fail the pending steps and the running rollout."""
         if self.call is not None:
             self.call.fail(self.handle, error)
         if self.rollout is not None:
@@ -45,7 +45,7 @@ class Place:
 
 
 class PlaceFacts:
-    """What a session on a stream says of itself, in both clients."""
+    """The properties of a session on a stream, for both clients."""
 
     place: Place
 
@@ -58,7 +58,7 @@ class PlaceFacts:
 
     @property
     def position(self) -> int:
-        """Time steps that the session has consumed, as far as this client knows."""
+        """The number of time steps that the session has consumed, as far as this client knows."""
         return self.place.position
 
     @property

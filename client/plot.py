@@ -1,4 +1,4 @@
-"""Plots of one line: a character for each value."""
+"""One-line plots, with a character per value."""
 
 import shutil
 from collections import deque
@@ -13,7 +13,7 @@ _MOST_ROWS = 8
 
 
 class Plot:
-    """The latest values of each output as bars: redrawn in place on a terminal, elsewhere drawn once, at the end."""
+    """Plots the latest values of each output: redrawn in place on a terminal, otherwise drawn once at the end."""
 
     def __init__(self, out: TextIO, names: Sequence[str]) -> None:
         self._out, self._names = out, names[:_MOST_ROWS]
@@ -23,12 +23,12 @@ class Plot:
         self._drawn = False
 
     def add(self, arrays: Sequence[np.ndarray]) -> None:
-        """The outputs of one time step."""
+        """Add the outputs of one time step."""
         values = [np.ravel(array).astype(np.float64) for array in arrays]
         self._values.append(np.concatenate(values)[: len(self._names)])
 
     def draw(self, *, end: bool = False) -> None:
-        """Draw what was added: on a terminal, or if it is the end."""
+        """Draw the plot if this is a terminal, or the end."""
         terminal = self._out.isatty()
         if not self._values or not (terminal or end):
             return

@@ -1,4 +1,4 @@
-"""When a request is sent again. Every step carries its position, so a repetition is never applied twice."""
+"""When to retry a request. Every step carries its position, so a retry is never applied twice."""
 
 import random
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from http import HTTPStatus
 
 from unroll.client.errors import DeadlineExceeded, InvalidInput, ServerError
 
-#: The longest timeout in seconds, about what sockets take.
+#: The longest timeout in seconds, close to the limit of sockets.
 _LONGEST_TIMEOUT = 1e6
-#: Seconds before the first repetition; doubled for each further one, up to the longest.
+#: Seconds before the first retry, doubled for each further one; and the longest pause.
 _FIRST, _LONGEST = 0.05, 2.0
 
-#: Statuses after which the same request may succeed.
+#: Statuses after which a retry may succeed.
 RETRIED = frozenset(
     {
         HTTPStatus.TOO_MANY_REQUESTS,
@@ -25,10 +25,10 @@ RETRIED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """For how many seconds a request is repeated, and the clock that tells, in seconds.
+    """How long to retry a request, and the clock, both in seconds.
 
     Raises:
-        InvalidInput: It is no number of seconds.
+        InvalidInput: `retry_for` is negative or NaN.
     """
 
     retry_for: float
@@ -40,14 +40,14 @@ class RetryPolicy:
 
 
 def check_timeout(timeout: float) -> float:
-    """Returns it. Raises InvalidInput if it is no number of seconds that a socket can wait."""
+    """Return the timeout. Raises InvalidInput if a socket cannot wait that long."""
     if not 0 < timeout <= _LONGEST_TIMEOUT:
         raise InvalidInput(f"timeout is {timeout}: give the seconds for one attempt, at most {_LONGEST_TIMEOUT:.0f}")
     return timeout
 
 
 class Retries:
-    """The repetitions of one request."""
+    """The retries of one request."""
 
     __slots__ = ("_deadline", "_policy", "count")
 
@@ -57,7 +57,7 @@ class Retries:
         self.count = 0
 
     def pause(self, retry_after: float | None = None) -> float | None:
-        """Seconds to wait before the next repetition; None if it is time to give up."""
+        """Seconds to wait before the next retry; None if it is time to give up."""
         now = self._policy.clock()
         if self._deadline is None:
             self._deadline = now + self._policy.retry_for
@@ -68,5 +68,5 @@ class Retries:
 
 
 def refused_for_now(error: ServerError) -> bool:
-    """Whether what was asked on a stream may succeed later."""
+    """May a request that was refused on a stream succeed later?"""
     return error.retry_after is not None or isinstance(error, DeadlineExceeded)

@@ -1,7 +1,7 @@
-"""A rollout without I/O: its request, and what its events mean. The clients and their streams receive them.
+"""Rollouts without I/O: the request, and the interpretation of its events.
 
-After a broken connection the request is sent again, and what was yielded already is skipped: the same request at the
-same position gives the same steps.
+After a broken connection the request is sent again, and steps that were already yielded are skipped: the same request
+at the same position gives the same steps.
 """
 
 import base64
@@ -16,11 +16,11 @@ from unroll.client.errors import ConnectionFailed, InvalidInput, ModelUnavailabl
 from unroll.client.exchange import Request, json_request
 from unroll.client.retries import RETRIED, Retries
 from unroll.client.session_calls import SessionCalls
-from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor, named
+from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor, listed, named
 
-#: fork: on a copy of the state, the session stays as it is. session: on the session, applied as a whole at the end.
+#: fork runs on a copy of the state; session runs on the session, which advances at the end.
 On = Literal["fork", "session"]
-#: How inputs are made of outputs, as docs/rollout.md describes it: the object, or a kind that needs no more.
+#: How to compute inputs from outputs, see docs/rollout.md: an object, or just the name of a kind without options.
 Map = Mapping[str, Any] | str
 
 
@@ -29,9 +29,9 @@ class RolledStep:
     """A time step of a rollout.
 
     Attributes:
-        position: Of the session, or of its copy, after the step.
-        inputs: Which the map made: an array of the input's shape, or a dict of several.
-        outputs: Likewise.
+        position: The position of the session, or of its copy, after the step.
+        inputs: The inputs computed by the map: an array of the input's shape, or a dict of several.
+        outputs: The outputs, likewise.
     """
 
     position: int
@@ -41,7 +41,7 @@ class RolledStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RolloutWish:
-    """What a caller asks for. See `Session.rollout`."""
+    """The arguments of a rollout. See `Session.rollout`."""
 
     steps: int
     map: Map
@@ -51,21 +51,21 @@ class RolloutWish:
 
 
 class Rollout:
-    """What is asked for, and which of the time steps its caller has.
+    """A rollout, and how many of its time steps were yielded.
 
     Args:
-        model: Of the session.
-        position: Of the session, where the rollout begins.
-        wish: See there.
+        model: The session's model.
+        position: The session's position, at which the rollout starts.
+        wish: The arguments of the rollout.
         last: The outputs of the last time step, if this client knows them.
 
     Attributes:
-        members: Of the request.
-        complete: All time steps have come.
-        last: The outputs of those that came last, as of a chunk.
+        members: The members of the request.
+        complete: Whether all time steps have arrived.
+        last: The outputs of the latest event, as for a chunk.
 
     Raises:
-        InvalidInput: Nothing was sent.
+        InvalidInput: An array does not fit; nothing was sent.
     """
 
     def __init__(self, model: Model, position: int, wish: RolloutWish, last: list[np.ndarray] | None) -> None:
@@ -86,20 +86,20 @@ class Rollout:
         self._yielded = position + max(len(given[0]) - 1 if given else 0, 0)
 
     def restart(self) -> None:
-        """It is sent, for the first time or again."""
+        """Start over, before the request is sent for the first time or again."""
         self._reached = self.members["position"]
 
     def steps(self, end: int, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> Iterator[RolledStep]:
-        """The steps of an event that were not yielded yet; of the given ones only the last is.
+        """Yield the new steps of an event; of the steps given as `inputs`, only the last.
 
         Args:
-            end: The position after them.
-            inputs, outputs: As of a chunk.
+            end: The position after the event's steps.
+            inputs, outputs: Their arrays, as for a chunk.
         """
         model, begin = self._model, self._reached
         self._reached = end
-        self.last = [array.copy() for array in outputs]  # the caller may change what it gets
-        timed = all(spec.time for spec in model.outputs)  # other outputs have one value for all steps of an event
+        self.last = [array.copy() for array in outputs]  # the caller may modify the arrays it receives
+        timed = all(spec.time for spec in model.outputs)  # an output without time has one value per event
         for position in range(max(begin if timed else end - 1, self._yielded) + 1, end + 1):
             self._yielded = position
             at = position - begin - 1
@@ -111,11 +111,11 @@ class RolloutCall(Rollout):
     """A rollout over HTTP.
 
     Args:
-        session: It begins from. Its position advances when a rollout on the session has ended.
-        wish: See there.
+        session: The session, which advances when a rollout on it has ended.
+        wish: The arguments of the rollout.
 
     Raises:
-        InvalidInput: Nothing was sent.
+        InvalidInput: An array does not fit; nothing was sent.
     """
 
     def __init__(self, session: SessionCalls, wish: RolloutWish) -> None:
@@ -127,13 +127,13 @@ class RolloutCall(Rollout):
         self._request = json_request("POST", f"{session.path}/rollout", {**self.members, "snapshot": snapshot})
 
     def begin(self) -> Request:
-        """What is to be sent, for the first time or again."""
+        """The request, to send for the first time or again."""
         self._buffer = b""
         self.restart()
         return self._request
 
     def receive(self, content: bytes) -> Iterator[RolledStep]:
-        """A part of the response's body. Raises ServerError if the rollout failed."""
+        """Yield the steps in a part of the response's body. Raises ServerError if the rollout failed."""
         *events, self._buffer = (self._buffer + content).split(b"\n\n")
         for event in events:
             fields = dict(line.split(b": ", 1) for line in event.splitlines())
@@ -152,10 +152,15 @@ class RolloutCall(Rollout):
                 raise ServerError.of(document["code"], document["detail"], document["status"], document)
 
     def pause(self, error: Exception, retries: Retries, failed: Callable[[Exception, int], str]) -> float:
-        """Seconds until it is sent again. Raises what its caller is told if that would be in vain, or time is up.
+        """Seconds until the request is retried.
 
         Args:
-            failed: Makes the message of a ConnectionFailed of the error and the number of attempts.
+            error: The error that ended the attempt.
+            retries: The retries so far.
+            failed: Formats the message of a ConnectionFailed from the error and the number of attempts.
+
+        Raises:
+            ServerError, ConnectionFailed: A retry would fail again, or time is up.
         """
         if not isinstance(error, ServerError):
             if (pause := retries.pause()) is None:
@@ -168,5 +173,4 @@ class RolloutCall(Rollout):
 
 
 def _arrays(specs: Sequence[Tensor], value: Any) -> list[np.ndarray]:
-    values = [value] if len(specs) == 1 else [value[spec.name] for spec in specs]
-    return [np.array(item, spec.numpy) for spec, item in zip(specs, values, strict=True)]
+    return [np.array(item, spec.numpy) for spec, item in zip(specs, listed(specs, value), strict=True)]

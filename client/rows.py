@@ -1,4 +1,4 @@
-"""Time steps as rows of text or bytes: CSV, JSONL, raw values, and text for models of bytes."""
+"""Reads and writes time steps as CSV, JSONL, raw values, or text for models of bytes."""
 
 import csv
 import json
@@ -11,17 +11,17 @@ from unroll.client.errors import InvalidInput
 from unroll.client.tensors import Model, Tensor
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
-#: By the kind of a dtype: reads a cell.
+#: Parsers of a cell, by the dtype's kind.
 _PARSERS: dict[str, Callable[[str], object]] = {"f": float, "i": int, "b": _BOOLS.__getitem__}
 
 #: One time step: an array per input, in the model's order.
 Row = tuple[np.ndarray, ...]
-#: Gets the outputs of one time step, in the model's order.
+#: Writes the outputs of one time step, given in the model's order.
 Write = Callable[[Sequence[np.ndarray]], None]
 
 
 def columns_of(model: Model, rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Time steps as one array for each input, (T, *shape)."""
+    """Stack time steps into one array (T, *shape) per input."""
     return {spec.name: np.stack(arrays) for spec, arrays in zip(model.inputs, zip(*rows, strict=True), strict=True)}
 
 
@@ -46,7 +46,7 @@ def _read_csv(model: Model, source: BinaryIO, columns: str | None) -> Iterator[R
 
 
 def _places(names: list[str] | None, wanted: list[str] | None, count: int) -> list[int]:
-    """The columns to send. Raises InvalidInput."""
+    """The indices of the columns to send. Raises InvalidInput."""
     if wanted is None:
         return list(range(count))
     if names is None:
@@ -57,7 +57,7 @@ def _places(names: list[str] | None, wanted: list[str] | None, count: int) -> li
 
 
 def _divided(model: Model, values: Sequence[str], where: str) -> Row:
-    """The cells of a row as the inputs, one after another."""
+    """Divide the cells of a row among the inputs, in order."""
     size = sum(spec.size for spec in model.inputs)
     if len(values) != size:
         raise InvalidInput(
@@ -116,11 +116,13 @@ def _read_raw(model: Model, source: BinaryIO, columns: str | None) -> Iterator[R
         yield tuple(row)
 
 
+def output_names(model: Model) -> list[str]:
+    """Of each value of a time step."""
+    return [spec.name if spec.size == 1 else f"{spec.name}_{i}" for spec in model.outputs for i in range(spec.size)]
+
+
 def _write_csv(model: Model, out: BinaryIO) -> Write:
-    names = [
-        spec.name if spec.size == 1 else f"{spec.name}_{i}" for spec in model.outputs for i in range(max(spec.size, 1))
-    ]
-    out.write((",".join(names) + "\n").encode())
+    out.write((",".join(output_names(model)) + "\n").encode())
     return lambda arrays: _line(out, ",".join(str(value) for array in arrays for value in array.ravel()))
 
 
@@ -134,7 +136,7 @@ def _write_jsonl(model: Model, out: BinaryIO) -> Write:
 
 
 def _shortest(array: np.ndarray) -> str:
-    """As JSON, with as few digits as identify each value."""
+    """Format as JSON, with the fewest digits that identify each value."""
     if array.ndim:
         return f"[{','.join(map(_shortest, array))}]"
     return str(array.item()).lower() if array.dtype == bool else str(array[()])
@@ -153,13 +155,13 @@ def _line(out: BinaryIO, text: str) -> None:
 
 
 def check_takes_bytes(model: Model) -> None:
-    """Raises InvalidInput."""
+    """Raise InvalidInput unless the model takes one byte per time step."""
     if len(model.inputs) != 1 or model.inputs[0].shape or model.inputs[0].numpy.kind != "i":
         raise InvalidInput(f"{model.name!r} is no model of bytes: lines need one integer as input")
 
 
 def _read_lines(model: Model, source: BinaryIO, columns: str | None) -> Iterator[Row]:
-    """Yield a time step for each byte, also for those that end a line."""
+    """Yield a time step for each byte, including line ends."""
     check_takes_bytes(model)
     for line in source:
         for byte in line:

@@ -1,4 +1,4 @@
-"""Where a server is, and what every request to it carries."""
+"""The address of a server, and the headers of every request."""
 
 import http.client
 import ssl
@@ -14,13 +14,14 @@ from unroll.client.exchange import model_path
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """Where requests go.
+    """The address of a server.
 
     Attributes:
-        url: Without a slash at the end.
-        path: Of the URL, before every route.
-        headers: Of every request.
-        tls: For https://, else None.
+        url: The URL, without a trailing slash.
+        host, port: The host and port in the URL.
+        path: The path in the URL, a prefix of every route.
+        headers: The headers of every request.
+        tls: The context for https://, otherwise None.
     """
 
     url: str
@@ -32,7 +33,7 @@ class ServerAddress:
 
     @classmethod
     def of(cls, url: str, api_key: str | None, headers: Mapping[str, str] | None, tls: ssl.SSLContext | None) -> Self:
-        """Raises InvalidInput."""
+        """Parse a URL. Raises InvalidInput."""
         try:
             parts = urlsplit(url.strip().rstrip("/"))
             host, port = parts.hostname, parts.port
@@ -51,7 +52,7 @@ class ServerAddress:
         return cls(parts.geturl(), host, port, parts.path, sent, context)
 
     def stream_url(self, model: str) -> str:
-        """Of the WebSocket for a model, `name` or `name:version`."""
+        """The WebSocket URL of a model, `name` or `name:version`."""
         return f"ws{self.url.removeprefix('http')}{model_path(model)}/stream"
 
     @cached_property

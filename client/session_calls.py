@@ -1,4 +1,4 @@
-"""The operations on a session, and what its client knows of it: id, position, model, durability."""
+"""The operations on a session, and the client's knowledge of it: id, position, model, durability."""
 
 import base64
 import secrets
@@ -15,17 +15,17 @@ from unroll.client.model_calls import Catalogue, split_outputs
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 Durability = Literal["memory", "stored", "client"]
-#: The content of a snapshot, or the file that holds it.
+#: The content of a snapshot, or the path of its file.
 Snapshot = bytes | Path | str
 
-#: new: open a session; resume: attach to an open one; either: attach, or open one if the id is unknown.
+#: new opens a session; resume attaches to an open one; either attaches, or opens one if the id is unknown.
 Mode = Literal["new", "resume", "either"]
 
 _STATE = {"Content-Type": RAW}
 
 
 class Start(TypedDict, total=False):
-    """How a new session begins."""
+    """The options of a new session."""
 
     durability: Durability | None
     static: Mapping[str, ArrayLike] | None
@@ -36,10 +36,10 @@ class SessionCalls:
     """One session. Each operation is a generator of requests, see `exchange.py`.
 
     Attributes:
-        model: The version that it runs on, for its whole life.
-        position: Time steps that it has consumed, as far as this client knows.
+        model: The session's model version, fixed for its lifetime.
+        position: The number of time steps that it has consumed, as far as this client knows.
         durability: memory, stored or client.
-        sealed: The state, if this client holds it.
+        sealed: The sealed snapshot, if this client holds the state.
     """
 
     def __init__(self, catalogue: Catalogue, model: Model, info: Mapping[str, Any], sealed: bytes | None) -> None:
@@ -50,7 +50,7 @@ class SessionCalls:
         self._catalogue = catalogue
         self.path = session_path(f"{model.name}:{model.version}", self.id)
         self.sealed = sealed
-        self._last: Callable[[], Sequence[np.ndarray]] | None = None  # the outputs of the last chunk, if they are known
+        self._last: Callable[[], Sequence[np.ndarray]] | None = None  # the outputs of the last chunk, if known
 
     @classmethod
     def start(
@@ -72,16 +72,16 @@ class SessionCalls:
                 raise
         try:
             return (yield from cls.open(catalogue, model, session_id, **start))
-        except SessionExists:  # it was opened meanwhile
+        except SessionExists:  # another client has just opened it
             return (yield from cls.attach(catalogue, model, session_id))
 
     @classmethod
     def open(cls, catalogue: Catalogue, model: str, session_id: str | None, **start: Unpack[Start]) -> Exchange[Self]:
-        """A new session."""
+        """Open a new session."""
         static, snapshot = start.get("static"), start.get("snapshot")
         first = None if static is None else (yield from catalogue.model(model)).static_of(static)
         content = None if snapshot is None else read_snapshot(snapshot)
-        chosen = session_id or secrets.token_urlsafe(16)  # so that a repetition is recognised
+        chosen = session_id or secrets.token_urlsafe(16)  # a retry must use the same id
         document = {
             "session_id": chosen,
             "durability": start.get("durability"),
@@ -100,7 +100,7 @@ class SessionCalls:
 
     @classmethod
     def attach(cls, catalogue: Catalogue, model: str, session_id: str) -> Exchange[Self]:
-        """A session that is open."""
+        """Attach to an open session."""
         response = yield Request("GET", session_path(model, session_id))
         return (yield from cls._from(catalogue, response))
 
@@ -112,17 +112,17 @@ class SessionCalls:
         return cls(catalogue, model, info, sealed)
 
     def step(self, values: ArrayLike, position: int | None) -> Exchange[Arrays]:
-        """One time step; the outputs have no time axis. The values are read at once."""
+        """Apply one time step; the outputs have no time axis. The values are read immediately."""
         arrays = self.model.inputs_of(values, "")
         return self._apply(b"".join([array.tobytes() for array in arrays]), None, position)
 
     def steps(self, values: ArrayLike, position: int | None) -> Exchange[Arrays]:
-        """T time steps. The values are read at once."""
+        """Apply T time steps. The values are read immediately."""
         arrays = self.model.inputs_of(values, "T")
         return self._apply(b"".join([array.tobytes() for array in arrays]), len(arrays[0]), position)
 
     def _apply(self, content: bytes, chunk: int | None, position: int | None) -> Exchange[Arrays]:
-        """chunk: its time steps; None for a single step."""
+        """Send a chunk of `chunk` time steps; None for a single step."""
         begin, steps = self.position if position is None else position, chunk or 1
         headers = {"Content-Type": RAW, "Unroll-Position": str(begin), "Unroll-Steps": str(steps)}
         if self.sealed is not None:
@@ -142,29 +142,29 @@ class SessionCalls:
         return self.model.outputs_of(outputs)
 
     def refresh(self) -> Exchange[int]:
-        """Ask the server where the session is, and continue from there."""
+        """Adopt the session's position on the server."""
         if self.sealed is None:
             response = yield Request("GET", self.path)
             self._move(response.checked().json()["position"])
         return self.position
 
     def last_outputs(self) -> list[np.ndarray] | None:
-        """The outputs of the last time step, each (*shape), if they are known."""
+        """The outputs of the last time step, each (*shape), if known."""
         return None if self._last is None else self.model.last_step(self._last())
 
     def rolled_out(self, position: int, outputs: Sequence[np.ndarray]) -> None:
-        """A rollout on the session has ended at the position; outputs: of its last time step, as of a chunk."""
+        """Record the end of a rollout on the session: its position, and the outputs of its last event."""
         self.position = position
         self._last = lambda: outputs
 
     def _move(self, position: int) -> None:
-        """The session is found elsewhere than where the last known outputs were."""
+        """Adopt a position; if it is new, the last outputs are no longer known."""
         if position != self.position:
             self._last = None
         self.position = position
 
     def fork(self, session_id: str | None = None) -> Exchange[Self]:
-        """A second session in the same state."""
+        """Open a second session in the same state."""
         last = self._last
         forked = yield from self._forked(session_id)
         forked._last = last
@@ -181,14 +181,14 @@ class SessionCalls:
         return (yield from self._from(self._catalogue, response))
 
     def snapshot(self) -> Exchange[bytes]:
-        """The session's state and position, bound to its model."""
+        """Get the session's state and position, bound to its model."""
         if self.sealed is not None:
             return _unsealed(self.sealed)
         response = yield Request("GET", f"{self.path}/state")
         return response.checked().body
 
     def rewind(self, snapshot: Snapshot) -> Exchange[int]:
-        """Return to the state of a snapshot. Returns the position."""
+        """Restore the state of a snapshot. Returns the position."""
         content = read_snapshot(snapshot)
         if self.sealed is not None:
             earlier = yield from self._reopen(self.id, content)
@@ -199,12 +199,12 @@ class SessionCalls:
         return self.position
 
     def _reopen(self, session_id: str | None, snapshot: bytes) -> Exchange[Self]:
-        """A session that this client holds, from a snapshot: the server seals it for the id."""
+        """Open a client-held session from a snapshot, which the server seals for the id."""
         model = f"{self.model.name}:{self.model.version}"
         return self.open(self._catalogue, model, session_id, durability="client", snapshot=snapshot)
 
     def close(self) -> Exchange[None]:
-        """End the session. One that is closed already is no error."""
+        """End the session. A session that is already closed is not an error."""
         if self.sealed is None:
             response = yield Request("DELETE", self.path)
             error = response.error()
@@ -216,7 +216,7 @@ class SessionCalls:
 
 
 class SessionFacts:
-    """What a session says of itself, in both clients."""
+    """The properties of a session, for both clients."""
 
     _opened: SessionCalls | None = None
 
@@ -241,12 +241,12 @@ class SessionFacts:
 
     @property
     def model(self) -> Model:
-        """The version that the session runs on, for its whole life."""
+        """The session's model version, fixed for its lifetime."""
         return self._calls.model
 
     @property
     def position(self) -> int:
-        """Time steps that the session has consumed, as far as this client knows."""
+        """The number of time steps that the session has consumed, as far as this client knows."""
         return self._calls.position
 
     @property
@@ -255,18 +255,18 @@ class SessionFacts:
 
 
 def _position(snapshot: bytes | None) -> int:
-    """Where a session begins that is opened from the snapshot, which has its position in bytes 40 to 48."""
+    """The position of a snapshot, in its bytes 40 to 48; 0 without one."""
     return 0 if snapshot is None else int.from_bytes(snapshot[40:48], "little")
 
 
 def _unsealed(sealed: bytes) -> bytes:
-    """The snapshot that the server sealed: after a header of 12 bytes and the session's id, whose length is byte 6,
-    and before a signature of 32 bytes."""
+    """The snapshot within a sealed one: between a 12-byte header with the session id (its length is byte 6) and a
+    32-byte signature."""
     return sealed[12 + sealed[6] : -32]
 
 
 def read_snapshot(snapshot: Snapshot) -> bytes:
-    """Raises InvalidInput if the file cannot be read."""
+    """The bytes of a snapshot. Raises InvalidInput if its file cannot be read."""
     if isinstance(snapshot, bytes):
         return snapshot
     try:

@@ -1,4 +1,4 @@
-"""One WebSocket for the steps of many sessions: `Stream`, and its sessions."""
+"""One WebSocket for the steps of many sessions: `Stream` and its sessions."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from unroll.client.stream_calls import ControlCall, StepsCall, StreamCalls
 from unroll.client.stream_rollouts import StreamRollout
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
-#: Close code of a server that does not take a message of this size.
+#: The close code for a message that is too large.
 _TOO_LARGE = 1009
-#: Errors of a connection, after which the sessions are resumed on a new one.
+#: Connection errors, after which the sessions are resumed on a new connection.
 BROKEN = (OSError, ConnectionClosed, InvalidHandshake, InvalidURI, Overloaded)
 
 
 def websocket_options(address: ServerAddress, timeout: float) -> dict[str, Any]:
-    """For `connect` of the package websockets."""
+    """The arguments of `websockets.connect`."""
     return {
         "ssl": address.tls,
         "additional_headers": address.headers,
@@ -37,10 +37,10 @@ def websocket_options(address: ServerAddress, timeout: float) -> dict[str, Any]:
 
 
 def final(error: BaseException | None) -> ServerError | None:
-    """What the error means if it would only come again: why there is no WebSocket, or that a message was too large."""
+    """The error to raise if a retry would fail again: no WebSocket can be opened, or a message is too large."""
     if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == _TOO_LARGE:
         return BodyTooLarge("the steps of one session exceed the server's --max-body-bytes: send fewer at a time")
-    if isinstance(error, InvalidURI | SecurityError):  # where it was redirected to
+    if isinstance(error, InvalidURI | SecurityError):  # the server redirected to another URL
         error = error.__context__
     if not isinstance(error, InvalidStatus):
         return None
@@ -51,14 +51,14 @@ def final(error: BaseException | None) -> ServerError | None:
 
 
 def asked_to_wait(error: Exception) -> float | None:
-    """Seconds that the server has said with the refusal of a connection, or of sessions that were to be resumed."""
+    """The delay in seconds that the server asked for when it refused a connection, or to resume sessions."""
     if isinstance(error, InvalidStatus):
         return _response(error).retry_after
     return error.retry_after if isinstance(error, Overloaded) else None
 
 
 def pause_after(error: Exception, retries: Retries, address: ServerAddress) -> float:
-    """Seconds until a broken connection is replaced. Raises what the caller is told if it is not."""
+    """Seconds until a broken connection is replaced. Raises UnrollError if it is not replaced."""
     if (refused := final(error)) is not None:
         raise refused from error
     if (pause := retries.pause(asked_to_wait(error))) is None:
@@ -73,7 +73,7 @@ def _response(error: InvalidStatus) -> Response:
 
 
 class Stream:
-    """Many sessions of one model over one connection. For one thread; `AsyncClient` has streams for many tasks.
+    """Many sessions of one model over one connection. Use it from one thread; `AsyncStream` serves many tasks.
 
     with client.stream("co2") as stream:
         sessions = stream.open(64)
@@ -120,12 +120,12 @@ class Stream:
         """Open sessions, or attach to open ones.
 
         Args:
-            sessions: How many, or their ids.
-            mode, durability, static: As in `Client.session`, for each of them.
+            sessions: The number of sessions, or their ids.
+            mode, durability, static: As in `Client.session`, for each session.
 
         Raises:
-            ServerError: Of the first session that the server refuses. The others are closed again if they are new, and
-                left open on the server otherwise.
+            ServerError: The server refused a session; this is the error of the first. New sessions are closed again,
+                all others stay open on the server.
             InvalidInput, ConnectionFailed: As for `Client.session`.
         """
         call = self._calls.open(sessions, mode, durability, static)
@@ -143,21 +143,21 @@ class Stream:
         """Apply one time step to each session, all in one message.
 
         Args:
-            sessions: N sessions of this stream, each once.
-            inputs: (N, *shape), or a dict with one array per input.
+            sessions: N distinct sessions of this stream.
+            inputs: An array (N, *shape), or a dict with an array per input.
 
         Returns:
-            (N, *shape), or a dict with one array per output.
+            An array (N, *shape), or a dict with an array per output.
 
         Raises:
-            SomeFailed: The steps of some sessions were refused; the others' were applied. If there is only one
-                session: its error.
+            SomeFailed: The steps of some sessions were refused; the rest were applied. A single session raises its own
+                error instead.
             InvalidInput, ConnectionFailed: As for `Session.step`.
         """
         return self._apply([session.place for session in sessions], inputs, chunk=False, several=True)
 
     def steps(self, sessions: "Sequence[StreamSession]", inputs: ArrayLike) -> Arrays:
-        """Apply T time steps to each session, (N, T, *shape); otherwise as `step`."""
+        """Apply T time steps to each session, (N, T, *shape). Otherwise as `step`."""
         return self._apply([session.place for session in sessions], inputs, chunk=True, several=True)
 
     def close(self, sessions: "Sequence[StreamSession]") -> None:
@@ -185,12 +185,12 @@ class Stream:
             self._exchange(call)
         finally:
             call.end()
-            if not call.settled:  # its late answers must not be taken for those of the next call
+            if not call.settled:  # late answers must not be mistaken for those of the next call
                 self.disconnect()
         return call.result(chunk=chunk, several=several)
 
     def _exchange(self, call: ControlCall | StepsCall) -> None:
-        """Send, receive until all is answered, and send again what is refused for now or was cut off."""
+        """Send and wait for all answers; retry temporary refusals and broken connections."""
         retries = Retries(self._policy)
         while not call.complete:
             call.begin()
@@ -203,14 +203,14 @@ class Stream:
                     call.give_up()
                     return
                 if isinstance(call, ControlCall) and call.op == "close":
-                    self.disconnect()  # the server has unbound the handle: first it is bound again
+                    self.disconnect()  # the server has unbound the handle: reconnecting binds it again
             except BROKEN as error:
                 self.disconnect()
                 pause = pause_after(error, retries, self._address)
             time.sleep(pause)
 
     def _roll_out(self, rollout: StreamRollout) -> Iterator[RolledStep]:
-        """Receive a rollout, and send it again after a broken connection."""
+        """Receive a rollout, retrying after a broken connection."""
         retries = Retries(self._policy)
         try:
             while not rollout.complete:
@@ -232,7 +232,7 @@ class Stream:
                     self.disconnect()
 
     def _await(self, rollout: StreamRollout) -> None:
-        """Until there is something for its caller."""
+        """Wait until the rollout has something for its caller."""
         socket = self._socket or self._connect()
         if not rollout.sent:
             socket.send(self._calls.roll_out(rollout))
@@ -240,7 +240,7 @@ class Stream:
             self._calls.receive(socket.recv(self._timeout))
 
     def _connect(self) -> ClientConnection:
-        """A new connection, on which the sessions are resumed."""
+        """Connect, and resume the sessions."""
         socket = connect(self._url, **websocket_options(self._address, self._timeout)).__enter__()
         try:
             if (call := self._calls.resume()) is not None:
@@ -253,7 +253,7 @@ class Stream:
         return socket
 
     def _send(self, socket: ClientConnection, call: ControlCall | StepsCall) -> None:
-        """Answers are received between the messages: neither side may wait for the other to read."""
+        """Send a call and receive its answers, also between messages, so that neither side blocks on a full buffer."""
         messages = self._calls.controls(call) if isinstance(call, ControlCall) else self._calls.frames([call])
         for message in messages:
             waiting = len(call.unanswered)
@@ -265,7 +265,7 @@ class Stream:
 
 
 class StreamSession(PlaceFacts):
-    """A session on a stream. Opened by `Stream.open`."""
+    """A session on a stream, opened by `Stream.open`."""
 
     def __init__(self, stream: Stream, place: Place) -> None:
         self._stream = stream
@@ -280,7 +280,7 @@ class StreamSession(PlaceFacts):
         return self._stream._apply([self.place], inputs, chunk=True, several=False)
 
     def stream(self, inputs: Iterable[ArrayLike]) -> Iterator[Arrays]:
-        """Apply one time step for each item, and yield its outputs before the next item is asked for."""
+        """Apply one time step per item, and yield its outputs before requesting the next item."""
         for values in inputs:
             yield self.step(values)
 
@@ -295,8 +295,8 @@ class StreamSession(PlaceFacts):
     ) -> Iterator[RolledStep]:
         """As `Session.rollout`. Other sessions of the stream may be stepped in between.
 
-        If a rollout on the session is not iterated to its end, its last step may have run, and the next step is refused
-        with PositionError then. The stream opens the session again where it is, with mode resume.
+        If you stop iterating a rollout on the session early, its last step may still run. The next step then raises
+        PositionError; to continue, open the session again with mode resume.
         """
         wish = RolloutWish(steps, map, on, inputs, outputs)
         return self._stream._roll_out(self._stream._calls.rollout(self.place, wish))

@@ -1,7 +1,7 @@
-"""A stream without I/O: which sessions it has, what is unanswered, and what each message means.
+"""A stream without I/O: its sessions, its unanswered calls, and the interpretation of messages.
 
-`Stream` and `AsyncStream` move the messages. After a broken connection they connect again: then the sessions are
-resumed, and what is unanswered is sent again. Steps carry their position, so the server applies each once.
+`Stream` and `AsyncStream` transport the messages. After a broken connection they reconnect, resume the sessions, and
+send unanswered calls again. Steps carry their position, so the server applies each once.
 """
 
 import json
@@ -35,18 +35,18 @@ from unroll.client.tensors import ArrayLike, Arrays, Model
 
 Message = str | bytes
 
-#: Of one control message.
+#: Limits of one control message.
 _MOST_SPECS, _MOST_CHARACTERS = 1000, 2**18
 
 
 class Call:
-    """Something that is asked for several sessions, each of which is answered by itself.
+    """A request about several sessions, each of which gets its own answer.
 
     Attributes:
-        unanswered: Keys of the sessions that have no answer.
-        again: Keys of those that are refused for now, and why.
-        retry_after: Seconds after which these may be asked again.
-        on_settled: Called when the last answer has come.
+        unanswered: The keys of sessions without an answer.
+        again: The temporary refusals, by key.
+        retry_after: Seconds after which refused sessions may be retried.
+        on_settled: Called when the last answer has arrived.
     """
 
     def __init__(self, keys: Iterable[int]) -> None:
@@ -64,13 +64,13 @@ class Call:
         return not (self.unanswered or self.again)
 
     def begin(self) -> None:
-        """What was refused for now is asked again."""
+        """Start an attempt: temporary refusals count as unanswered again."""
         self.unanswered |= self.again.keys()
         self.again.clear()
         self.retry_after = 0.0
 
     def refuse(self, key: int, error: ServerError) -> bool:
-        """Note a refusal. Returns whether it is final: those for now say when to come again."""
+        """Record a refusal. Returns whether it is final rather than temporary."""
         if not refused_for_now(error):
             return True
         self.again[key] = error
@@ -85,10 +85,10 @@ class Call:
 
 
 class ControlCall(Call):
-    """A control message for several sessions. Keys are handles.
+    """A control message about several sessions; the keys are handles.
 
     Attributes:
-        items: What the server answered, by handle.
+        items: The server's answers, by handle.
     """
 
     def __init__(self, op: Literal["open", "close", "detach", "stop"], specs: Mapping[int, dict[str, Any]]) -> None:
@@ -99,7 +99,7 @@ class ControlCall(Call):
         self.items: dict[int, dict[str, Any]] = {}
 
     def messages(self) -> Iterator[tuple[list[int], str]]:
-        """Handles and texts, none of them too long for a server. What is sent again may have been handled before."""
+        """Yield the messages with their handles. A repeated one opens with mode either: the first may have arrived."""
         repeated, self._sent = self._sent, True
         handles: list[int] = []
         texts: list[str] = []
@@ -130,7 +130,7 @@ class ControlCall(Call):
                 self.answer(item["handle"])
 
     def ask_again(self) -> None:
-        """The connection that has these sessions is gone: what is answered already must be asked again."""
+        """Count opened sessions as unanswered again, because their connection is gone."""
         opened = [handle for handle, item in self.items.items() if "error" not in item]
         self.unanswered.update(opened)
         for handle in opened:
@@ -140,7 +140,7 @@ class ControlCall(Call):
         self.items |= {handle: {"handle": handle, "error": error.members} for handle, error in self.again.items()}
 
     def result(self) -> None:
-        """Raises ServerError if a session is still there that was to be closed."""
+        """Raise ServerError if a session could not be closed."""
         for item in self.items.values():
             error = ServerError.in_item(item)
             if error is not None and not isinstance(error, SessionGone | SessionUnknown | InvalidRequest):
@@ -148,10 +148,10 @@ class ControlCall(Call):
 
 
 class StepsCall(Call):
-    """T time steps for each of N sessions, and their outputs as they arrive. Keys are rows.
+    """T time steps for each of N sessions, and their outputs as they arrive; the keys are rows.
 
     Raises:
-        InvalidInput: A session is named twice.
+        InvalidInput: A session occurs twice.
     """
 
     def __init__(self, model: Model, places: Sequence[Place], inputs: Sequence[np.ndarray]) -> None:
@@ -177,7 +177,7 @@ class StepsCall(Call):
                 self.fail(place.handle, place.lost)
 
     def receive(self, handle: int, end: int, outputs: Sequence[np.ndarray]) -> None:
-        """The outputs of a session, which is then at `end`."""
+        """Receive the outputs of a session that has reached the position `end`."""
         row = self._rows[handle]
         if row in self.unanswered and end == self.positions[row] + self.steps:
             for kept, array in zip(self._outputs, outputs, strict=True):
@@ -195,18 +195,18 @@ class StepsCall(Call):
         self._errors |= self.again
 
     def end(self) -> None:
-        """Its caller has the result, or waits no longer."""
+        """Detach from the sessions: the caller has the result, or no longer waits for it."""
         for place in self._places:
             if place.call is self:
                 place.call = None
 
     def result(self, *, chunk: bool, several: bool) -> Arrays:
-        """The outputs, each (N, T, *shape), without the axes that the caller has not.
+        """Return the outputs, each (N, T, *shape), without the axes that the caller's inputs lack.
 
-        Only now the positions advance: a caller that never gets here does not have the outputs, and sends them again.
+        Positions advance only here: a caller that never gets the outputs must send the steps again.
 
         Raises:
-            SomeFailed: Some sessions failed. If there is only one: its error.
+            SomeFailed: Some sessions failed. A single session raises its own error instead.
         """
         for row, (end, last) in self._ends.items():
             place = self._places[row]
@@ -224,12 +224,12 @@ class StepsCall(Call):
 
 
 class StreamCalls:
-    """What is to be sent on a stream of the model, and what its answers mean."""
+    """The calls and messages of one stream."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self._places: dict[int, Place] = {}
-        #: Sent and unanswered, with their handles.
+        #: Unanswered control messages and rollouts in order of sending, with their handles.
         self._controls: list[tuple[ControlCall | StreamRollout, list[int]]] = []
         self._opening: WeakSet[ControlCall] = WeakSet()
         self._next_handle = 0
@@ -243,7 +243,7 @@ class StreamCalls:
         durability: Durability | None,
         static: Mapping[str, ArrayLike] | None,
     ) -> ControlCall:
-        """sessions: how many, or their ids. Raises InvalidInput."""
+        """Open sessions, given by number or by ids. Raises InvalidInput."""
         if isinstance(sessions, str):
             raise InvalidInput(f"give a list of ids: [{sessions!r}]")
         if not isinstance(sessions, Sequence):
@@ -269,7 +269,7 @@ class StreamCalls:
         return call
 
     def opened(self, call: ControlCall, mode: Mode) -> tuple[list[Place], list[Place], ServerError | None]:
-        """The sessions that are open now; those that others have opened; and the first refusal."""
+        """The sessions that the call opened, those that another client had opened, and the first refusal."""
         self._opening.discard(call)
         ours: list[Place] = []
         others: list[Place] = []
@@ -282,13 +282,13 @@ class StreamCalls:
                 if mode != "new" or not place.position:
                     ours.append(place)
                     continue
-                others.append(place)  # the message was repeated, and found it
+                others.append(place)  # the repeated message attached to an existing session
                 error = SessionExists(f"session {place.id!r} is open", members={"position": place.position})
             refused = refused or error
         return ours, others, refused
 
     def steps(self, places: Sequence[Place], inputs: ArrayLike, *, chunk: bool, several: bool) -> StepsCall:
-        """The values are read at once. Raises InvalidInput."""
+        """Make a call that steps the sessions. The values are read immediately. Raises InvalidInput."""
         self._check(places)
         leading: Literal["", "T", "N", "NT"] = ("NT" if chunk else "N") if several else ("T" if chunk else "")
         arrays = self.model.inputs_of(inputs, leading)
@@ -313,20 +313,20 @@ class StreamCalls:
             place.fail(place.lost)
 
     def rollout(self, place: Place, wish: RolloutWish) -> StreamRollout:
-        """Raises InvalidInput."""
+        """Make a rollout of a session. Raises InvalidInput."""
         self._check([place])
         return StreamRollout(self.model, place, wish)
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────
 
     def controls(self, call: ControlCall) -> Iterator[str]:
-        """The messages, whose answers are expected from now on."""
+        """Yield the call's messages, and expect their answers from now on."""
         for handles, message in call.messages():
             self._controls.append((call, handles))
             yield message
 
     def frames(self, calls: Sequence[StepsCall]) -> Iterator[bytes]:
-        """The steps that have no outputs yet: those of equal lengths together."""
+        """Yield frames with all unanswered steps, grouped by chunk length."""
         by_steps: dict[int, list[tuple[StepsCall, list[int]]]] = {}
         for call in calls:
             if rows := sorted(call.unanswered):
@@ -340,7 +340,7 @@ class StreamCalls:
             yield from pack_steps(handles, steps, positions, inputs)
 
     def roll_out(self, rollout: StreamRollout) -> str:
-        """What begins it. Raises InvalidInput, or ServerError if the session is lost."""
+        """The message that starts a rollout. Raises InvalidInput, or ServerError if the session is lost."""
         place = rollout.place
         if place.lost is not None:
             raise place.lost
@@ -351,7 +351,7 @@ class StreamCalls:
         return rollout.message()
 
     def stop(self, rollout: StreamRollout) -> str | None:
-        """Its caller wants no more. What stops it on the server, if it runs there."""
+        """End a rollout early. Returns the message that stops it on the server, if it runs there."""
         place = rollout.place
         if place.rollout is not rollout:
             return None
@@ -362,7 +362,7 @@ class StreamCalls:
         return next(iter(self.controls(call)))
 
     def resume(self) -> ControlCall | None:
-        """After a new connection: what opens the sessions again, if there are any. Rollouts are to be sent again."""
+        """Make the call that resumes the sessions, if any, on a new connection. Rollouts count as not sent."""
         self._controls.clear()
         for place in self._places.values():
             if place.rollout is not None:
@@ -377,7 +377,7 @@ class StreamCalls:
         return ControlCall("open", specs) if specs else None
 
     def resumed(self, call: ControlCall) -> None:
-        """Steps of sessions that are lost fail. Raises ServerError if the server asks to come again."""
+        """Fail the sessions that could not be resumed. Raises ServerError for a temporary refusal."""
         for refused in call.again.values():
             raise refused
         for handle, item in call.items.items():
@@ -387,7 +387,7 @@ class StreamCalls:
                 place.fail(error)
 
     def receive(self, message: Message) -> None:
-        """Raises UnrollError if the server does not keep to the protocol."""
+        """Process a message. Raises UnrollError if it violates the protocol."""
         if isinstance(message, str):
             self._receive_text(json.loads(message))
             return
@@ -409,7 +409,7 @@ class StreamCalls:
         if op in {"opened", "closed", "detached", "stopped"}:
             while self._controls:
                 call, handles = self._controls.pop(0)
-                if isinstance(call, ControlCall):  # the rollouts before it have begun
+                if isinstance(call, ControlCall):  # rollouts sent before it have started
                     call.receive(document.get("sessions") or [{"handle": handle} for handle in handles])
                     break
         elif op == "rolled":
@@ -436,7 +436,7 @@ class StreamCalls:
             raise error
 
     def _running(self, handle: int) -> StreamRollout | None:
-        """The rollout that an answer is about, if it is not about one that was stopped."""
+        """The rollout that an answer belongs to; None if that was stopped."""
         if self._controls:
             if any(isinstance(call, ControlCall) and call.op == "stop" and handle in at for call, at in self._controls):
                 return None

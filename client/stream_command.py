@@ -1,4 +1,4 @@
-"""What `unroll stream` and `unroll rollout` do: rows go through a session, and outputs are written."""
+"""Runs `unroll stream` and `unroll rollout`: sends rows through a session, and writes the outputs."""
 
 import csv
 import json
@@ -17,33 +17,33 @@ from unroll.client import wav
 from unroll.client.client import Client, Session
 from unroll.client.errors import InvalidInput, UnrollError
 from unroll.client.plot import Plot
-from unroll.client.rows import READERS, WRITERS, Row, Write, check_takes_bytes, columns_of
-from unroll.client.tensors import Model, Tensor
+from unroll.client.rows import READERS, WRITERS, Row, Write, check_takes_bytes, columns_of, output_names
+from unroll.client.tensors import listed
 
 if TYPE_CHECKING:
     from unroll.commands.rollout import Rollout
     from unroll.commands.stream import Stream
 
-#: Time steps per request of a file without --rate. Rows of a pipe are sent as they come.
+#: Time steps per request for a file without --rate. Rows from a pipe are sent one by one, as they arrive.
 _CHUNK = 64
 _WAV = "wav"
 
 
 def run(options: "Stream") -> int:
-    """Returns 0, or 1 with the reason on stderr."""
-    return _told("stream", lambda: _stream(options))
+    """Run `unroll stream`. Returns 0, or 1 with the reason on stderr."""
+    return _report("stream", lambda: _stream(options))
 
 
 def roll_out(options: "Rollout", mapped: Any) -> int:
-    """mapped: The map, as the server takes it. Returns 0, or 1 with the reason on stderr."""
-    return _told("rollout", lambda: _roll_out(options, mapped))
+    """Run `unroll rollout`, with the map as the server takes it. Returns 0, or 1 with the reason on stderr."""
+    return _report("rollout", lambda: _roll_out(options, mapped))
 
 
-def _told(command: str, work: Callable[[], int]) -> int:
-    """Do the work, and tell how many steps it was, or what was wrong."""
+def _report(command: str, work: Callable[[], int]) -> int:
+    """Do the work, and report the number of steps or the error."""
     try:
         steps = work()
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UnrollError, OSError, UnicodeDecodeError, csv.Error) as error:
@@ -54,7 +54,7 @@ def _told(command: str, work: Callable[[], int]) -> int:
 
 
 def _stream(options: "Stream") -> int:
-    """Returns the number of steps that were sent."""
+    """Stream rows through a session. Returns the number of steps sent."""
     kind = _kind(options.format, options.file, [*READERS, _WAV])
     with ExitStack() as stack:
         client = stack.enter_context(Client(options.url, api_key=options.api_key))
@@ -77,13 +77,13 @@ def _stream(options: "Stream") -> int:
             raise InvalidInput("--to wav needs a WAV file to read, whose rate it takes")
         else:
             write = wav.Writer(model, sys.stdout.buffer, samples, samples.steps - session.position)
-        plot = Plot(sys.stderr, _names(model)) if options.plot else None
+        plot = Plot(sys.stderr, output_names(model)) if options.plot else None
         live = options.file is None or options.rate is not None
         return _send(session, _paced(rows, options.rate), write, plot, 1 if live else _CHUNK)
 
 
 def _roll_out(options: "Rollout", mapped: Any) -> int:
-    """Returns the number of steps that were fed back."""
+    """Roll out a session. Returns the number of steps fed back."""
     kind = _kind(options.format, options.file, list(READERS))
     with ExitStack() as stack:
         client = stack.enter_context(Client(options.url, api_key=options.api_key))
@@ -99,13 +99,13 @@ def _roll_out(options: "Rollout", mapped: Any) -> int:
             given = list(READERS[kind](model, _source(options.file, stack), None))
         inputs = columns_of(model, given) if given else None
         write = WRITERS[kind](model, sys.stdout.buffer)
-        plot = Plot(sys.stderr, _names(model)) if options.plot else None
+        plot = Plot(sys.stderr, output_names(model)) if options.plot else None
         fed_from = session.position + len(given)
         for step in session.rollout(options.steps, map=mapped, on=options.on, inputs=inputs):
-            outputs = [np.asarray(output) for output in _listed(model.outputs, step.outputs)]
+            outputs = [np.asarray(output) for output in listed(model.outputs, step.outputs)]
             if kind != "lines":
                 write(outputs)
-            elif step.position > fed_from:  # the byte that was drawn, not the most probable one after it
+            elif step.position > fed_from:  # the sampled byte, not the most probable next one
                 sys.stdout.buffer.write(bytes([int(step.inputs)]))
             sys.stdout.buffer.flush()
             if plot:
@@ -121,7 +121,7 @@ def _static(options: "Stream | Rollout") -> Any:
 
 
 def _kind(wanted: str | None, file: Path | None, kinds: Sequence[str]) -> str:
-    """The format: the one that was asked for, else that of the file's name, else CSV."""
+    """The format: as requested, otherwise by the file's suffix, otherwise CSV."""
     kind = wanted or (file.suffix.lstrip(".").lower() if file else "")
     return kind if kind in kinds else "csv"
 
@@ -130,22 +130,13 @@ def _source(file: Path | None, stack: ExitStack) -> BinaryIO:
     return sys.stdin.buffer if file is None else stack.enter_context(file.open("rb"))
 
 
-def _listed(specs: Sequence[Tensor], arrays: Any) -> list[np.ndarray]:
-    """Outputs in the model's order: one is without its name."""
-    return [arrays] if len(specs) == 1 else [arrays[spec.name] for spec in specs]
-
-
-def _names(model: Model) -> list[str]:
-    return [spec.name if spec.size == 1 else f"{spec.name}_{i}" for spec in model.outputs for i in range(spec.size)]
-
-
 def _send(session: Session, rows: Iterable[Row], write: Write, plot: Plot | None, chunk: int) -> int:
     model, sent = session.model, 0
     waiting = iter(rows)
     while taken := list(islice(waiting, chunk)):
         if any(not spec.time for spec in model.outputs):
             raise InvalidInput(f"{model.name!r} has an output without a time axis: use `unroll.Client`")
-        outputs = _listed(model.outputs, session.steps(columns_of(model, taken)))
+        outputs = listed(model.outputs, session.steps(columns_of(model, taken)))
         for row in range(len(taken)):
             step = [output[row] for output in outputs]
             write(step)

@@ -1,4 +1,4 @@
-"""A rollout on a stream, without I/O."""
+"""Rollouts on a stream, without I/O."""
 
 import json
 from collections import deque
@@ -17,16 +17,18 @@ class StreamRollout(Rollout):
     """A rollout on a stream.
 
     Args:
-        place: The session, whose position advances when a rollout on it has ended.
+        model: The session's model.
+        place: The session, which advances when a rollout on it has ended.
+        wish: The arguments of the rollout.
 
     Attributes:
-        sent: It is under way on the connection.
-        ready: Steps that its caller has not had yet.
-        refused: Why it has ended.
-        on_settled: Called when something has come.
+        sent: Whether the rollout is running on the connection.
+        ready: Steps that the caller has not taken yet.
+        refused: The error that ended it, if any.
+        on_settled: Called when something has arrived.
 
     Raises:
-        InvalidInput: Nothing was sent.
+        InvalidInput: An array does not fit; nothing was sent.
     """
 
     def __init__(self, model: Model, place: Place, wish: RolloutWish) -> None:
@@ -39,30 +41,30 @@ class StreamRollout(Rollout):
 
     @property
     def settled(self) -> bool:
-        """There is something for its caller."""
+        """Is there something for the caller?"""
         return bool(self.ready) or self.complete or self.refused is not None
 
     def pause(self, refused: ServerError, retries: Retries) -> float:
-        """Seconds until it is sent again. Raises the refusal if it would only come again, or time is up."""
+        """Seconds until the rollout is sent again. Raises the refusal if a retry would fail again, or time is up."""
         if not refused_for_now(refused) or (pause := retries.pause(refused.retry_after)) is None:
             raise refused
         self.refused = None
         return pause
 
     def message(self) -> str:
-        """What is to be sent, for the first time or again."""
+        """The message that starts the rollout, for the first time or again."""
         self.sent = True
         self.restart()
         return json.dumps({"op": "rollout", "handle": self.place.handle, **self.members})
 
     def receive(self, end: int, arrays: Sequence[np.ndarray]) -> None:
-        """arrays: Inputs, then outputs, of the steps up to the position `end`."""
+        """Receive steps up to the position `end`: `arrays` holds their inputs, then their outputs."""
         inputs = len(self._model.inputs)
         self.ready.extend(self.steps(end, arrays[:inputs], arrays[inputs:]))
         self._wake()
 
     def take(self) -> RolledStep:
-        """The next step that is ready. The session advances with the last: whoever stops before does not know of it."""
+        """Take the next step. The session advances with the last one; a caller that stops earlier does not see it."""
         step = self.ready.popleft()
         self._advance()
         return step

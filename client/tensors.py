@@ -1,7 +1,7 @@
-"""A model as its server describes it, and arrays on their way to it and back.
+"""A model as described by its server, and conversions of its inputs and outputs.
 
-Whatever offers the buffer protocol or DLPack is taken: NumPy, PyTorch, JAX, CuPy. Shapes and dtypes are compared with
-the model's before anything is sent.
+Arrays may come from anything with the buffer protocol or DLPack: NumPy, PyTorch, JAX, CuPy. Shapes and dtypes are
+checked against the model before anything is sent.
 """
 
 import math
@@ -15,12 +15,12 @@ import numpy as np
 
 from unroll.client.errors import InvalidInput
 
-#: The array of a model that has one output, else a dict of arrays by name. Any, since the model decides.
+#: An array for a model with one output, otherwise a dict of arrays by name. It is Any because the model decides.
 Arrays = Any
-#: What may stand in the place of an array.
+#: Anything that converts to an array.
 ArrayLike = Any
 
-#: By the kind of a model's dtype: the kinds that are converted to it. No float becomes an integer.
+#: The dtype kinds that convert to each kind of a model's dtype. Floats never become integers.
 _TAKEN = {"f": "fiu", "i": "iu", "b": "b"}
 
 
@@ -33,12 +33,12 @@ class Tensor:
     """An input or output of a model.
 
     Attributes:
-        name: As in the model's forward.
+        name: The name in the model's forward.
         dtype: float32, int64, int32 or bool.
-        shape: Of one time step.
-        time: One value for each time step; False: one, after the last.
-        rate: Values per second of an input whose time steps are pieces of a signal; None: not declared.
-        nan: The input may hold NaN, for a value that is missing.
+        shape: The shape of one time step.
+        time: True for one value per time step, False for a single value after the last step.
+        rate: Values per second, for an input that carries a signal; None if not declared.
+        nan: Whether NaN may stand for a missing value.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Tensor:
 
     @cached_property
     def numpy(self) -> np.dtype:
-        """Little-endian, as on the wire."""
+        """The NumPy dtype: little-endian, as on the wire."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     @cached_property
@@ -60,13 +60,16 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """A version of a model, as its server describes it.
+    """A version of a model, as described by its server.
 
     Attributes:
-        name, version, digest: The digest identifies the bundle.
-        inputs, outputs, static: Static inputs are given once, when a session opens.
-        streamable: Sessions are possible; else `not_streamable_because` says why not.
-        description: The whole document of `GET /v1/models/{name}`.
+        name, version: Its name and version.
+        digest: Identifies the bundle.
+        inputs, outputs: Its inputs and outputs.
+        static: Inputs that are given once, when a session opens.
+        streamable: Whether sessions are possible.
+        not_streamable_because: Why sessions are not possible, or None.
+        description: The full document of `GET /v1/models/{name}`.
     """
 
     name: str
@@ -108,11 +111,11 @@ class Model:
         )
 
     def inputs_of(self, values: ArrayLike, leading: Literal["", "T", "N", "NT"]) -> list[np.ndarray]:
-        """The inputs in the model's order, contiguous, in its dtypes.
+        """Convert inputs to contiguous arrays, in the model's order and dtypes.
 
         Args:
-            values: One array, or a dict with one for each input.
-            leading: The axes before the shape of a time step.
+            values: An array, or a dict with an array per input.
+            leading: The axes in front of a time step's shape.
 
         Raises:
             InvalidInput: A name, a shape or a dtype does not fit.
@@ -127,7 +130,7 @@ class Model:
         return arrays
 
     def static_of(self, values: Mapping[str, ArrayLike] | None) -> dict[str, Any] | None:
-        """The static inputs as JSON has them. Raises InvalidInput."""
+        """Convert static inputs to JSON values. Raises InvalidInput."""
         given = {} if values is None else dict(values)
         names = [spec.name for spec in self.static]
         if given.keys() != set(names):
@@ -143,15 +146,15 @@ class Model:
         return {name: array.tolist() for name, array in converted.items()} or None
 
     def outputs_of(self, arrays: Sequence[np.ndarray]) -> Arrays:
-        """One array, or a dict of several."""
+        """Return a single array, or a dict of several."""
         return named(self.outputs, arrays)
 
     def last_step(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Of the outputs of a chunk, those of its last time step."""
+        """The outputs of a chunk's last time step."""
         return [array[-1] if spec.time else array for spec, array in zip(self.outputs, outputs, strict=True)]
 
     def given_outputs(self, values: ArrayLike) -> list[np.ndarray]:
-        """The outputs of a time step, which a caller gives as it got them. Raises InvalidInput."""
+        """Check outputs of a time step that a caller passes back. Raises InvalidInput."""
         names = [spec.name for spec in self.outputs]
         values = values if isinstance(values, Mapping) else {names[0]: values}
         if values.keys() != set(names):
@@ -211,12 +214,17 @@ class Model:
 
 
 def named(specs: Sequence[Tensor], values: Sequence[Any]) -> Any:
-    """One value, or a dict of several by name."""
+    """A single value, or a dict of several by name."""
     return values[0] if len(specs) == 1 else {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
 
+def listed(specs: Sequence[Tensor], value: Any) -> list[Any]:
+    """The values that `named` was given."""
+    return [value] if len(specs) == 1 else [value[spec.name] for spec in specs]
+
+
 def as_numpy(name: str, value: ArrayLike) -> np.ndarray:
-    """The value as an array of the host, without a copy where that is possible. Raises InvalidInput."""
+    """Convert to an array in host memory, without a copy where possible. Raises InvalidInput."""
     if isinstance(value, np.ndarray):
         return value
     try:

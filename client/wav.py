@@ -1,4 +1,4 @@
-"""Time steps as the samples of a WAV file: a time step is as many samples as the model's input has values."""
+"""Reads and writes time steps as samples of WAV files: one time step holds as many samples as the input has values."""
 
 import sys
 import wave
@@ -11,7 +11,7 @@ from unroll.client.errors import InvalidInput
 from unroll.client.rows import Row
 from unroll.client.tensors import Model, Tensor
 
-#: Of the samples that are written: 16 bits.
+#: Full scale of the 16-bit samples to write.
 _FULL = 2**15
 
 
@@ -51,11 +51,13 @@ class Reader:
 
 
 class Writer:
-    """Writes outputs as samples of 16 bits, in one channel; what is beyond -1 and 1 is cut off.
+    """Writes outputs as 16-bit samples in one channel, clipped to -1 and 1.
 
     Args:
-        source: Its rate is that of the time steps.
-        steps: That will be written: the head of the file says how many.
+        model: The model.
+        out: The file to write.
+        source: The file whose rate determines the rate of time steps.
+        steps: The number of time steps, for the file's header.
     """
 
     def __init__(self, model: Model, out: BinaryIO, source: Reader, steps: int) -> None:

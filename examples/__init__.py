@@ -1,1 +1,1 @@
-"""A demo against a running server, and the bundles it needs."""
+"""Examples that run against a server, and their bundles."""

@@ -1,7 +1,7 @@
 """Export the trained examples into `examples/repository`, and the model of `unroll doctor`: `make bundles`.
 
-Needs torch. Equivalent to `unroll export` on the command line, with example inputs of realistic size: parity with
-PyTorch is proven on inputs like the example's.
+Needs torch. It is equivalent to `unroll export` on the command line, but with realistic example inputs: parity with
+PyTorch is proven on inputs that resemble the example.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """`unroll demo`: stream 43 years of weekly CO₂ measurements through one session and compare with PyTorch.
 
-Needs no torch: `expected.safetensors` holds PyTorch's forecasts for the measurements.
+PyTorch is not needed: `expected.safetensors` holds its forecasts.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ EXAMPLE = Path(__file__).parent / "co2"
 
 #: The forecaster was trained on the years up to this one.
 LAST_TRAINING_YEAR = 1990
-#: Seconds for which the client waits for the server that starts again.
+#: Seconds to wait for a restarting server.
 _PATIENCE = 60.0
 #: With --quick, only these last weeks are sent one by one; the earlier ones go in one request.
 QUICK_WEEKS = 520
 
 
 class DemoFailed(Exception):
-    """The example is incomplete, or the server's answers are wrong."""
+    """The example's files are incomplete, or the server's answers are wrong."""
 
 
 class Server(Protocol):
-    """A server that the demo may kill, and whose sessions survive that."""
+    """A server that the demo may kill; its sessions must survive."""
 
     @property
     def pid(self) -> int: ...
@@ -58,7 +58,7 @@ class Example:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Raises DemoFailed."""
+        """Read the example from its folder. Raises DemoFailed."""
         try:
             series = mauna_loa.read(folder / "co2.csv")
             expected = load((folder / "expected.safetensors").read_bytes())
@@ -71,21 +71,21 @@ class Example:
 
     @property
     def rounding(self) -> float:
-        """Largest difference between PyTorch in float32 and in float64, in ppm."""
+        """The largest difference between PyTorch's float32 and float64, in ppm."""
         return float(np.abs(self.float32 - self.float64).max())
 
     @property
     def unit(self) -> float:
-        """One unit in the last place of a float32 as large as the largest measurement, in ppm."""
+        """The float32 spacing at the largest measurement, in ppm."""
         return float(np.spacing(self.series.ppm.max()))
 
     @property
     def tolerance(self) -> float:
-        """The same bound as in export: four times PyTorch's own rounding, plus a floor for the scale of the output."""
+        """The same tolerance as in export: four times PyTorch's own rounding, plus a floor for the output's scale."""
         return 4 * self.rounding + self.unit
 
     def judged(self) -> np.ndarray:
-        """Weeks to evaluate: held out from training, and measured, as was the week before."""
+        """The weeks to score: held out from training, and measured like the week before."""
         measured = ~self.series.interpolated
         held_out = np.array([day.year > LAST_TRAINING_YEAR for day in self.series.dates])
         return np.flatnonzero(held_out[1:] & measured[1:] & measured[:-1]) + 1
@@ -93,7 +93,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """The server's forecasts; `singles` requests of one week each took `seconds`."""
+    """The server's forecasts. `singles` requests of one week each took `seconds`."""
 
     forecasts: np.ndarray  # (weeks,) float32
     singles: int
@@ -102,13 +102,13 @@ class Streamed:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the forecasts were compared with. Errors and differences are in ppm.
+    """The results of the comparisons. Errors and differences are in ppm.
 
     Attributes:
-        judged_weeks: How many weeks the errors are of: measured ones, none of them trained on.
-        persistence_error: The error of saying "as this week".
-        differences: The largest to what the streamed forecasts must equal, by name; 0: equal in every bit.
-        faults: What is wrong.
+        judged_weeks: The number of scored weeks, all measured and held out from training.
+        persistence_error: The error of forecasting "same as this week".
+        differences: The largest difference in each comparison that must be equal, by name; 0 if every bit is equal.
+        faults: Descriptions of all failures.
     """
 
     weeks: int
@@ -127,17 +127,17 @@ class Findings:
 def run(
     url: str, example: Path = EXAMPLE, server: Server | None = None, *, quick: bool = False, as_json: bool = False
 ) -> int:
-    """Returns 0 if the served forecasts equal PyTorch's; else prints the reason and returns 1.
+    """Run the demo. Returns 0 if the served forecasts equal PyTorch's; otherwise prints the reason and returns 1.
 
     Args:
-        url: The server.
+        url: The server's URL.
         example: The folder with co2.csv and expected.safetensors.
-        server: The server at `url`, which is then killed half way and started again.
+        server: If given, the server at `url`, to kill and restart halfway.
         quick: Send only the last weeks one by one.
         as_json: Print one JSON document, and everything else on stderr.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for the bars
+        sys.stdout.reconfigure(errors="replace")  # without Unicode, show ? for the bars
     try:
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             known = Example.read(example)
@@ -160,7 +160,7 @@ the session's state to a file and open a new session from it; read the model's O
 
 
 def _measure(url: str, example: Example, server: Server | None, *, quick: bool) -> Findings:
-    """Raises DemoFailed, UnrollError."""
+    """Stream and compare. Raises DemoFailed or UnrollError."""
     with Client(url, retry_for=_PATIENCE if server else 2.0) as client:
         exact = _check_server(client)
         with client.session(MODEL) as session:
@@ -175,7 +175,7 @@ def _measure(url: str, example: Example, server: Server | None, *, quick: bool) 
 
 
 def _check_server(client: Client) -> bool:
-    """Whether chunking must not change a bit. Raises DemoFailed unless there is a server with the model."""
+    """Whether every bit must be independent of chunking. Raises DemoFailed without a server that has the model."""
     try:
         model = client.model(MODEL).description
     except errors.ConnectionFailed as error:
@@ -188,7 +188,7 @@ def _check_server(client: Client) -> bool:
 
 
 def stream(session: Session, example: Example, server: Server | None = None, *, quick: bool = False) -> Streamed:
-    """Send the whole series through one session, one week per request; the server keeps the state in between."""
+    """Send the whole series through one session, one week per request."""
     ppm = example.series.ppm
     forecasts = np.empty(len(ppm), np.float32)
     head = max(0, len(ppm) - QUICK_WEEKS) if quick else 0
@@ -210,7 +210,7 @@ def stream(session: Session, example: Example, server: Server | None = None, *, 
 
 
 def _crash(server: Server, session: Session, ppm: np.ndarray, forecasts: np.ndarray, shown: Display) -> float:
-    """Kill the server before the last week of `ppm`; it starts again while the client waits. Returns the seconds."""
+    """Kill the server before the last week of `ppm`, and restart it while the client retries. Returns the seconds."""
     began, killed, week = time.perf_counter(), server.pid, len(ppm) - 1
     server.kill()
     with ThreadPoolExecutor(1) as thread:
@@ -228,7 +228,7 @@ def _crash(server: Server, session: Session, ppm: np.ndarray, forecasts: np.ndar
 
 
 def _retry(session: Session, ppm: np.ndarray, forecasts: np.ndarray) -> None:
-    """Send the last step, that of the last of `ppm`, again, like a client whose connection broke before the reply."""
+    """Send the last step again, like a client that lost the reply. Raises DemoFailed if it is applied twice."""
     weeks = len(ppm)
     again = session.step(ppm[-1:], position=weeks - 1)
     if again[0] != forecasts[weeks - 1] or session.refresh() != weeks:
@@ -239,8 +239,10 @@ def compare(example: Example, streamed: Streamed, same: Mapping[str, np.ndarray]
     """Compare the forecasts with measurements, with PyTorch's, and with each other.
 
     Args:
-        same: What the streamed forecasts must equal, by the name of that equation.
-        exact: In every bit, else within the tolerance.
+        example: The measurements, and PyTorch's forecasts.
+        streamed: The served forecasts.
+        same: Forecasts that must equal the streamed ones, by the name of the comparison.
+        exact: Whether they must be equal in every bit, rather than within the tolerance.
     """
     ppm, served, judged = example.series.ppm.astype(np.float64), streamed.forecasts, example.judged()
     single, double = (float(np.abs(served - torch).max()) for torch in (example.float32, example.float64))
@@ -287,7 +289,7 @@ Last step sent twice      same answer, applied once
 
 
 def commands(url: str) -> str:
-    """Shell lines that show the API, with a new session id on each call so that they can be repeated."""
+    """Shell commands that show the API, with a fresh session id on each call so that they can be repeated."""
     session, post = f"try-{secrets.token_hex(2)}", "curl -sw '\\n' -H 'content-type: application/json'"
     model = f"{url}/v1/models/{MODEL}"
     # No comments between the lines: an interactive zsh runs them as commands.

@@ -1,7 +1,4 @@
-"""Display a stream of forecasts: redrawn in place on a terminal, sampled lines in a file or a pipe.
-
-Independent of servers.
-"""
+"""Displays a stream of forecasts: redrawn in place on a terminal, sampled lines in a file or pipe."""
 
 import shutil
 import time
@@ -23,14 +20,14 @@ _CLEAR, _UP = "\x1b[2K", "\x1b[3A"
 
 class Display(Protocol):
     def show(self, week: int, forecasts: np.ndarray) -> None:
-        """The measurement of `week` has arrived; forecasts[i] is for week i + 1 and known for all i < week."""
+        """Show the measurement of `week`. forecasts[i] is for week i + 1, and known for all i < week."""
 
     def note(self, text: str) -> None:
-        """Lines between the weeks."""
+        """Print text between the weeks."""
 
 
 class Live:
-    """Three lines: the week with its forecast and error, and two years of measurements and forecasts as bars."""
+    """Shows three lines: the week with forecast and error, and two years of measurements and of forecasts as bars."""
 
     def __init__(self, out: TextIO, dates: Sequence[date], truth: np.ndarray) -> None:
         self._out, self._dates, self._truth = out, dates, truth
@@ -59,7 +56,7 @@ class Live:
 
 
 class Lines:
-    """A few of the displayed weeks, evenly spaced."""
+    """Prints a few evenly spaced weeks."""
 
     def __init__(self, out: TextIO, dates: Sequence[date], truth: np.ndarray, first: int) -> None:
         self._out, self._dates, self._truth = out, dates, truth
@@ -74,7 +71,7 @@ class Lines:
 
 
 def display(out: TextIO, dates: Sequence[date], truth: np.ndarray, first: int) -> Display:
-    """The display for `out`: `Live` on a terminal, else `Lines`. `first`: the first week to show."""
+    """The display for `out`: `Live` on a terminal, otherwise `Lines`, starting at week `first`."""
     return Live(out, dates, truth) if out.isatty() else Lines(out, dates, truth, first)
 
 

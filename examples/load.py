@@ -1,9 +1,9 @@
-"""The load of this machine's processors through a session: prints each reading that a forecaster did not expect.
+"""Watch the processor load of this machine through a session, and print readings that the forecaster did not expect.
 
 python -m unroll.examples.load                 this machine, from /proc/stat, for half a minute
-python -m unroll.examples.load FILE.csv        a recording: a column `load` of shares, 0 to 1, one reading a row
+python -m unroll.examples.load FILE.csv        a recording: a column `load` with values from 0 to 1, one reading per row
 
-Needs a server of `examples/repository`, such as that of `make run`, and no torch.
+Needs a server for `examples/repository`, such as that of `make run`, but no torch.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from pathlib import Path
 from unroll.client import Client, errors
 
 PROC_STAT = Path("/proc/stat")
-#: The first readings raise no alarm: the forecaster does not know the machine yet, and the threshold not its errors.
+#: The first readings raise no alarm: the forecaster does not know the machine yet, nor its own errors.
 WARM_UP = 24
-#: An alarm needs an error so many times as large as the errors before it, and this large at least.
+#: The alarm threshold: this factor times the mean error so far, but at least this error.
 FACTOR, LEAST = 6.0, 0.1
-#: Weight of a reading in the mean of the errors.
+#: The weight of a reading in the mean error.
 _WEIGHT = 0.05
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, or 1 if there is no such server or there are no readings."""
+    """Run the example. Returns 0, or 1 without a server or without readings."""
     options = _parser().parse_args(argv)
     try:
         readings = recorded(options.file) if options.file else measured(options.seconds, options.rate)
@@ -70,22 +70,22 @@ class Watch:
     """Compares each reading with its forecast.
 
     Attributes:
-        forecast: of the next reading; None before the first.
+        forecast: the forecast of the next reading; None before the first.
     """
 
     def __init__(self) -> None:
         self.forecast: float | None = None
         self._judged = 0
-        self._mean = 0.0  # of the errors
+        self._mean = 0.0  # the mean error
 
     def judge(self, reading: float) -> str | None:
-        """An alarm, if the reading is far from its forecast."""
+        """Compare a reading with its forecast. Returns an alarm, or None."""
         if self.forecast is None:
             return None
         error, threshold = abs(reading - self.forecast), max(FACTOR * self._mean, LEAST)
         self._judged += 1
         judged = self._judged > WARM_UP
-        # An alarm raises the mean no more than an error at the threshold does: the next burst must be seen, too.
+        # Cap an alarm's effect on the mean at the threshold, so that the next burst is detected, too.
         weight = max(_WEIGHT, 1 / self._judged)
         self._mean += weight * ((min(error, threshold) if judged else error) - self._mean)
         if judged and error > threshold:
@@ -94,7 +94,7 @@ class Watch:
 
 
 def recorded(file: Path) -> Iterator[float]:
-    """The readings of a CSV file. Raises ValueError for another file."""
+    """Yield the readings of a CSV file. Raises ValueError for an invalid file."""
     with file.open(newline="") as text:
         rows = csv.DictReader(text)
         if "load" not in (rows.fieldnames or ()):
@@ -110,7 +110,7 @@ def recorded(file: Path) -> Iterator[float]:
 
 
 def measured(seconds: float, rate: float) -> Iterator[float]:
-    """The share of the processors' time that was busy between two readings."""
+    """Yield the busy share of processor time between two readings."""
     before, start = processor_time(), time.monotonic()
     for number in range(1, int(seconds * rate) + 1):
         time.sleep(max(0.0, start + number / rate - time.monotonic()))
@@ -122,7 +122,7 @@ def measured(seconds: float, rate: float) -> Iterator[float]:
 
 
 def processor_time() -> tuple[int, int]:
-    """Busy and total time since the machine started. Raises ValueError where the system does not count it."""
+    """Busy and total time since the machine started. Raises ValueError if the system does not provide it."""
     try:
         counted = PROC_STAT.read_text().splitlines()[0].split()[1:9]
         user, nice, system, idle, waiting, *rest = map(int, counted)

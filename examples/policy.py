@@ -1,9 +1,9 @@
-"""A policy finds its way out of mazes, and its memory is at the server: a session for each episode, on one stream.
+"""A policy finds its way out of mazes. The server holds its memory: one session per episode, all on one stream.
 
 python -m unroll.examples.policy              64 episodes, eight at a time
-python -m unroll.examples.policy --forget     the same episodes; each step begins in a new session
+python -m unroll.examples.policy --forget     the same episodes, with a new session for each step
 
-Needs a server of `examples/repository`, such as that of `make run`, and no torch.
+Needs a server for `examples/repository`, such as that of `make run`, but no torch.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from unroll.models.maze import Maze
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, or 1 if there is no such server."""
+    """Run the example. Returns 0, or 1 without a server."""
     options = _parser().parse_args(argv)
     generator = np.random.default_rng(options.seed)
     mazes = [Maze(generator) for _ in range(options.episodes)]
@@ -62,7 +62,7 @@ def play(stream: Stream, mazes: list[Maze], at_once: int, *, forget: bool) -> in
         steps += len(playing)
         for maze, action in zip(playing, np.asarray(logits).argmax(-1), strict=True):
             maze.act(int(action))
-        # A reset is a new session: its hidden state is zero.
+        # To reset the hidden state, open a new session.
         lasting = [maze.outcome is None for maze in playing]
         stream.close([session for session, lasts in zip(sessions, lasting, strict=True) if forget or not lasts])
         playing = [maze for maze, lasts in zip(playing, lasting, strict=True) if lasts]

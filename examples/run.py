@@ -3,7 +3,7 @@
 python -m unroll.examples.run [--port 8000] [--detach]      start, run the demo, serve until Ctrl-C or detach
 python -m unroll.examples.run --stop                        stop the server that `--detach` left running
 
-The sessions are in a folder, `.run/sessions`, and survive the server: the demo kills it half way through.
+Sessions are stored in `.run/sessions` and survive the server: the demo kills it halfway.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from urllib.request import urlopen
 from unroll.examples import demo
 
 REPOSITORY = Path(__file__).parent / "repository"
-#: In the current directory.
+#: The working folder, in the current directory.
 RUN = Path(".run")
-#: Holds the server's process id; the server locks it for its lifetime, because ids are reused.
+#: Holds the server's process id. The server locks the file while it runs, because process ids are reused.
 PID_FILE = RUN / "server.pid"
 LOG = RUN / "server.log"
 STORE = RUN / "sessions"
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Server:
-    """`unroll serve` as a child process, which can be killed and started again; its sessions are in `store`."""
+    """`unroll serve` as a child process that can be killed and restarted; its sessions are in `store`."""
 
     def __init__(self, repository: Path, port: int, store: Path) -> None:
         self.url = f"http://{_HOST}:{port}"
@@ -113,11 +113,11 @@ class Server:
         return self._process.pid if self._process else 0
 
     def wait(self) -> int:
-        """Its exit status."""
+        """Wait for the process. Returns its exit status."""
         return self._process.wait() if self._process else 0
 
     def kill(self) -> None:
-        """End it as a crash does: at once, in the middle of whatever it does."""
+        """Kill the process, to simulate a crash."""
         if self._process:
             self._process.kill()
             self._process.wait()

@@ -1,9 +1,9 @@
-"""Sound through a session, a frame of 16 ms at a time: prints the whistles, pairs of claps and hums that are detected.
+"""Send sound through a session in frames of 16 ms, and print the detected whistles, double claps and hums.
 
-python -m unroll.examples.sound              sound that is synthesised: each event, and sounds that are none
-python -m unroll.examples.sound FILE.wav     a recording: 16,000 samples a second, one channel, 16 bits
+python -m unroll.examples.sound              synthesised sound: each event, and other sounds
+python -m unroll.examples.sound FILE.wav     a recording: 16,000 samples per second, one channel, 16 bits
 
-Needs a server of `examples/repository`, such as that of `make run`, and no torch.
+Needs a server for `examples/repository`, such as that of `make run`, but no torch.
 """
 
 import argparse
@@ -21,7 +21,7 @@ THRESHOLD = 0.5
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, or 1 if there is no such server or no such sound."""
+    """Run the example. Returns 0, or 1 without a server or a valid recording."""
     parser = argparse.ArgumentParser(
         prog="python -m unroll.examples.sound", description=(__doc__ or "").splitlines()[0]
     )
@@ -51,7 +51,7 @@ def synthesised() -> dict[str, np.ndarray]:
 
 
 def recorded(file: Path) -> np.ndarray:
-    """The frames of a recording, (frames, 256). Raises ValueError for one of another kind."""
+    """Read the frames of a recording, (frames, 256). Raises ValueError for another format."""
     with wave.open(str(file)) as recording:
         kind = recording.getframerate(), recording.getnchannels(), 8 * recording.getsampwidth()
         if kind != (RATE, 1, 16):
@@ -63,7 +63,7 @@ def recorded(file: Path) -> np.ndarray:
 
 
 def detected(session: Session, frames: np.ndarray) -> list[tuple[float, str]]:
-    """When each event began, in seconds, and which it is."""
+    """The detected events, each with its start in seconds."""
     found, before = [], np.zeros(len(EVENTS), bool)
     for number, probabilities in enumerate(session.stream(frames), 1):
         now = np.asarray(probabilities) > THRESHOLD

@@ -26,7 +26,7 @@ class Session:
         self._socket: ClientConnection | None = None
 
     def steps(self, values: np.ndarray) -> np.ndarray:
-        """values: (steps, features). Returns (steps, outputs). Raises RuntimeError with the server's code."""
+        """Send values (steps, features); returns (steps, outputs). Raises RuntimeError with the server's code."""
         frame = _FRAME.pack(1, 0, 0, 1, 0, len(values), self.position) + values.astype("<f4").tobytes()
         reply = self._exchange(frame, self.position + len(values))
         if isinstance(reply, str):
@@ -39,7 +39,7 @@ class Session:
         self._exchange(json.dumps({"op": "close", "handles": [0]}))
 
     def _exchange(self, message: str | bytes, end: int = 0) -> str | bytes:
-        """Send and wait for the reply; resend if the connection breaks: the position shows whether it was applied."""
+        """Send and wait for the reply; resend if the connection breaks. The position prevents a second application."""
         while True:
             try:
                 self._socket = self._socket or self._connect()
@@ -54,11 +54,11 @@ class Session:
             except InvalidStatus as refused:
                 if refused.response.status_code != 503:
                     raise
-                time.sleep(1)  # that server is shutting down; another will reply
+                time.sleep(1)  # the server is shutting down; another one will reply
 
     def _connect(self) -> ClientConnection:
         socket = connect(self._address, max_size=None).__enter__()
-        mode = "resume" if self.position else "either"  # the answer to the first try may have been lost
+        mode = "resume" if self.position else "either"  # the answer to the first attempt may have been lost
         wanted = {"handle": 0, "session_id": self.id, "mode": mode}
         socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
         (opened,) = json.loads(socket.recv())["sessions"]
@@ -69,7 +69,7 @@ class Session:
 
 
 def _is_reply(message: str | bytes, end: int) -> bool:
-    """Outputs up to this position, or a refusal; not the `closing` of a server that shuts down, for example."""
+    """Is it outputs up to this position, or a refusal? Other messages are ignored, such as `closing`."""
     if isinstance(message, bytes):
         return _FRAME.unpack_from(message)[-1] == end
     return json.loads(message)["op"] in {"error", "closed"}

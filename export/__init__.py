@@ -1,7 +1,7 @@
-"""A trained PyTorch model in, a bundle out that is proven equal to it. Only this package needs torch and onnx.
+"""Exports a trained PyTorch model to a bundle that is proven equal to it. Only this package needs torch and onnx.
 
-The package and its function have one name: `unroll.export(...)` calls the function, whether the package was
-imported before or not. The function is imported on first use, so that `unroll export --help` does not wait for torch.
+The package and its function share a name: `unroll.export(...)` calls the function, whether or not the package was
+imported before. The function is imported on first use, so that `unroll export --help` does not wait for torch.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""What `unroll export` does once its arguments are known."""
+"""Runs `unroll export` with parsed options."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from unroll.export.stages import stages
 if TYPE_CHECKING:
     from unroll.commands.export import Export
 
-#: Names of files that are no stem of a checkpoint, even where there is no such file.
+#: Suffixes that are never part of a checkpoint's stem, even if the file does not exist.
 _PROGRAMS = {".pt", ".pth", ".ts", ".jit", ".pt2", ".ckpt", ".bin"}
 
 
@@ -77,7 +77,7 @@ def _export(options: "Export") -> Report:
 
 
 def _load(options: "Export") -> tuple[Any, dict[str, Any], list[str]]:
-    """The module that MODEL names, example inputs for it, and notes on what it was made of."""
+    """Load the module that MODEL names; returns it with example inputs and notes on how it was made."""
     inputs, static = ([InputSpec.parse(word) for word in words or ()] for words in (options.input, options.static))
     described = inputs, static, [StateSpec.parse(word) for word in options.state or ()]
     describe = step_examples if options.step else examples
@@ -103,7 +103,7 @@ def _load(options: "Export") -> tuple[Any, dict[str, Any], list[str]]:
 
 
 def _make(options: "Export") -> tuple[Any, list[str]]:
-    """What FACTORY makes, with the weights, and notes on both."""
+    """Call FACTORY and load the weights; returns the module and notes."""
     given = dict(map(factory_argument, options.arg or ()))
     saved = saved_arguments(options.model, options.weights, given) if options.weights else {}
     arguments = saved | given

@@ -1,4 +1,4 @@
-"""ExportError, the only error that export raises on purpose, and all its codes."""
+"""ExportError, the only exception that export raises deliberately, and its codes."""
 
 import re
 import warnings
@@ -10,29 +10,29 @@ import torch
 from unroll.export.source_lines import as_where, source_line
 
 Code = Literal[
-    "batch_time",  # an input's first two dimensions are not the batch and the time of the others
+    "batch_time",  # an input's batch or time differs from the other inputs'
     "bundle",  # the bundle cannot be written: bad name or version, or it exists
-    "calls_depend_on_time",  # calls of a layer differ with the length, or a loop's step is not identified
+    "calls_depend_on_time",  # calls of a layer depend on the length, or a loop's step cannot be identified
     "checkpoint",  # a model or its weights cannot be loaded
-    "dtype",  # parameters of one float type; float32, int64, int32 and bool tensors
+    "dtype",  # parameters of several dtypes, or a tensor that is not float32, int64, int32 or bool
     "forward_failed",  # forward raises on the example, or for another batch size or length
     "initial_state",  # an initial state that differs between the rows of the example, or is not finite
-    "internal",  # a fault of export itself
+    "internal",  # a bug in export
     "input",  # the example inputs do not fit forward
-    "keeps_state",  # forward leaves a value for its next call, and that call does not continue the stream
-    "layer_axes",  # a recurrent layer does not get the batch and the time of the model's input
+    "keeps_state",  # forward keeps a value between calls, and the next call does not continue the stream
+    "layer_axes",  # a recurrent layer receives another batch or time than the model
     "no_recurrent_layer",
     "max_error",  # a difference from PyTorch in float64 exceeds max_error
     "not_copyable",
     "not_deterministic",  # two identical calls give different answers
     "not_exportable",  # torch.export cannot follow forward
-    "not_finite",  # NaN or infinity among the outputs
+    "not_finite",  # an input or output holds NaN or infinity
     "output",  # an output has no batch axis, or a time axis of another length
     "packed_sequence",  # packed with lengths that forward computes, or padded to another length
     "parity",  # onnxruntime differs from PyTorch
     "precision",  # the model cannot be reduced to this precision
     "quantized",
-    "rows_mixed",  # the answer for one sequence depends on its neighbours in the batch
+    "rows_mixed",  # the answer to one sequence depends on its neighbours in the batch
     "scripted",
     "too_large",
     "unbatched",
@@ -40,7 +40,7 @@ Code = Literal[
 
 
 class ExportError(Exception):
-    """The model cannot become a bundle. `code` is stable; the message says what to change. The codes:
+    """The model cannot be exported. `code` is stable; the message says what to change. The codes:
 
     * the module: `scripted`, `quantized`, `dtype`, `too_large`, `not_copyable`, `checkpoint`
     * the example: `input`, `batch_time`, `initial_state`, `unbatched`
@@ -48,7 +48,7 @@ class ExportError(Exception):
     * its recurrence: `no_recurrent_layer`, `layer_axes`, `calls_depend_on_time`, `keeps_state`, `rows_mixed`
     * the graph: `not_exportable`, `parity`, `precision`, `max_error`
     * the target: `bundle`
-    * a fault of export itself: `internal`
+    * a bug in export: `internal`
     """
 
     def __init__(self, code: Code, message: str) -> None:
@@ -56,28 +56,31 @@ class ExportError(Exception):
         self.code: Code = code
 
 
-#: What to change where numbers are complex.
+#: Advice for models with complex numbers.
 COMPLEX = (
     "ONNX has no complex numbers: keep real and imaginary parts as two tensors, as torch.view_as_real(w).unbind(-1) "
     "gives them, and compute with both: (a + ib)(c + id) is (ac - bd) + i(ad + bc)"
 )
 
-#: What a terminal takes for a colour.
+#: Terminal colour codes.
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
-#: An operator without a translation.
+#: PyTorch's message about an operator without a translation.
 _NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)'")
 
-#: Characters of another error's message: whole sentences, and at least one.
+#: Length limit for a quoted message, in characters; it is cut between sentences, after the first at the earliest.
 _MESSAGE = 200
 
 
 def first_line(error: BaseException) -> str:
-    """The root cause of `error` in one line: the first sentences of its message, and the line of the user's code."""
+    """Summarise the root cause of `error` in one line: its first sentences, and the line of the user's code."""
     place = source_line(error)
     while (cause := error.__cause__) is not None:
         error = cause
-    line = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
+    text = _COLOUR.sub("", str(error)).strip()
+    line = " ".join(text.split())
+    if len(line) >= _MESSAGE:
+        line = text.splitlines()[0]
     first, *others = re.split(r"(?<=[.!?])\s+", line)
     for sentence in others:
         if len(first) + len(sentence) >= _MESSAGE:
@@ -86,8 +89,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}{place}" if first else f"{type(error).__name__}{place}"
 
 
-def untraceable(what: str, error: Exception) -> ExportError:
-    """The refusal for `what` torch.export or its translation to ONNX cannot follow."""
+def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambda _: "") -> ExportError:
+    """The refusal when torch.export or its translation to ONNX cannot follow `what`.
+
+    place: returns the line at which `what` calls an operator.
+    """
     text = str(error)
     if "data-dependent" in text:
         written = as_where(error)
@@ -101,14 +107,14 @@ def untraceable(what: str, error: Exception) -> ExportError:
         library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
         return ExportError(
             "not_exportable",
-            f"{what} calls {library}.{unknown[2]}, which ONNX has no operator for; write it with other operators of "
-            "PyTorch, or one time step after another in a Python loop",
+            f"{what} calls {library}.{unknown[2]}{place(unknown[2])}, which ONNX has no operator for; write it with "
+            "other operators of PyTorch, or one time step after another in a Python loop",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 
 
 def internal(error: Exception) -> ExportError:
-    """The refusal for a fault of export itself."""
+    """The refusal for a bug in export."""
     return ExportError(
         "internal",
         f"this is a fault of unroll itself: {first_line(error)}; please report it with the forward that it needs",
@@ -116,10 +122,11 @@ def internal(error: Exception) -> ExportError:
 
 
 def attempt(what: str, run: Callable[[], Any]) -> Any:
-    """The result of `run`, which calls the user's forward.
+    """Run the user's forward.
 
     Args:
-        what: what forward is called with, for the message.
+        what: describes forward's inputs in the message.
+        run: calls forward.
 
     Raises:
         ExportError: forward_failed, for any other exception.

@@ -38,40 +38,41 @@ def export(
     sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
 ) -> Report:
-    """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
+    """Export `module` as the bundle `<repository>/<name>/<version>`, and prove that it equals PyTorch.
 
     Args:
-        module: a trained nn.Module, TorchScript, or a program of torch.export. It is not changed.
-        example_inputs: by the names of forward's arguments: tensors (batch, time, ...), or (time, batch, ...) without
-            `batch_first`. Parity is proven on inputs of their scale. An initial state that is given here becomes the
-            bundle's initial state; it must be the same in every row.
+        module: a trained nn.Module, TorchScript, or a program of torch.export. It is not modified.
+        example_inputs: forward's arguments by name: tensors (batch, time, ...), or (time, batch, ...) without
+            `batch_first`. Parity is proven on inputs of the same scale. An initial state given here becomes the
+            bundle's initial state; its rows must be equal.
         name: the model's name in the repository.
         version: up to 18 digits, without a leading zero.
         repository: the folder that holds the bundles.
         replace: overwrite an existing bundle.
         batch_first: forward takes (batch, time, ...), otherwise (time, batch, ...).
         time_last: forward takes (batch, ..., time), as convolutions do. The bundle takes (batch, time, ...).
-        output_names: names for the outputs, in the order in which forward returns them.
-        precision: of the graph: float16 for a GPU, int8 for the CPU. Inputs, outputs and state stay float32.
-        max_error: the largest absolute difference from PyTorch in float64 that an output may have.
-        static: the arguments without time, (batch, ...), which are given once when a sequence begins.
-        state: the arguments that forward returns for its next call, as a cache is, each with the name of that output:
-            `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
-        step: forward makes one time step: its inputs are (batch, ...), and `state` names the states that it takes and
-            returns, of any shape; one that forward can do without (`state=None`) may be left out of the example.
-        allow_nan: inputs of float32 that may hold NaN, for a value that is missing: forward chooses what to compute
-            then, as with torch.where(torch.isnan(x), ...). It is tried with NaN at random places.
-        rates: values per second of inputs whose time steps are consecutive pieces of a signal, such as sound. No number
-            depends on them: `unroll stream` checks recordings by them, and the page listens to a microphone at them.
-        sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
-        progress: called with a line of text at the beginning of each stage.
+        output_names: names for the outputs, in forward's order.
+        precision: precision of the graph: float16 for a GPU, int8 for the CPU. Inputs, outputs and state stay float32.
+        max_error: the largest allowed absolute difference of an output from PyTorch in float64.
+        static: arguments without time, (batch, ...), which a client gives once, at the start of a sequence.
+        state: arguments that forward returns for its next call, such as a cache, each with the name of that output;
+            `y1` is the second item of a tuple. Their example is a sequence's initial state; its rows must be equal.
+        step: forward computes one time step. Its inputs are (batch, ...), and `state` names the states that it takes
+            and returns, of any shape. A state with the default None may be omitted from the example.
+        allow_nan: float32 inputs that use NaN for missing values. forward must handle it, for example with
+            torch.where(torch.isnan(x), ...); export tries it with NaN at random places.
+        rates: values per second, for inputs whose time steps are consecutive pieces of a signal such as sound. They do
+            not affect the model: `unroll stream` checks recordings against them, and the page records from a microphone
+            at this rate.
+        sign: a private key file from `unroll keys pair`, to sign the bundle with.
+        progress: called with a line of text at the start of each stage.
 
     Returns:
-        The path of the bundle, its manifest, and notes on what differs from the module.
+        The path of the bundle, its manifest, and notes on differences from the module.
 
     Raises:
-        ExportError: if the model cannot be exported faithfully; `code` says why, the message what to change. Nothing
-            is written then.
+        ExportError: if the model cannot be exported faithfully. `code` says why, the message says what to change.
+            Nothing is written in this case.
     """
     arguments = DeclaredArguments(frozenset(static), state, batch_first)
     options = ExportOptions(

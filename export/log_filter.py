@@ -1,4 +1,4 @@
-"""Silences PyTorch's exporter, which warns of deprecations, logs, and prints graphs that it cannot follow."""
+"""Silences PyTorch's exporter, which logs, warns of deprecations, and prints graphs that it cannot follow."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ from io import StringIO
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within, nothing is printed, logged or warned about; exceptions are raised as ever."""
+    """Suppress output, logs and warnings, but not exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

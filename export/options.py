@@ -1,4 +1,4 @@
-"""What the caller of `unroll.export` asks for."""
+"""The options of an export."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from unroll.export.errors import ExportError
 from unroll.export.signature.arguments import DeclaredArguments
 from unroll.export.signature.samples import missing
 
-#: Called with a line at the beginning of each stage.
+#: Called with a line of text at the start of each stage.
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """The options of one export; `unroll.export` says what each means."""
+    """The options of one export, as documented in `unroll.export`."""
 
     name: str
     version: str
@@ -39,7 +39,7 @@ class ExportOptions:
     allow_nan: frozenset[str] = frozenset()
 
     def with_missing(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        """The example with NaN at random places of the inputs that may hold it. Raises ExportError(input)."""
+        """Put NaN at random places of the inputs that allow it. Raises ExportError(input)."""
         for name in self.allow_nan:
             value = example.get(name)
             if name in self.arguments.static or name in self.arguments.state or not isinstance(value, Tensor):
@@ -49,7 +49,7 @@ class ExportOptions:
         return {name: missing(value) if name in self.allow_nan else value for name, value in example.items()}
 
     def check_rates(self, example: Mapping[str, object]) -> None:
-        """Raises ExportError(input) for a rate that is none, or of no input with time."""
+        """Raise ExportError(input) for an invalid rate, or a rate without an input that has time."""
         for name, rate in self.rates.items():
             if name not in example or name in self.arguments.static or name in self.arguments.state:
                 raise ExportError("input", f"a rate is given for {name!r}, which is no input with time")
@@ -57,7 +57,7 @@ class ExportOptions:
                 raise ExportError("input", f"the rate of {name!r} is {rate}: give a finite number above 0")
 
     def check_target(self) -> None:
-        """Raises ExportError(bundle) if the bundle cannot be written there."""
+        """Raise ExportError(bundle | input) if the target or the options are invalid."""
         try:
             check_name(self.name, self.version)
         except BundleError as error:

@@ -1,4 +1,4 @@
-"""The stages from a trained module to a proven bundle. Each takes and returns records; only the last one writes."""
+"""The stages from a trained module to a proven bundle. Stages exchange records; only the last one writes files."""
 
 import copy
 from collections.abc import Iterator
@@ -53,13 +53,13 @@ from unroll.export.verification.parity import Runners
 from unroll.export.verification.reduced import Candidate, limit, reduce
 from unroll.export.verification.trials import Subject
 
-#: Parameters below which more threads than one take longer, as they wait for each other busily.
+#: Models with fewer parameters run faster on one thread, because several would spin while they wait for each other.
 _SMALL = 2**25
 
 
 @contextmanager
 def _few_threads(module: nn.Module | ExportedProgram) -> Iterator[None]:
-    """Runs a small model on one thread."""
+    """Run a small model on one thread."""
     before = torch.get_num_threads()
     if sum(parameter.numel() for parameter in module.parameters()) < _SMALL:
         torch.set_num_threads(1)
@@ -71,15 +71,15 @@ def _few_threads(module: nn.Module | ExportedProgram) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The user's model, copied.
+    """Copies of the user's model.
 
     Attributes:
-        model: in float32; lifted in place by the next stage.
-        exact: in float64.
+        model: the copy in float32, which the next stage lifts in place.
+        exact: the copy in float64.
         example: the arguments of forward.
-        dtype: of the user's parameters.
-        attributes: those in which forward leaves a state for its next call.
-        fitted: those that it fits to the batch size or the length.
+        dtype: dtype of the user's parameters.
+        attributes: the attributes that hold state for the next call.
+        fitted: the attributes that forward adapts to the batch size or length.
     """
 
     model: nn.Module
@@ -91,21 +91,21 @@ class Prepared:
 
     @property
     def is_changed(self) -> bool:
-        """Does a call of forward change the module?"""
+        """Does a call of forward modify the module?"""
         return bool(self.attributes or self.fitted)
 
 
 @dataclass(frozen=True, slots=True)
 class Lifted:
-    """The lifted model, and what was seen of it.
+    """The lifted model, and observations of it.
 
     Attributes:
-        model: in both precisions.
-        history: where forward reaches into the past.
-        not_streamable_because: known already, or None.
-        observation: what it starts from and returns.
-        trace: its graph, where the choice of its state made it.
-        far: the largest number in the code that a sequence can be as long as, or None.
+        model: the model in both precisions.
+        history: where forward reads earlier time steps.
+        not_streamable_because: a reason that is already known, or None.
+        observation: its initial row and dropped outputs.
+        trace: its graph, if the choice of its state already traced it.
+        far: the largest number in the code that is a possible sequence length, or None.
     """
 
     model: LiftedModel
@@ -124,7 +124,7 @@ class Traced:
         graph, content: the ONNX model, and its bytes.
         runners: PyTorch in both precisions, and the graph.
         suspects: sizes at which the trace may be wrong.
-        samples: those of the lifted model, with the limits of integer inputs.
+        samples: the lifted model's samples, with the limits of integer inputs.
     """
 
     graph: onnx.ModelProto
@@ -136,7 +136,7 @@ class Traced:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The manifest, which says whether the model streams, and the samples to prove it with."""
+    """The manifest, with the decision whether the model streams, and the samples for the proof."""
 
     manifest: Manifest
     samples: Samples
@@ -150,9 +150,9 @@ class Pipeline:
         self._others = Others()
 
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
-        """All stages. Raises ExportError, and has then written nothing."""
+        """Run all stages. Nothing is written if it raises ExportError."""
         try:
-            # The caller's random numbers continue as if nothing had been.
+            # Preserve the caller's random state.
             with torch.random.fork_rng(devices=[]), _few_threads(module), programs.functions_in_python():
                 return self._run(module, example_inputs)
         except ExportError:
@@ -192,7 +192,7 @@ class Pipeline:
     def _over_time(
         self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """A module of one time step as one over sequences, which has no states among its arguments."""
+        """Turn a step module into a module over sequences, without states among its arguments."""
         declared = self._options.arguments
         self._options = replace(self._options, arguments=replace(declared, state={}))
         return over_time(programs.as_module(module, example_inputs), example_inputs, declared)
@@ -224,7 +224,7 @@ class Pipeline:
         return Prepared(model, exact, example, dtype, [])
 
     def _find_state(self, prepared: Prepared) -> Prepared:
-        """With the attributes in which forward leaves a state; the model is as it was after every call."""
+        """Find the attributes that hold state, and make the model restore them after every call."""
         model, example = prepared.model, prepared.example
         attributes = attempt("the example", partial(find_module_state, model, example, self._options.arguments.static))
         fitted = self._fitted(model, example)
@@ -276,7 +276,7 @@ class Pipeline:
         return replace(draft, rates=dict(self._options.rates))
 
     def _judge(self, prepared: Prepared, lifted: Lifted, traced: Traced) -> Judged:
-        """Whether it is still the user's model, keeps its rows apart, and streams."""
+        """Check that the lifted model equals the user's and keeps rows independent, and decide whether it streams."""
         single, double = lifted.model.single, lifted.model.double
         draft = self._draft(lifted, traced.samples)
         reference, _, _ = traced.runners.subjects(traced.samples, draft)
@@ -311,7 +311,7 @@ class Pipeline:
         return Candidate(traced.content, golden, replace(manifest, ragged=ragged, bit_exact=bit_exact))
 
     def _reduce(self, candidate: Candidate, lifted: Lifted, traced: Traced, judged: Judged) -> Candidate:
-        """In the precision that was asked for, and within the error that is allowed."""
+        """Convert to the requested precision, and apply the allowed error."""
         precision = self._options.precision
         if precision != "float32":
             self._progress(f"reducing it to {precision} and measuring what that costs")

@@ -1,4 +1,4 @@
-"""The report on an export, for people."""
+"""The human-readable report on an export."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Report:
 
     Attributes:
         path: the folder of the bundle.
-        manifest: what the bundle takes, returns and promises.
-        notes: differences that the author of the model may not expect.
+        manifest: the manifest of the bundle.
+        notes: differences from the model that its author may not expect.
     """
 
     path: Path
@@ -44,7 +44,6 @@ class Report:
         return as_html([("bundle", str(self.path)), *self._rows()], self.manifest)
 
     def _rows(self) -> list[tuple[str, str]]:
-        """What is said of the bundle, each with its name."""
         manifest = self.manifest
         inputs = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in manifest.inputs)
         outputs = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}{'' if t.time else ' (last)'}" for t in manifest.outputs)
@@ -68,9 +67,10 @@ def notes_on(
     """Differences between the bundle and the model that its author may not expect.
 
     Args:
-        dropped_outputs: names of outputs that are a final state.
-        attributes: those in which forward leaves a state.
-        dtype: of the user's parameters.
+        lifted: the lifted model.
+        dropped_outputs: names of outputs that only return a final state.
+        attributes: the attributes that hold state.
+        dtype: dtype of the user's parameters.
     """
     notes = [
         f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped_outputs

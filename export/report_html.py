@@ -1,16 +1,15 @@
-"""The report as HTML, for a notebook: a table, and for each output a bar of its error."""
+"""The report as HTML for notebooks: a table, and an error bar for each output."""
 
 import math
 from html import escape
 
 from unroll.bundle import Manifest, Parity
 
-#: Of the bars. They are logarithmic, and begin at this error.
+#: The size of an error bar in pixels, and the error at the start of its logarithmic scale.
 _WIDTH, _HEIGHT, _LEAST = 200, 10, 1e-12
 
 
 def as_html(rows: list[tuple[str, str]], manifest: Manifest) -> str:
-    """rows: what is said of the bundle, each with its name."""
     facts = "".join(f"<tr><th style='text-align:left'>{escape(name)}</th>{_cell(text)}</tr>" for name, text in rows)
     head = "".join(f"<th>{name}</th>" for name in ("output", "onnxruntime", "", "PyTorch float32", "tolerance"))
     errors = "".join(
@@ -29,7 +28,7 @@ def _cell(text: str) -> str:
 
 
 def _bar(parity: Parity) -> str:
-    """The error on a line that ends at the tolerance; the mark is PyTorch's own error in float32."""
+    """A bar that is full at the tolerance; the mark shows PyTorch's own float32 error."""
     error, own = (_share(value, parity.tolerance) for value in (parity.onnxruntime, parity.torch_float32))
     title = f"{parity.onnxruntime:.2e} of {parity.tolerance:.2e} allowed; PyTorch float32: {parity.torch_float32:.2e}"
     return (
@@ -41,7 +40,7 @@ def _bar(parity: Parity) -> str:
 
 
 def _share(value: float, most: float) -> float:
-    """Of the way from the least error to the most, on a logarithmic scale."""
+    """The position of an error between `_LEAST` and `most` on a logarithmic scale, from 0 to 1."""
     if value <= _LEAST or most <= _LEAST:
         return 0.0
     return min(math.log(value / _LEAST) / math.log(most / _LEAST), 1.0)

@@ -1,4 +1,4 @@
-"""Says on stderr what export is doing, and how long it took: drawn in place on a terminal, else a line each."""
+"""Shows the progress of export on stderr: updated in place on a terminal, otherwise one line per stage."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
-#: Seconds below which the time of a stage is not said.
+#: Stages shorter than this, in seconds, are shown without their time.
 _SHORT = 1.0
 
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """Gives a function to call with each stage as it begins."""
+    """Yields a function to call at the start of each stage."""
     with (_drawn if sys.stderr.isatty() else _printed)() as begin:
         yield begin
 

@@ -1,7 +1,6 @@
-"""Chooses which state, other than that of recurrent layers, a model is given: as much as it streams with.
+"""Chooses the state that a model gets in addition to its recurrent layers: as much as it still streams with.
 
-Less is tried only where more does not stream, because a short try cannot show that a step is needed a thousand steps
-later.
+Less is tried only where more does not stream: a short trial cannot show that a step is needed a thousand steps later.
 """
 
 from itertools import product
@@ -22,17 +21,17 @@ from unroll.export.verification.trials import Subject
 def choose_state(
     lifted: LiftedModel, history: list[Place | None], attributes: list[Attribute], output_names: list[str] | None
 ) -> tuple[str | None, Trace | None]:
-    """Give both modules of `lifted` the history and the attributes with which the model streams, or none.
+    """Give both modules of `lifted` the history and attributes with which the model streams, or none.
 
     Args:
-        history: where forward reaches into the past.
-        attributes: those in which the module keeps a state.
+        history: where forward reads earlier time steps.
+        attributes: the attributes that hold state.
 
     Returns:
-        Why a model that would stream does not, or None; and its graph, if that was made.
+        Why a model that could stream does not, or None; and its graph, if it was traced.
     """
-    # Numbers that are counted may be of the sequence, or of this call only, as a mask's are. First time steps are kept
-    # only by a model that does not stream without: they may as well be those that other steps begin with.
+    # Counts may belong to the sequence, or to the current call only, as a mask's do. First time steps are kept only if
+    # the model does not stream without them: a slice of the first steps need not mean the start of the sequence.
     known = [place for place in history if place is None or place.first is None]
     histories = [known, _without_counts(known)]
     if len(known) < len(history) and _hands_on(lifted, known, output_names):
@@ -54,7 +53,7 @@ def choose_state(
 
 
 def _hands_on(lifted: LiftedModel, history: list[Place | None], output_names: list[str] | None) -> bool:
-    """Does it hand anything on with this history? One that takes the first time step alone is no stream."""
+    """Does the model carry any state with this history? One that only reads the first time step does not stream."""
     _give(lifted, {}, history if any(history) else [])
     try:
         observe(lifted, output_names)

@@ -1,7 +1,7 @@
-"""The step form: a module whose forward makes one time step, with its states among its arguments, or kept in itself.
+"""The step form: a module whose forward computes one time step, with its states as arguments or kept in the module.
 
-`StepForm` calls it once for each time step of a sequence, in a Python loop. So everything after it, from lifting to
-proof, is what it is for a module whose own forward loops.
+`StepForm` calls it once per time step in a Python loop. The rest of export, from lifting to proof, then treats it like
+any module that loops.
 """
 
 from collections.abc import Mapping
@@ -22,18 +22,18 @@ from unroll.export.loading.copies import detached_copy, detached_example
 from unroll.export.signature.arguments import DeclaredArguments, StateArgument, alike_rows, check_arguments
 from unroll.export.signature.outputs import continuing, first_difference, leaves
 
-#: Of the sequences that are made of the example's steps.
+#: Size of the sequences made from the example's steps.
 _BATCH, _TIME = 3, 12
 
-#: In place of an attribute that does not exist yet.
+#: The value of an attribute that does not exist yet.
 _ABSENT: Any = ...
 
 
 class StepForm(nn.Module):
-    """A step over sequences.
+    """Runs a step module over sequences.
 
-    Takes the arguments of the step but the states, each (batch, time, ...), the static ones (batch, ...). Returns the
-    outputs of the step but the states, by name, each (batch, time, ...).
+    `forward` takes the step's arguments without the states, each (batch, time, ...), static ones (batch, ...). It
+    returns the step's outputs without the states, by name, each (batch, time, ...).
     """
 
     def __init__(
@@ -44,7 +44,15 @@ class StepForm(nn.Module):
         kept: dict[Attribute, StateArgument],
         static: frozenset[str],
     ) -> None:
-        """What a sequence starts from: arguments, of which `outputs` says what continues them; `kept` attributes."""
+        """Register the initial states as buffers.
+
+        Args:
+            step: the module that computes one time step.
+            state: the initial value of each state argument.
+            outputs: the output that continues each state argument.
+            kept: the initial value of each attribute that holds state.
+            static: the names of inputs without time.
+        """
         super().__init__()
         self.step, self._state, self._outputs, self._kept, self._static = step, state, outputs, kept, static
         for name, argument in (state | {".".join(key): argument for key, argument in kept.items()}).items():
@@ -61,12 +69,13 @@ class StepForm(nn.Module):
         steps = []
         try:
             for t in range(time):
-                state = _cloned(state)  # which the step may change in place, and which may be an output as well
+                state = _cloned(state)  # the step may modify it in place, and it may also be an output
                 for key in self._kept:
                     _set(self.step, key, _cloned(_get(self.step, key)))
                 now = {name: value[:, t] if name in series else value for name, value in inputs.items()}
                 state, outputs = self._sorted(leaves(self.step(**now, **state)), state)
-                state = _cloned(state)  # so that this step makes what the next one is handed, also of an input alone
+                # Clone again: the tensors passed to the next step must be made in this one, even if they are inputs.
+                state = _cloned(state)
                 for key in self._kept:
                     _set(self.step, key, _cloned(_get(self.step, key)))
                 steps.append(outputs)
@@ -95,15 +104,15 @@ class StepForm(nn.Module):
 def over_time(
     step: nn.Module, example: dict[str, Any], declared: DeclaredArguments
 ) -> tuple[StepForm, dict[str, Tensor]]:
-    """The step form of a module, and example sequences for it.
+    """Wrap a step module in a `StepForm`, and make example sequences for it.
 
     Args:
-        step: its forward takes (batch, ...) inputs, and its states.
-        example: the arguments of one step; a state that is not among them is zeros, if forward starts so without it.
-        declared: its `state` is empty if the module keeps its state itself.
+        step: its forward takes (batch, ...) inputs and the states.
+        example: the arguments of one step. A missing state defaults to zeros, if forward starts from zeros without it.
+        declared: the declared arguments; `state` is empty if the module keeps its state itself.
 
     Raises:
-        ExportError: input, or keeps_state for what the module keeps without a row for each client.
+        ExportError: input; or keeps_state, if the module keeps state without a row per client.
     """
     step, example, outputs = detached_copy(step), detached_example(example), declared.state
     check_arguments(step, example)
@@ -124,12 +133,12 @@ def over_time(
         name: value[rows[:_BATCH]] if name in declared.static else value[rows].unflatten(0, (_BATCH, _TIME))
         for name, value in given.items()
     }
-    named = type(type(step).__name__, (StepForm,), {})  # as messages call it
+    named = type(type(step).__name__, (StepForm,), {})  # messages show the class name
     return named(step, state, dict(outputs), kept, declared.static), sequences
 
 
 def _batch(given: dict[str, Any], static: frozenset[str]) -> int:
-    """The batch of the inputs. Raises ExportError(input) unless each has it as its first dimension."""
+    """The batch size. Raises ExportError(input) unless it is the first dimension of every input."""
     tensors = [value for value in given.values() if isinstance(value, Tensor) and value.dim()]
     if len(tensors) < len(given) or not given.keys() - static or len({len(tensor) for tensor in tensors}) != 1:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items() if isinstance(value, Tensor))
@@ -142,7 +151,7 @@ def _batch(given: dict[str, Any], static: frozenset[str]) -> int:
 
 
 def _started(step: nn.Module, example: dict[str, Any], name: str, output: str) -> Any:
-    """Zeros for a state that is not given, if forward starts from them without it. Raises ExportError(input)."""
+    """Zeros for a missing state. Raises ExportError(input) unless forward without it starts from zeros."""
     without = _called(detached_copy(step), example)
     value = _outputs(without).get(output)
     zeros = pytree.tree_map_only(Tensor, torch.zeros_like, value)
@@ -156,7 +165,7 @@ def _started(step: nn.Module, example: dict[str, Any], name: str, output: str) -
 
 
 def _outputs(returned: Any) -> dict[str, Any]:
-    """What forward returns, by name, with the tuples and dicts in it left whole."""
+    """The outputs of forward by name; nested tuples and dicts are not flattened."""
     if isinstance(returned, Mapping):
         return {str(key): value for key, value in returned.items()}
     if isinstance(returned, tuple) and hasattr(returned, "_fields"):
@@ -165,13 +174,13 @@ def _outputs(returned: Any) -> dict[str, Any]:
 
 
 def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, Any]) -> dict[Attribute, StateArgument]:
-    """What the module keeps for its next step, each a row for each client.
+    """Find the attributes that hold state for the next step, with a row per client.
 
     Args:
         one: the arguments for a batch of one.
 
     Raises:
-        ExportError: keeps_state.
+        ExportError: keeps_state, if an attribute has no row per client.
     """
     tried, seen = detached_copy(step), [_held(step)]
     for arguments in (example, pytree.tree_map_only(Tensor, _other, example)):
@@ -204,7 +213,7 @@ def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, A
 
 
 def _start(first: Any, after: Any) -> Any:
-    """What a sequence starts from: `first`, with a row for each client if the first step makes them; or else zeros."""
+    """The initial value: `first`, expanded to a row per client if the first step does so; zeros if it is absent."""
     if first is _ABSENT:
         return pytree.tree_map(torch.zeros_like, after)
     before, made = _shapes(first), _shapes(after)
@@ -216,7 +225,7 @@ def _start(first: Any, after: Any) -> Any:
 
 
 def _check_starts(step: nn.Module, example: dict[str, Any], starts: dict[Attribute, Any]) -> None:
-    """Raises ExportError(keeps_state) unless a new module's first step is one from zeros in place of nothing."""
+    """Raise ExportError(keeps_state) if setting `starts` changes the result of a new module's first step."""
     tried = detached_copy(step)
     for key, value in starts.items():
         _set(tried, key, _cloned(value))
@@ -229,7 +238,7 @@ def _check_starts(step: nn.Module, example: dict[str, Any], starts: dict[Attribu
 
 
 def _stays(step: nn.Module, one: dict[str, Any], found: dict[Attribute, StateArgument]) -> bool:
-    """Does a step of one client leave what it keeps in its shape?"""
+    """Does a step with a batch of one preserve the shapes of the kept state?"""
     tried = detached_copy(step)
     for key, argument in found.items():
         _set(tried, key, _cloned(argument.expand(1)))
@@ -243,7 +252,7 @@ def _called(step: nn.Module, arguments: dict[str, Any]) -> Any:
 
 
 def _held(step: nn.Module) -> dict[Attribute, Any]:
-    """Every attribute that holds tensors, also in tuples, lists and dicts."""
+    """Every attribute that holds only tensors, including tuples, lists and dicts of tensors."""
     return {
         (path, name): value
         for path, module in step.named_modules()
@@ -253,7 +262,7 @@ def _held(step: nn.Module) -> dict[Attribute, Any]:
 
 
 def _other(value: Tensor) -> Tensor:
-    """For the next step: what keeps the input of the step before is seen to change."""
+    """Another input for the second step, to make an attribute that keeps the previous input change."""
     return value / 2 if value.is_floating_point() else value.roll(1, 0)
 
 
@@ -266,7 +275,7 @@ def _shapes(value: Any) -> list[torch.Size]:
 
 
 def _cloned(values: Any) -> Any:
-    """In a row, so that a step which makes its states contiguous does the same each time."""
+    """Clone as contiguous, so that a step that makes its states contiguous does the same every time."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.clone(memory_format=torch.contiguous_format), values)
 
 
@@ -284,5 +293,5 @@ def _set(step: nn.Module, attribute: Attribute, value: Any) -> None:
 
 
 def _first(name: str, index: int) -> str:
-    """The buffer that holds the first value of a state."""
+    """The name of the buffer that holds a tensor of a state's initial value."""
     return f"first_{name.replace('.', '_')}_{index}"

@@ -1,1 +1,1 @@
-"""Models to export and serve: the stacked RNN, its cells by hand, and trained examples."""
+"""Models to export and serve: the stacked RNN, reference implementations of its cells, and trained examples."""

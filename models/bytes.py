@@ -14,9 +14,8 @@ CONFIG = StackedRNNConfig(cell="lstm", vocabulary=256, embedding_size=32, hidden
 
 
 def next_byte() -> StackedRNN:
-    """The model, untrained; `StackedRNN.load(CHECKPOINT)` is the trained one.
+    """Make the untrained model; `StackedRNN.load(CHECKPOINT)` loads the trained one.
 
-    Returns:
-        A model that takes bytes (batch, time) int64 and returns logits (batch, time, 256) of the next byte.
+    It takes bytes (batch, time) int64, and returns logits (batch, time, 256) of the next byte.
     """
     return StackedRNN(CONFIG)

@@ -1,13 +1,13 @@
-"""A checkpoint on disk: `NAME.safetensors` holds the weights, `NAME.json` the configuration.
+"""Checkpoints on disk: `NAME.safetensors` holds the weights, `NAME.json` the configuration.
 
 The contract:
 
 - Reading a checkpoint never runs code: there is no pickle.
-- Reading is strict. A field or a tensor that is missing, unknown or of another shape is a CheckpointError, which names
-  the file. A field that equals its default is written and required, too: a default may change, a file may not.
+- Reading is strict. A field or tensor that is missing, unknown or of another shape raises CheckpointError, which names
+  the file. Fields with default values are written and required, too, because a default may change later.
 - `stem` is the path without a suffix; a dot in its name is part of the name.
-- What `write` wrote, `read_config` and `read_weights` give back: equal configuration, weights equal bit for bit.
-- The two files are written one after the other: a reader during a write may see one new and one old file.
+- `read_config` and `read_weights` restore what `write` wrote: an equal configuration, and weights equal bit for bit.
+- The two files are not written atomically: a concurrent reader may see one new and one old file.
 """
 
 import json
@@ -21,18 +21,19 @@ from safetensors.torch import load, save
 from torch import nn
 
 Config = TypeVar("Config")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read. The message names the file and the reason."""
+    """A checkpoint cannot be read; the message gives the file and the reason."""
 
 
 def write(stem: Path, module: nn.Module, config: Any) -> None:
-    """Write a checkpoint, over an existing one; the folder is created.
+    """Write a checkpoint, replacing an existing one and creating the folder.
 
     Args:
         stem: path without a suffix.
-        module: its state dict is written, parameters and persistent buffers.
+        module: the module, of which the state dict is written.
         config: a flat dataclass of JSON values.
 
     Raises:
@@ -44,15 +45,27 @@ def write(stem: Path, module: nn.Module, config: Any) -> None:
     _configuration(stem).write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 
+def read(stem: Path, model: Module, config: Any) -> Module:
+    """Return `model`, with the weights of a checkpoint and in evaluation mode.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read or has another configuration.
+    """
+    if read_config(stem, type(config)) != config:
+        raise CheckpointError(f"{stem}: trained with another configuration than {config}")
+    read_weights(stem, model)
+    return model.eval()
+
+
 def read_config(stem: Path, kind: type[Config]) -> Config:
-    """The configuration of a checkpoint.
+    """Read the configuration of a checkpoint.
 
     Args:
         stem: path without a suffix.
-        kind: the dataclass that was written.
+        kind: the dataclass to read.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or has other fields or types than `kind`.
+        CheckpointError: if the file is missing or damaged, or its fields or types differ from `kind`.
     """
     path = _configuration(stem)
     try:
@@ -70,7 +83,7 @@ def read_weights(stem: Path, module: nn.Module) -> None:
     """Copy the weights of a checkpoint into `module`.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, or its tensors are not those of `module`.
+        CheckpointError: if the file is missing or damaged, or its tensors do not match `module`.
     """
     path = _weights(stem)
     try:

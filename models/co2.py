@@ -1,4 +1,4 @@
-"""A forecaster of atmospheric CO₂: from the weeks so far, in ppm, to the next week, in ppm.
+"""A forecaster of atmospheric CO₂: predicts the next week from all weeks so far, in ppm.
 
 Trained by `python -m unroll.models.training.co2` on the measurements of `unroll.models.mauna_loa`.
 """
@@ -19,8 +19,8 @@ CONFIG = StackedRNNConfig(cell="gru", input_size=1, hidden_size=16, layers=2, ou
 class CO2Forecaster(nn.Module):
     """Forecasts the change over the coming week and adds it to this week's value.
 
-    Takes ppm (batch, time, 1) float32, one value a week, and returns the same shape: each value is the forecast for the
-    next week, from this week and the weeks before. Normalisation is inside.
+    Takes ppm (batch, time, 1) float32, one value per week, and returns forecasts for the following weeks in the same
+    shape. Normalisation is part of the model.
 
     Attributes:
         level, spread: mean and standard deviation of the input, in ppm.
@@ -41,19 +41,10 @@ class CO2Forecaster(nn.Module):
         return ppm + self.change * self.rnn((ppm - self.level) / self.spread)
 
 
-def forecaster() -> CO2Forecaster:
-    """The model, untrained; `load()` returns the trained one."""
-    return CO2Forecaster()
-
-
 def load(stem: Path = CHECKPOINT) -> CO2Forecaster:
-    """The trained forecaster.
+    """Load the trained forecaster.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read or has another configuration.
     """
-    model = forecaster()
-    if checkpoint.read_config(stem, StackedRNNConfig) != CONFIG:
-        raise checkpoint.CheckpointError(f"{stem}: trained with another configuration than {CONFIG}")
-    checkpoint.read_weights(stem, model)
-    return model.eval()
+    return checkpoint.read(stem, CO2Forecaster(), CONFIG)

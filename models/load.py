@@ -1,6 +1,6 @@
-"""Curves of processor load for the forecaster, and where its checkpoint is.
+"""Synthetic curves of processor load for the forecaster, and the path of its checkpoint.
 
-Needs NumPy only, so that examples can make a curve where there is no torch.
+Needs only NumPy, so that examples run without torch.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoints" / "load"
 
 
 def curve(generator: np.random.Generator, readings: int) -> np.ndarray:
-    """A calm machine: a level that drifts, noise, and at times a job that returns. (readings,) float32 in 0 … 1."""
+    """The load of a calm machine, (readings,) float32 in 0 … 1: drift, noise, and sometimes a periodic job."""
     level, drift = generator.uniform(0.03, 0.6), generator.normal(0, 0.004, readings).cumsum()
     load = level + drift + generator.normal(0, generator.uniform(0.005, 0.03), readings)
     if generator.random() < 0.5:
@@ -22,7 +22,7 @@ def curve(generator: np.random.Generator, readings: int) -> np.ndarray:
 
 
 def calm_then_burst(readings: int = 240, start: int = 180, length: int = 20) -> np.ndarray:
-    """The same curve in every run: calm, and a burst that nothing announces."""
+    """A fixed curve: a calm machine with one unexpected burst."""
     generator = np.random.default_rng(7)
     load = 0.2 + generator.normal(0, 0.015, readings)
     load[start : start + length] += 0.7

@@ -15,7 +15,7 @@ PATH = Path(__file__).parents[1] / "examples" / "co2" / "co2.csv"
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One value per week, without gaps."""
+    """Weekly values without gaps."""
 
     dates: tuple[date, ...]
     ppm: np.ndarray  # (weeks,) float32

@@ -1,6 +1,6 @@
-"""GRU, LSTM and tanh RNN written by hand, and the two orders in which a stack of them can run.
+"""Reference implementations of GRU, LSTM and tanh RNN, and the two orders in which a stack of them can run.
 
-For reading and testing: plain tensor operations, one time step of one layer at a time. In a stack,
+They are for reading and testing: plain tensor operations, one time step of one layer at a time. In a stack,
 
     h[l][t] = cell(h[l-1][t], h[l][t-1])        with h[-1] = x
 
@@ -21,7 +21,7 @@ State = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: its cell and its weights, in PyTorch's layout (the gates stacked along the first axis)."""
+    """One layer: its cell, and its weights in PyTorch's layout, with the gates stacked along the first axis."""
 
     cell: Callable[["Layer", torch.Tensor, State], State]
     w_ih: torch.Tensor  # (gates * hidden, inputs)
@@ -109,7 +109,7 @@ def layer_by_layer(
 
 
 def step_by_step(layers: Sequence[Layer], x: torch.Tensor, states: Sequence[State]) -> tuple[torch.Tensor, list[State]]:
-    """Each time step through all layers, then the next time step. Arguments and result as of `layer_by_layer`."""
+    """Each time step through all layers, then the next time step. Arguments and results as for `layer_by_layer`."""
     states = list(states)
     outputs = []
     for h in x.unbind(1):
@@ -121,7 +121,7 @@ def step_by_step(layers: Sequence[Layer], x: torch.Tensor, states: Sequence[Stat
 
 
 def layers_of(module: nn.RNNBase) -> list[Layer]:
-    """The layers of an `nn.GRU`, `nn.LSTM` or tanh `nn.RNN`; they share its weights.
+    """The layers of an `nn.GRU`, `nn.LSTM` or tanh `nn.RNN`, sharing its weights.
 
     Raises:
         ValueError: for a reverse direction, a projection or ReLU, which the equations above do not cover.
@@ -131,7 +131,7 @@ def layers_of(module: nn.RNNBase) -> list[Layer]:
         raise ValueError(f"no equations here for {module}")
 
     def weight(name: str, i: int) -> Any:
-        return getattr(module, f"{name}_l{i}", None)  # None: a module without biases
+        return getattr(module, f"{name}_l{i}", None)  # None for a module without biases
 
     return [
         Layer(cell, weight("weight_ih", i), weight("weight_hh", i), weight("bias_ih", i), weight("bias_hh", i))

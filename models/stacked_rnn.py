@@ -1,6 +1,6 @@
 """A stack of recurrent layers with a linear head.
 
-A plain PyTorch module that does not know export: export lifts the state out of `nn.GRU`, `nn.LSTM` and `nn.RNN` itself.
+A plain PyTorch module, independent of export: export itself lifts the state out of `nn.GRU`, `nn.LSTM` and `nn.RNN`.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ _CELLS: dict[str, Any] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 class StackedRNNConfig:
     """The configuration of a stack.
 
-    The input is either `input_size` features per time step, or token ids below `vocabulary`, which an embedding of
-    `embedding_size` looks up. `dropout` acts between layers, in training only.
+    The input is either `input_size` features per time step, or token ids below `vocabulary`, with an embedding of size
+    `embedding_size`. `dropout` acts between layers, in training only.
 
     Raises:
         ValueError: for an invalid field or combination of fields, naming the field.
@@ -42,7 +42,7 @@ class StackedRNNConfig:
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
-    #: "step": an output at every time step; "last": one for the whole sequence.
+    #: "step" for an output at every time step, "last" for one output per sequence.
     head: Literal["step", "last"] = "step"
 
     def __post_init__(self) -> None:
@@ -98,15 +98,15 @@ class StackedRNN(nn.Module):
         return self.advance(x)[0]
 
     def advance(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
-        """Continue from `state` (None: zeros); returns the output and the final state."""
+        """Continue from `state`, or from zeros if None; returns the output and the final state."""
         if self.embedding is not None:
             x = self.embedding(x)
         sequence, state = self.rnn(x, state)
         if self.config.head == "step":
             return self.head(sequence), state
         h = state if isinstance(state, torch.Tensor) else state[0]
-        # Final h of the last layer, both directions. In sequence[:, -1] the reverse direction has read one step
-        # only; here each half has read the whole sequence.
+        # The final h of the last layer in both directions. In sequence[:, -1] the reverse direction has seen only one
+        # step; here both have seen the whole sequence.
         last = h[-self.config.directions :].transpose(0, 1).flatten(1)
         return self.head(last), state
 
@@ -116,7 +116,7 @@ class StackedRNN(nn.Module):
 
     @classmethod
     def load(cls, stem: Path) -> Self:
-        """The model that `save` wrote.
+        """Load a model that `save` wrote.
 
         Raises:
             CheckpointError: if a field or a tensor is missing, unknown, or of another shape.

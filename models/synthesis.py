@@ -1,30 +1,30 @@
-"""Synthesised sound for the detector: whistles, claps and hums over noise, and which frames have an event.
+"""Synthesises sound for the detector: whistles, claps and hums over noise, with labels per frame.
 
-Needs NumPy only, so that examples can make sound where there is no torch.
+Needs only NumPy, so that examples run without torch.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-#: Samples a second, and samples in a frame, which is one time step of 16 ms.
+#: Samples per second, and samples per frame; a frame is one time step of 16 ms.
 RATE, FRAME = 16000, 256
-#: An event counts from this many seconds after a tone began.
+#: A tone counts as an event after this many seconds.
 LASTING = 0.2
-#: The second of two claps comes after a pause of so many seconds, and is then an event for a while.
+#: The range of pauses between two claps, and how long the pair counts as an event after the second, in seconds.
 PAUSE, SHOWN = (0.15, 0.6), 0.5
-#: What is detected, in the order of the model's outputs.
+#: The detected events, in the order of the model's outputs.
 EVENTS = ("whistle", "two claps", "hum")
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Samples in -1 … 1, and for each frame and event whether it is there, is not, or may be said either way.
+    """A sound with labels.
 
     Attributes:
-        samples: (frames, 256) float32.
-        present: (frames, 3) float32, 0 or 1.
-        judged: (frames, 3) bool; False near the moments where an event begins or ends.
+        samples: (frames, 256) float32 in -1 … 1.
+        present: (frames, 3) float32, 1 where the frame has the event, otherwise 0.
+        judged: (frames, 3) bool; False close to the start and end of an event, where either label is right.
     """
 
     samples: np.ndarray
@@ -33,7 +33,7 @@ class Clip:
 
 
 def clip(generator: np.random.Generator, seconds: float = 3.0) -> Clip:
-    """Sound with up to three events and as many sounds that are none: single claps and short tones."""
+    """A clip with up to three sounds: events, or distractors such as single claps and short tones."""
     sound = _Sound(generator, int(seconds * RATE) // FRAME)
     for kind in generator.permutation(["whistle", "hum", "claps", "clap", "blip"])[: generator.integers(0, 4)]:
         sound.add(str(kind), generator.uniform(0.1, seconds - 0.8))
@@ -41,7 +41,7 @@ def clip(generator: np.random.Generator, seconds: float = 3.0) -> Clip:
 
 
 def single(kind: str, generator: np.random.Generator) -> Clip:
-    """Two seconds with one sound, which begins after half a second: whistle, hum, claps, clap or blip."""
+    """Two seconds with one sound after half a second: whistle, hum, claps, clap or blip."""
     sound = _Sound(generator, 2 * RATE // FRAME)
     sound.add(kind, 0.5)
     return sound.clip()
@@ -74,14 +74,14 @@ class _Sound:
 
     def clip(self) -> Clip:
         noise = self._generator.standard_normal(len(self._samples))
-        if self._generator.random() < 0.5:  # darker noise, like that of a room
+        if self._generator.random() < 0.5:  # low-pass noise, as in a room
             noise = np.convolve(noise, np.exp(-np.arange(24) / 6), "same") / 2
         samples = self._samples + noise * 10 ** self._generator.uniform(-3.5, -1.8)
         samples = samples * 10 ** self._generator.uniform(-0.8, 0.0)
         return Clip(samples.clip(-1, 1).astype(np.float32).reshape(-1, FRAME), self._present, self._judged)
 
     def _tone(self, event: int | None, start: float, seconds: float, pitch: float, harmonics: list[float]) -> None:
-        """A tone whose pitch moves a little; harmonics have their own strength."""
+        """Add a tone with a slightly varying pitch and the given strengths of harmonics."""
         first, count = int(start * RATE), min(int(seconds * RATE), len(self._samples) - int(start * RATE))
         t = np.arange(count) / RATE
         wobble = self._generator.uniform(0, 0.02) * np.sin(2 * np.pi * self._generator.uniform(2, 6) * t)

@@ -1,4 +1,4 @@
-"""Wires the parts together: settings in, ASGI application out. The only file that knows all parts."""
+"""Wires the parts together, from settings to an ASGI application. The only file that knows all parts."""
 
 import asyncio
 import signal
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from unroll import __version__
+from unroll.service.access.gate import Gate
 from unroll.service.api import (
     absent_routes,
     admin_routes,
@@ -28,6 +29,7 @@ from unroll.service.api import (
     statistics_routes,
 )
 from unroll.service.api.admission import Admission, refusals
+from unroll.service.api.all_workers import AllWorkers
 from unroll.service.api.answer_log import ERROR, LogAnswers
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import http_error, open_inference_error, problem
@@ -35,7 +37,6 @@ from unroll.service.api.http_methods import HeadAsGet, allowed_methods
 from unroll.service.api.path_segments import EncodedSlashes
 from unroll.service.api.request import Disconnected
 from unroll.service.api.stream import endpoint
-from unroll.service.api.worker_metrics import WorkerMetrics
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
@@ -57,34 +58,35 @@ from unroll.service.telemetry.request_log import RequestLog
 
 _log = structlog.get_logger(__name__)
 
-#: Headers of answers that scripts of other origins may read.
+#: Response headers that scripts of other origins may read.
 _EXPOSED = ("Allow", "Retry-After", "Unroll-Position", "Unroll-Reply-Kept", "Unroll-Snapshot-Length")
-#: Seconds for which a browser need not ask again whether it may send a request.
+#: Seconds for which browsers may cache a preflight response.
 _PREFLIGHT_SECONDS = 600
 
 
 def build(
     settings: Settings,
     clock: Clock | None = None,
-    shared_port: int | None = None,
+    workers: AllWorkers | None = None,
     ticket_secret: bytes | None = None,
 ) -> tuple[FastAPI, AppState]:
-    """Load every bundle, and make the application and the state that the transport shares with it.
+    """Load every bundle, and create the application and the state that it shares with the transport.
 
     Args:
-        shared_port: The port that other worker processes listen on, too.
-        ticket_secret: Of all workers.
+        clock: A clock for tests.
+        workers: All worker processes, if there are several.
+        ticket_secret: Secret shared by all workers.
 
     Raises:
         RepositoryError: See `ModelRepository.load_all`.
         DeviceUnavailable: The requested device cannot be used.
-        ValueError: It does not have the requested precision, or the file of keys cannot be used.
+        ValueError: The device lacks the requested precision, or the keys file cannot be used.
     """
     gate = settings.gate(ticket_secret)
     clock = clock or MonotonicClock()
 
     def crash() -> None:
-        """A model without its loop would hang forever: exit, so that a process manager restarts the server."""
+        """Exit, so that a process manager restarts the server: a model without its loop would hang forever."""
         state.ready, state.crashed = False, True
         signal.raise_signal(signal.SIGTERM)
 
@@ -95,7 +97,7 @@ def build(
             on_error.callback(state_file.close)
         config = settings.store_config()
         store = None if config is None else open_store(config)
-        repository, models, sessions = _load(settings, store, clock, crash)
+        repository, models, sessions = _load(settings, store, clock, crash, gate)
         if state_file is not None:
             sessions.directory.spilled.load(state_file)
         on_error.pop_all()
@@ -107,7 +109,7 @@ def build(
         settings.api_limits(),
         settings.default_durability,
         SnapshotKeys(keys) if keys else None,
-        shared_port,
+        workers,
         gate,
         RequestLog(settings.log_requests),
     )
@@ -117,10 +119,8 @@ def build(
         app.include_router(page_routes.router())
     if settings.allowed_origins:
         _allow_pages_of(app, settings.allowed_origins)
-    operator = app
-    if settings.admin_port is not None:
-        operator = app.state.operator = _fastapi(state, None)
-    operator.include_router(health_routes.metrics_router(state, _worker_metrics(settings)))
+    operator = app.state.operator = app if settings.admin_port is None else _fastapi(state, None)
+    operator.include_router(health_routes.metrics_router(state))
     _add_administration(operator, settings, state, store, clock)
     loads = settings.offers_operations and operator is app
     app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
@@ -128,7 +128,7 @@ def build(
 
 
 def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
-    """Answer pages of other origins, and tell their browsers so."""
+    """Add CORS headers for pages of these origins."""
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -137,14 +137,6 @@ def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
         expose_headers=_EXPOSED,
         max_age=_PREFLIGHT_SECONDS,
     )
-
-
-def _worker_metrics(settings: Settings) -> WorkerMetrics | None:
-    if settings.worker_port is None:
-        return None
-    ports = range(settings.worker_port, settings.worker_port + settings.workers)
-    tls = settings.tls_files()
-    return WorkerMetrics(settings.host, ports, None if tls is None else tls.client_context)
 
 
 def _add_inference(app: FastAPI, state: AppState) -> None:
@@ -170,21 +162,26 @@ def _add_administration(app: FastAPI, settings: Settings, state: AppState, store
 _Loaded = tuple[ModelRepository, ModelVersions, MemorySessions]
 
 
-def _load(settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None]) -> _Loaded:
-    """On the devices that the settings ask for, or where those leave it open and there is none that works, the CPU."""
+def _load(settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None], gate: Gate) -> _Loaded:
+    """Load on the requested devices. With `auto`, fall back to the CPU if they do not work."""
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
     try:
-        return _load_on(devices, settings, store, clock, crash)
+        return _load_on(devices, settings, store, clock, crash, gate)
     except DeviceUnavailable as error:
         if settings.device != "auto":
             raise
         _log.warning("device", devices=["cpu"], why=str(error))
-        return _load_on(["cpu"], settings, store, clock, crash)
+        return _load_on(["cpu"], settings, store, clock, crash, gate)
 
 
 def _load_on(
-    devices: Sequence[str], settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None]
+    devices: Sequence[str],
+    settings: Settings,
+    store: Store | None,
+    clock: Clock,
+    crash: Callable[[], None],
+    gate: Gate,
 ) -> _Loaded:
     options = settings.model_options()
     for device in devices:
@@ -192,7 +189,7 @@ def _load_on(
     models = ModelVersions()
     spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)
     directory = SessionDirectory(models, spilled, clock)
-    sessions = MemorySessions(directory) if store is None else DurableSessions(directory, store)
+    sessions = MemorySessions(directory, gate.quota) if store is None else DurableSessions(directory, store, gate.quota)
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
     serve = {name: str(version) for name, version in settings.serve.items()}
@@ -213,7 +210,7 @@ async def _lifespan(state: AppState, state_file: StateFile | None, store_timeout
         task.add_done_callback(state.repository.watch)
     if state_file is not None:
         state_file.remove()
-    await asyncio.wait(running[:1], timeout=store_timeout)  # without a store that answers, it starts, and is not ready
+    await asyncio.wait(running[:1], timeout=store_timeout)  # if the store does not answer, start without being ready
     yield
     # No client is connected and no request is in flight, unless the drain timed out.
     state.drain()
@@ -229,7 +226,7 @@ async def _lifespan(state: AppState, state_file: StateFile | None, store_timeout
 
 
 async def _become_ready(state: AppState) -> None:
-    """Wait for the first answer of the store. A store that can never work ends the process."""
+    """Become ready when the store has answered once. A misconfigured store ends the process."""
     try:
         await state.sessions.start()
     except StoreRefused as error:
@@ -241,7 +238,7 @@ async def _become_ready(state: AppState) -> None:
 
 
 def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
-    """An application with probes, and with the answers to what may not come in or fails."""
+    """Create an application with admission, error handling and probes."""
     app = FastAPIOffline(  # /docs and /redoc load their scripts from this server
         static_url="/docs/assets",
         title="Unroll",
@@ -287,15 +284,15 @@ def _is_v2(request: Request) -> bool:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the bodies that the hot routes read without FastAPI."""
+    """FastAPI's OpenAPI document, plus the bodies that the hot routes read without FastAPI."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         for path, operation in ((path, o) for path, found in document["paths"].items() for o in found.values()):
             if "HTTPValidationError" in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]  # FastAPI's default, which a path of two strings cannot cause
+                del operation["responses"]["422"]  # FastAPI's default, which string parameters cannot cause
             operation["responses"] = refusals(path) | operation["responses"]
         _link_sessions(document["paths"])
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})  # the port of metrics alone has none
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})  # a metrics-only port has none
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         for model in native_routes.DOCUMENTED:
@@ -307,7 +304,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 def _link_sessions(paths: dict[str, Any]) -> None:
-    """Say which operations take the id of a session that was opened."""
+    """Link the opening of a session to the operations that take its id."""
     ids = {"model": "$request.path.model", "session_id": "$response.body#/session_id"}
     found = [operation for path, one in paths.items() if "{session_id}" in path for operation in one.values()]
     if found:

@@ -1,11 +1,11 @@
-"""What each setting means, for the help of `unroll serve`, for messages and for `unroll config show`.
+"""Descriptions of all settings, for the help of `unroll serve`, for messages and for `unroll config show`.
 
-The values, their types and their limits are those of `settings.py`; this file imports nothing, so that help is quick.
+Types and limits are in `settings.py`. This file imports nothing heavy, so that help is quick.
 """
 
 from dataclasses import dataclass
 
-#: Of the variables in the environment.
+#: Prefix of the environment variables.
 PREFIX = "UNROLL_"
 
 
@@ -14,9 +14,10 @@ class Description:
     """One setting.
 
     Attributes:
-        metavar: What its value is; empty if it is a switch, and `no` if it is one that --no-… turns off.
-        default: Its default, as help shows it; empty if `about` says it or there is none.
-        several: Its flag may be given several times.
+        metavar: Form of the value; empty for a switch, `no` for a switch that --no-… turns off.
+        about: The meaning.
+        default: The default as shown in help; empty if `about` states it or there is none.
+        several: The flag may be repeated.
     """
 
     metavar: str
@@ -25,7 +26,7 @@ class Description:
     several: bool = False
 
 
-#: By group and by name, in the order of the help.
+#: Settings by group and name, in the order of the help.
 GROUPS = {
     "network": {
         "host": Description("ADDRESS", "address to listen on", "127.0.0.1"),
@@ -34,8 +35,8 @@ GROUPS = {
         "worker_port": Description("PORT", "first per-worker port: worker N also listens on this port + N - 1"),
         "auth": Description(
             "keys|none",
-            "who may connect: clients with a key of --keys, or everyone (none); without --keys, everyone is the "
-            "default on a loopback address only",
+            "who may connect: clients with a key of --keys, or everyone (none); without --keys, the default is "
+            "everyone, but only on a loopback address",
         ),
         "keys": Description("FILE", "file of API keys, which `unroll keys new` writes; read again at SIGHUP"),
         "jwt_keys": Description(
@@ -56,7 +57,7 @@ GROUPS = {
         "allowed_hosts": Description(
             "NAMES",
             'host names that this server answers to, such as ["models.example.com"]; addresses are always allowed '
-            "(default: any with keys or --auth none, and localhost without)",
+            "(default: any with keys or --auth none, otherwise localhost)",
             several=True,
         ),
         "page": Description("no", "serve a web page of the models at / (default: only on a loopback address)"),
@@ -95,7 +96,7 @@ GROUPS = {
         ),
         "allow_operators": Description(
             "OPERATORS",
-            'operators to allow in graphs besides those that export writes, such as ["RandomNormal"]',
+            'further operators to allow in graphs, such as ["RandomNormal"]',
             several=True,
         ),
     },
@@ -128,7 +129,7 @@ GROUPS = {
         ),
         "snapshot_keys": Description(
             "KEYS",
-            'secrets that sign client-held snapshots: @FILE with one a line, or ["new","old"]; '
+            'secrets that sign client-held snapshots: @FILE with one per line, or ["new","old"]; '
             "the first signs, all verify",
             several=True,
         ),
@@ -197,7 +198,7 @@ GROUPS = {
         "admin_host": Description("ADDRESS", "address that the --admin-port listens on", "127.0.0.1"),
         "log_requests": Description(
             "none|errors|all",
-            "requests to log, at most 100 lines a second",
+            "requests to log, at most 100 lines per second",
             "errors",
         ),
         "log_level": Description("debug|info|warning|error", "minimum severity of log lines", "info"),

@@ -24,22 +24,21 @@ from unroll.service.telemetry import logs
 from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
-from unroll.service.workers import Worker, bind, supervise
+from unroll.service.workers import Worker, bind_for_operator, supervise
 
 _EXPOSED = (
-    "every user of this machine can read it in the list of processes: give it as @FILE, in the environment, or in the "
-    "file of --config"
+    "every user of this machine can read it in the process list: use @FILE, the environment, or the file of --config"
 )
 
 
 def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
-    """Serve until a signal ends it.
+    """Serve until a signal arrives.
 
     Args:
-        exposed: Flags that have secrets in them.
+        exposed: Flags that contain secrets.
 
     Returns:
-        0 after an orderly end, 1 if it cannot start or has failed.
+        0 after an orderly shutdown, 1 if the server cannot start or has failed.
     """
     _open_standard_descriptors()
     worker = Worker.inherited()
@@ -49,9 +48,10 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     if worker is None:
         for flag in exposed:
             log.warning("secret in a flag", flag=flag, reason=_EXPOSED)
+    operator_address = settings.admin_host, settings.admin_port
     if settings.workers > 1 and worker is None:
         scheme = "http" if settings.tls_cert is None else "https"
-        return supervise(settings.host, settings.port, settings.workers, scheme)
+        return supervise(settings.host, settings.port, settings.workers, scheme, operator_address)
     limits = ConnectionLimits.of(settings)
     try:
         files = settings.tls_files()
@@ -62,19 +62,19 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
         if worker is None or worker.number == 1:
             where = where_sessions_are(settings.store_config(), settings.state_file)
             log.info("sessions", durability=settings.default_durability, **asyncio.run(where))
-        shared = () if worker is None else (worker.shared_port, worker.ticket_secret)
+        shared = () if worker is None else (worker.all(settings.workers), worker.ticket_secret)
         application, state = app.build(settings, None, *shared)
-        operator_listener = _operator_listener(settings)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
+        operator_listeners = bind_for_operator(*operator_address) if worker is None else worker.operator_listeners()
         config = uvicorn_config(application, state, settings.host, settings.port, limits, tls)
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
-    application.openapi()  # the first of these, and FastAPI's first look at its routes, take a tenth of a second
+    application.openapi()  # warm up: the first call takes a tenth of a second
     operator = None
-    if operator_listener is not None:
+    if operator_listeners:
         application.state.operator.openapi()
-        operator = operator_config(config, application.state.operator, state, limits), operator_listener
+        operator = operator_config(config, application.state.operator, state, limits), operator_listeners
     _spare_the_collector()
     terminate = partial(signal.raise_signal, signal.SIGTERM)
     on_started = None if worker is None else partial(worker.serving, terminate)
@@ -97,30 +97,21 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     return 1 if state.crashed or state.failed else 0
 
 
-def _operator_listener(settings: Settings) -> socket.socket | None:
-    """Listen at the operator's port, if there is one. Raises OSError."""
-    if settings.admin_port is None:
-        return None
-    listener = bind(settings.admin_host, settings.admin_port)
-    structlog.get_logger(__name__).info("operator's port", host=settings.admin_host, port=listener.getsockname()[1])
-    return listener
-
-
 def _spare_the_collector() -> None:
-    """The objects built so far stay, and reference counting frees those of a step: the collector can skip both."""
+    """Freeze existing objects and collect rarely: they stay anyway, and reference counting frees those of steps."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
 def _ignore_late_signals() -> None:
-    """A signal while the interpreter ends must not change the exit status."""
+    """Ignore signals while the interpreter exits, so that they do not change the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _open_standard_descriptors() -> None:
-    """Give 0, 1 and 2 to no file or socket of the server: libraries print there."""
+    """Ensure that descriptors 0 to 2 are open, so that no file or socket gets them: libraries print there."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -129,7 +120,7 @@ def _open_standard_descriptors() -> None:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Find out before the models are loaded that the server could not listen. Raises OSError."""
+    """Check that the server can listen, before the models are loaded. Raises OSError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -137,14 +128,14 @@ def _check_address(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"cannot listen at {host}, port {port}: {reason}; see --host and --port") from error
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}; see --host and --port") from error
 
 
 async def _check_store(settings: Settings) -> None:
-    """Find out before the models are loaded that a Redis can never work as it is set. Raises StoreRefused."""
+    """Check that a Redis can work as configured, before the models are loaded. Raises StoreRefused."""
     config = settings.store_config()
     if config is not None and not isinstance(config, EmbeddedStoreConfig):
-        from unroll.service.store.redis_store import RedisStore  # only now: its client takes megabytes
+        from unroll.service.store.redis_store import RedisStore  # imported late: the client takes megabytes
 
         store = RedisStore(config)
         try:
@@ -156,7 +147,7 @@ async def _check_store(settings: Settings) -> None:
 
 
 def _catch_signals() -> Event:
-    """From now on SIGTERM ends the start in order, and SIGHUP sets the event that is returned."""
+    """Until the server runs, make SIGTERM exit cleanly, and SIGHUP set the returned event."""
     rescan = Event()
 
     def end(*_: object) -> None:

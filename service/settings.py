@@ -1,6 +1,6 @@
-"""The settings of a server, with their types, limits and defaults; each layer gets its part as its own config.
+"""The settings of a server with their types, limits and defaults. Each layer gets its own config.
 
-The layers are imported where their configs are made, so that a wrong setting is answered without them.
+The layers are imported where their configs are created, so that a wrong setting is reported without loading them.
 """
 
 import re
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _FOLDER = "file://"
 _LOCAL = frozenset({"localhost"})
 _LEAST_KEY_BYTES = 16
-#: As browsers send it: without a path, and in lower case.
+#: An origin as browsers send it: without a path, and in lower case.
 _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 
 
@@ -133,7 +133,7 @@ class Settings(BaseModel):
     def _is_safe(cls, place: str | None) -> str | None:
         url = urlsplit(place or "")
         if url.scheme in ("http", "https") and "@" in url.netloc:
-            raise ValueError("a URL with a password is not taken: a JWK set is public")
+            raise ValueError("a URL with a password is not accepted: a JWK set is public")
         if url.scheme == "http" and not _is_loopback(url.hostname or ""):
             raise ValueError("an attacker on the network could replace the keys: use https://, or a file")
         return place
@@ -156,7 +156,7 @@ class Settings(BaseModel):
             raise ValueError("durability stored needs a store: add --store file:///folder")
         if "store_prefix" in self.model_fields_set and (self.store is None or self.store.startswith(_FOLDER)):
             raise ValueError(
-                "--store-prefix is of a Redis: give each deployment its own folder, or add --store redis://…"
+                "--store-prefix is only for Redis: give each deployment its own folder, or add --store redis://…"
             )
         if any(len(key.get_secret_value().encode()) < _LEAST_KEY_BYTES for key in self.snapshot_keys):
             raise ValueError(f"a snapshot key needs at least {_LEAST_KEY_BYTES} bytes")
@@ -167,25 +167,20 @@ class Settings(BaseModel):
             )
         if self.workers > 1 and self.state_file is not None:
             raise ValueError(
-                "a state file holds memory sessions, which several workers do not offer: remove --state-file"
+                "a state file is for memory sessions, which several workers do not support: remove --state-file"
             )
         self._check_access()
         if self.tls_cert is None and (self.tls_key or self.tls_password_file or self.tls_client_ca):
-            raise ValueError("--tls-key, --tls-password-file and --tls-client-ca are of a certificate: add --tls-cert")
+            raise ValueError("--tls-key, --tls-password-file and --tls-client-ca need a certificate: add --tls-cert")
         if self.admin_port is None and "admin_host" in self.model_fields_set:
             raise ValueError("--admin-host needs a port: add --admin-port")
-        if self.workers > 1 and self.admin_port is not None:
-            raise ValueError(
-                "--admin-port is of one process, and would reach one worker: remove it, and add --worker-port, whose "
-                "/metrics has those of all workers"
-            )
         if self.workers == 1 and self.worker_port is not None:
             raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
 
     @property
     def offers_operations(self) -> bool:
-        """Whether what changes the server is offered: to those who have a key for it, or come by a port of its own."""
+        """Whether administration that changes the server is available, which needs keys or a separate port."""
         return self.admin and (self.admin_port is not None or self.keys is not None or self.jwt_keys is not None)
 
     def _check_access(self) -> None:
@@ -201,14 +196,14 @@ class Settings(BaseModel):
             flag = "--jwt-keys" if self.keys is None else "--keys"
             raise ValueError(f"--auth none and {flag} contradict each other: remove one of them")
         if self.auth == "keys" and not has_keys:
-            raise ValueError("--auth keys needs a file of keys: add --keys FILE; `unroll keys new` writes an entry")
+            raise ValueError("--auth keys needs a keys file: add --keys FILE; `unroll keys new` writes an entry")
         hosts = [self.host] if self.admin_port is None else [self.host, self.admin_host]
         open_hosts = [host for host in hosts if not _is_loopback(host)]
         if self.auth is None and not has_keys and open_hosts:
             raise ValueError(
-                f"everyone who can reach {open_hosts[0]} could use the models and end the sessions of others: add "
+                f"everyone who can reach {open_hosts[0]} could use the models and close other clients' sessions: add "
                 "--keys FILE (`unroll keys new` writes an entry), or --auth none if a "
-                "proxy or the network keeps strangers out"
+                "proxy or the network restricts access"
             )
 
     def model_options(self) -> "ModelOptions":
@@ -263,7 +258,7 @@ class Settings(BaseModel):
         return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
 
     def gate(self, ticket_secret: bytes | None = None) -> "Gate":
-        """ticket_secret: Used without `snapshot_keys`. Raises KeysRefused."""
+        """Create the gate. ticket_secret: used without `snapshot_keys`. Raises KeysRefused."""
         from unroll.service.access.gate import Gate
 
         hosts = frozenset(name.lower() for name in self.allowed_hosts)
@@ -278,8 +273,7 @@ class Settings(BaseModel):
 
         if self.tls_cert is None:
             return None
-        has_workers = self.worker_port is not None
-        return TlsFiles(self.tls_cert, self.tls_key, self.tls_password_file, self.tls_client_ca, has_workers)
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_password_file, self.tls_client_ca)
 
     def _jwt_config(self) -> "JwtConfig | None":
         from unroll.service.access.jwt_config import JwtConfig

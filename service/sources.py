@@ -1,6 +1,6 @@
-"""Where settings come from: a flag, else a variable `UNROLL_*`, else the file of `--config`, else the default.
+"""Reads settings: a flag takes precedence over a variable `UNROLL_*`, the file of `--config`, and the default.
 
-What is wrong as a word is answered here, so that a mistyped value does not wait for the import of pydantic.
+Malformed words are reported here, so that a mistyped value does not wait for the import of pydantic.
 """
 
 import json
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from unroll.service.settings import Settings
     from unroll.service.store.opening import StoreConfig
 
-#: The variable that names the file, as `--config` does.
+#: The variable equivalent to `--config`.
 CONFIG = f"{PREFIX}CONFIG"
-#: Variables that are no settings: those of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
+#: Variables that are not settings: of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
 _NO_SETTING = re.compile(
     r"UNROLL_(API_KEY|CONFIG|WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
 )
-#: Settings whose values are secret, or may hold a password. `@FILE` stands for the lines of a file.
+#: Settings whose values are secret or may contain a password. `@FILE` stands for the lines of a file.
 SECRET = frozenset({"snapshot_keys", "store"})
-#: The least value of each form of a number in `descriptions.py`, and what such a number is.
+#: Minimum value and description of each numeric form in `descriptions.py`.
 _NUMBERS = {
     "N": (1, "a whole number above 0"),
     "PORT": (0, "a port: a whole number from 0 to 65535"),
@@ -36,29 +36,28 @@ _NUMBERS = {
     "SECONDS": (0, "a finite number of seconds, 0 or more"),
     "SHARE": (0, "a number above 0, at most 1"),
 }
-#: Settings that accept other words than their form in help shows.
+#: Settings that accept words other than the form shown in help.
 _OTHER_WORDS = {"durability", "max_connections", "session_capacity"}
 _OBJECT = 'JSON such as {"co2": 1}, or co2=1 in a flag'
 
 
 class SettingsRefused(Exception):
-    """Flags, variables or the file are wrong; the message has a line about each."""
+    """Flags, variables or the file are invalid; the message has one line per problem."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The settings, and where each that is not its default was set: its flag, its variable, or its file."""
+    """The settings, and the origin of each non-default one: its flag, variable or file."""
 
     settings: "Settings"
     origins: Mapping[str, str]
 
 
 def gather(flags: Mapping[str, Any]) -> Gathered:
-    """Read the settings from everywhere.
+    """Read the settings from all sources.
 
     Args:
-        flags: What flags say, by setting: a word, True, or the words of a flag that may be given several times; and
-            the file, as `config`.
+        flags: Values of flags by setting: a word, True, or the words of a repeatable flag; and the file, as `config`.
 
     Raises:
         SettingsRefused: A value is not allowed, or there is no such setting.
@@ -93,7 +92,7 @@ def gather(flags: Mapping[str, Any]) -> Gathered:
 
 
 def exposed(flags: Mapping[str, Any]) -> list[str]:
-    """The flags with a secret in them, which every user of the machine sees in the list of processes."""
+    """The flags that contain a secret, which every user of the machine can see in the process list."""
     words = {name: [value] if isinstance(value, str) else value for name, value in flags.items() if name in SECRET}
     return [
         _flag(name)
@@ -107,7 +106,7 @@ def _has_password(url: str) -> bool:
 
 
 def _from_files(value: Any, origin: str) -> Any:
-    """A secret, or a list of them, with each `@FILE` replaced by what the file says. Raises SettingsRefused."""
+    """A secret or a list of secrets, with each `@FILE` replaced by the file's lines. Raises SettingsRefused."""
     if isinstance(value, str):
         return _lines(value, origin)[0] if value.startswith("@") else value
     if not isinstance(value, list):
@@ -123,18 +122,18 @@ def _lines(word: str, origin: str) -> list[str]:
         lines = [line for line in path.read_text("utf-8").splitlines() if line]
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise SettingsRefused(f"{origin}: the file behind @ cannot be read: {reason}") from None
+        raise SettingsRefused(f"{origin}: the file after @ cannot be read: {reason}") from None
     if not lines:
         raise SettingsRefused(f"{origin}: the file {path} is empty")
     return lines
 
 
 def store_config_of(url: str, **flags: str | None) -> "StoreConfig":
-    """The config of a store for a tool: as of a server with this `--store`, these flags and this environment.
+    """The store config that a server with this `--store`, these flags and this environment would use, for tools.
 
     Raises:
         SettingsRefused: A value is not allowed.
-        StoreUnavailable: The folder's description of itself is damaged.
+        StoreUnavailable: The folder's `host.json` is damaged.
     """
     from unroll.service.store.embedded_store import EmbeddedStoreConfig
     from unroll.service.store.lmdb_folder import last_host
@@ -154,19 +153,19 @@ def _read(path: str) -> dict[str, Any]:
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingsRefused(f"{path} cannot be read as a file of settings: {error}") from None
+        raise SettingsRefused(f"{path} cannot be read as a settings file: {error}") from None
     if unknown := [name for name in found if name not in SETTINGS]:
         raise SettingsRefused("\n".join(f"{path}: {_no_setting(name)}" for name in unknown))
     return found
 
 
 def _of_variable(name: str, word: str) -> Any:
-    """What a variable says; a list or an object is JSON. Raises SettingsRefused."""
+    """The value of a variable; lists and objects are JSON. Raises SettingsRefused."""
     return _json(name, word, {"input": word}, f"{PREFIX}{name.upper()}") if SETTINGS[name].several else word
 
 
 def _of_flag(name: str, value: Any) -> Any:
-    """What a flag says. Lists and objects are JSON, or their items as words. Raises SettingsRefused."""
+    """The value of a flag; lists and objects are JSON, or items as words. Raises SettingsRefused."""
     if not isinstance(value, list):
         return value
     items: list[Any] = []
@@ -223,30 +222,30 @@ def _no_setting(name: str) -> str:
 
 
 def _misfit(name: str, value: Any) -> str | None:
-    """What is wrong with the value, as far as the form shows that help has; `settings.py` knows the limits."""
+    """The problem with a value, as far as its form in help reveals it; `settings.py` has the limits."""
     form = SETTINGS[name].metavar
     if form in _NUMBERS and isinstance(value, str | int | float):
-        least, what = _NUMBERS[form]
+        minimum, description = _NUMBERS[form]
         try:
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
-        whole = "whole" not in what or number.is_integer()
-        return None if math.isfinite(number) and number >= least and whole else f"it is not {what}"
+        fits = "whole" not in description or number.is_integer()
+        return None if math.isfinite(number) and number >= minimum and fits else f"it is not {description}"
     allowed = form.split("|")
     if len(allowed) > 1 and name not in _OTHER_WORDS and isinstance(value, str) and value not in allowed:
-        return f"it is none of {', '.join(allowed)}"
+        return f"it is not one of {', '.join(allowed)}"
     return None
 
 
 def _about_value(name: str, problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
-    """A line about one wrong value: where it was set, the value unless it is secret, and what is allowed."""
+    """A line about an invalid value: its origin, the value unless it is secret, and the permitted values."""
     reason = problem["msg"].removeprefix("Value error, ")
     if name not in SETTINGS:
         return reason
     about = SETTINGS[name].about
     if problem.get("type") == "missing":
-        return f"{_flag(name)}: give it, or set {PREFIX}{name.upper()} ({about})"
+        return f"{_flag(name)}: required; use the flag, or set {PREFIX}{name.upper()} ({about})"
     value = "" if name in SECRET or "input" not in problem else f" {problem['input']!r:.80}"
     return f"{origins.get(name, name)}{value}: {reason} ({about})"
 

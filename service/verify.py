@@ -1,7 +1,7 @@
-"""`unroll verify BUNDLE`: runs a bundle on a device and compares it with PyTorch's answers and with itself.
+"""`unroll verify BUNDLE`: runs a bundle on a device, and compares the results with PyTorch's and with each other.
 
-It needs no torch: the golden vectors hold PyTorch's answers in float64. It also checks that chunks, batches and padding
-change nothing, with inputs that are drawn from the golden ones.
+It does not need torch, because the golden vectors contain PyTorch's outputs in float64. It also checks that chunking,
+batching and padding change nothing, with inputs drawn from the golden vectors.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import numpy as np
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, BundleError, Golden, GoldenMismatch, Manifest, Verifier
 from unroll.bundle.golden import Arrays
+from unroll.bundle.inspect import table
 from unroll.bundle.verification import Differences, differences, largest, random_chunks, select_rows
 from unroll.service.core.choices import Precision
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, open_backend
@@ -22,7 +23,7 @@ from unroll.service.models.trial import Trials
 from unroll.service.models.trial_process import TrialLimits
 from unroll.service.state.slots import FIRST
 
-#: Sequences that are cut at random, and rows of the largest batch.
+#: Number of random trials per check, and rows of the largest batch.
 _ROUNDS, _ROWS = 8, 17
 
 
@@ -36,7 +37,8 @@ class Check:
 
     Attributes:
         output: The output, or `state_out`.
-        difference: The largest absolute difference over all its values; NaN if an answer was not finite.
+        what: The check.
+        difference: The largest absolute difference over all values; NaN if an answer was not finite.
         allowed: The largest difference that passes.
     """
 
@@ -53,7 +55,7 @@ class Check:
 def report(
     path: Path, devices: str, precision: Precision, seed: int, limits: TrialLimits
 ) -> tuple[Bundle, dict[str, list[Check]]]:
-    """Check a bundle on each of these devices, once it has been tried in another process.
+    """Check a bundle on each device, after a trial in another process.
 
     Raises:
         CannotVerify: The bundle cannot be read, or cannot run there.
@@ -100,23 +102,20 @@ def verify(bundle: Bundle, device: str, options: EngineOptions, seed: int = 0) -
 
 
 def lines(device: str, checks: list[Check]) -> Iterator[str]:
-    head = (device, "output", "difference", "allowed", "")
     rows = [
-        (c.what, c.output, f"{c.difference:.2e}", f"{c.allowed:.2e}", "ok" if c.holds else "DIFFERS") for c in checks
+        [c.what, c.output, f"{c.difference:.2e}", f"{c.allowed:.2e}", "ok" if c.holds else "DIFFERS"] for c in checks
     ]
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return table([device, "output", "difference", "allowed", ""], rows)
 
 
 def _golden(what: str, measured: Differences, manifest: Manifest, backend: DeviceBackend) -> Iterator[Check]:
-    """Differences from PyTorch, which may be as large as the tolerance."""
+    """Differences from PyTorch, which must be within the tolerance."""
     for entry in manifest.parity:
         yield Check(what, entry.output, measured.get(entry.output, 0.0), entry.tolerance * backend.slack)
 
 
 def _same(what: str, measured: Differences, manifest: Manifest, backend: DeviceBackend) -> Iterator[Check]:
-    """Differences between two answers of the model: no bit where the manifest says so, else twice the tolerance."""
+    """Differences between two answers of the model: none if the manifest promises it, else twice the tolerance."""
     exact = manifest.bit_exact and backend.runner.provider == "CPUExecutionProvider"
     for entry in manifest.parity:
         yield Check(what, entry.output, measured[entry.output], 0.0 if exact else 2 * entry.tolerance * backend.slack)

@@ -1,13 +1,12 @@
-"""The parts of a step one by one, in one process and without I/O: nanoseconds per step.
+"""Measures the parts of a step separately, in one process and without I/O: nanoseconds per step.
 
     python -m bench.internals.micro [--only WORD] [--repository DIR] [--json FILE]
 
-Each figure is the lowest of many short runs: the cost of the part when nothing disturbs it.
+Each figure is the minimum of many short runs: the cost of the part without disturbance.
 """
 
 import argparse
 import json
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ from time import perf_counter
 
 import numpy as np
 
+from bench.http_client import infer_body
+from bench.websocket_client import steps_message
 from unroll import bundle
 from unroll.bundle import Bundle, Manifest, TensorSpec
 from unroll.service.engine.engine import PlainRows
@@ -26,8 +27,6 @@ from unroll.service.engine.runner import Runner
 from unroll.service.protocol import json as json_protocol
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.frames import (
-    NO_POSITION,
-    STEPS,
     FrameCodec,
     SingleEntryFrame,
     encode,
@@ -47,14 +46,14 @@ _ROWS = (1, 16, 64, 256)
 _SPEC_IN = TensorSpec("x", "float32", (_FEATURES,), True)
 _SPEC_OUT = TensorSpec("y", "float32", (_FEATURES,), True)
 _LIMIT = 2**21
-#: A run repeats the part until it takes this long, so that reading the clock does not count.
+#: A run repeats the part until it takes this long, so that reading the clock is negligible.
 _RUN_SECONDS = 0.002
 _LEAST_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """call: does the work of `steps` time steps; it can be repeated."""
+    """A repeatable call that does the work of `steps` time steps."""
 
     name: str
     steps: int
@@ -63,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Nanoseconds per time step: lowest and median of all runs. runs: their number."""
+    """Nanoseconds per time step: the minimum and median of all runs."""
 
     name: str
     steps: int
@@ -144,7 +143,7 @@ def protocol() -> Iterator[Part]:
     document = {"outputs": codec.to_json(outputs), "position": 8}
     yield Part("protocol: write JSON", 1, lambda: json_protocol.dump(document))
 
-    head, body = infer_body(x)
+    head, body = infer_body(x, sequence_id=7, sequence_start=False, sequence_end=False)
     yield Part(
         "protocol: read infer, binary",
         1,
@@ -156,7 +155,7 @@ def protocol() -> Iterator[Part]:
 
     frames = FrameCodec((_SPEC_IN,), 65_536)
     for entries in (1, 64, 256):
-        frame = steps_frame(entries)
+        frame = steps_message(range(entries), np.ones((entries, _FEATURES), np.float32))
         yield Part(f"protocol: read frame of {entries}", entries, partial(_read_frame, frames, frame))
     yield Part("protocol: write frame of 1", 1, lambda: encode_single(0, 1, 8, outputs))
     for entries in (64, 256):
@@ -167,33 +166,6 @@ def protocol() -> Iterator[Part]:
             entries,
             partial(_write_frame, asked, positions, values),
         )
-
-
-def infer_body(x: np.ndarray) -> tuple[int, bytes]:
-    """One step of a sequence as tritonclient sends it. Returns the length of its JSON, and the body."""
-    text = json_protocol.dump(
-        {
-            "id": "7",
-            "parameters": {"sequence_id": 7, "sequence_start": False, "sequence_end": False},
-            "inputs": [
-                {
-                    "name": "x",
-                    "shape": [1, *x.shape],
-                    "datatype": "FP32",
-                    "parameters": {"binary_data_size": x.nbytes},
-                }
-            ],
-            "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
-        }
-    )
-    return len(text), text + x.tobytes()
-
-
-def steps_frame(entries: int) -> bytes:
-    """A frame with one step of each of `entries` sessions."""
-    head = struct.pack("<BBHI", STEPS, 0, 0, entries)
-    session_entries = b"".join(struct.pack("<IIQ", handle, 1, NO_POSITION) for handle in range(entries))
-    return head + session_entries + np.ones((entries, _FEATURES), np.float32).tobytes()
 
 
 def _read_frame(codec: FrameCodec, content: bytes) -> None:
@@ -219,7 +191,7 @@ def scheduler() -> Iterator[Part]:
 
 
 class Turns:
-    """Sessions that step in turns. answered: steps so far."""
+    """Sessions that step in turns; `answered` counts the steps so far."""
 
     def __init__(self, sessions: int) -> None:
         traits = ModelTraits((_SPEC_IN,), (_SPEC_OUT,), cuttable=True, ragged=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.peers.peer import BINARY, JSON, Peer, post
+from bench.http_client import post
+from bench.peers.peer import Peer
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class BentoML(Peer):
         step: dict[str, object] = {"model": model, "session": str(client), "inputs": row.tolist()}
         if index == 0:
             step["start"] = True
-        return post("/steps", json.dumps({"requests": [step]}).encode(), JSON)
+        return post("/steps", {"requests": [step]})
 
     def sequence(self, model: str, values: np.ndarray) -> bytes:
-        return post("/sequences", values.tobytes(), BINARY, {"model": model})
+        return post("/sequences", values.tobytes(), {"model": model})
 
     def outputs(self, body: bytes, features: int) -> np.ndarray:
         if body.startswith(b"[["):  # a step's JSON; as float32 it would be near 1e17

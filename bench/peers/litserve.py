@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.peers.peer import BINARY, Peer, post
+from bench.http_client import post
+from bench.peers.peer import Peer
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class LitServe(Peer):
         return self._request(model, values, {})
 
     def _request(self, model: str, x: np.ndarray, headers: Mapping[str, str]) -> bytes:
-        return post(f"/{model}", x.tobytes(), BINARY, headers)
+        return post(f"/{model}", x.tobytes(), headers)
 
     def outputs(self, body: bytes, features: int) -> np.ndarray:
         return np.frombuffer(body, np.float32)

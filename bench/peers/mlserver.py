@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.peers.peer import JSON, Peer, post
+from bench.http_client import post
+from bench.peers.peer import Peer
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class MLServer(Peer):
 def _infer(model: str, x: np.ndarray, *others: Mapping[str, object]) -> bytes:
     """x: (time, features)."""
     values = {"name": "x", "datatype": "FP32", "shape": [1, *x.shape], "data": x.ravel().tolist()}
-    return post(f"/v2/models/{model}/infer", json.dumps({"inputs": [values, *others]}).encode(), JSON)
+    return post(f"/v2/models/{model}/infer", {"inputs": [values, *others]})
 
 
 MLSERVER = MLServer(

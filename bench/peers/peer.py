@@ -8,13 +8,16 @@ from typing import ClassVar
 
 import numpy as np
 
-BINARY, JSON = "application/octet-stream", "application/json"
-
 
 @dataclass(frozen=True)
 class Peer(ABC):
-    """what: one line for the report, with the tuning. environment: pinned requirements of its own venv; empty: runs in
-    this interpreter. ready_path: a GET there is answered with 200 once it can serve."""
+    """A server to compare with.
+
+    Attributes:
+        what: one line for the report, with the tuning.
+        environment: pinned requirements of its own venv; empty to run in this interpreter.
+        ready_path: answers a GET with 200 once the server is ready.
+    """
 
     name: str
     what: str
@@ -40,18 +43,9 @@ class Peer(ABC):
         """
 
     def sequence(self, model: str, values: np.ndarray) -> bytes | None:
-        """A whole sequence from a zero state, without a session; None: not offered. values: (time, features)."""
+        """A request with a whole sequence (time, features) from a zero state; None if it is not supported."""
         return None
 
     @abstractmethod
     def outputs(self, body: bytes, features: int) -> np.ndarray:
-        """Values of a reply's body, flat float32. features: number of values of one time step."""
-
-
-def post(path: str, body: bytes, media: str | None, headers: Mapping[str, str] | None = None) -> bytes:
-    """A whole request for a persistent connection."""
-    lines = [f"POST {path} HTTP/1.1", "host: 127.0.0.1", f"content-length: {len(body)}"]
-    if media:
-        lines.append(f"content-type: {media}")
-    lines.extend(f"{name}: {value}" for name, value in (headers or {}).items())
-    return "\r\n".join([*lines, "\r\n"]).encode() + body
+        """The values in a reply's body, flat float32; `features` is the number of values per time step."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.peers.peer import BINARY, JSON, Peer, post
+from bench.http_client import post
+from bench.peers.peer import Peer
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,10 @@ class Naive(Peer):
         body: dict[str, object] = {"session_id": str(client), "inputs": [row.tolist()]}
         if index == 0:
             body["reset"] = True
-        return post(f"/models/{model}/steps", json.dumps(body).encode(), JSON)
+        return post(f"/models/{model}/steps", body)
 
     def sequence(self, model: str, values: np.ndarray) -> bytes:
-        return post(f"/models/{model}/sequences", json.dumps({"inputs": values.tolist()}).encode(), JSON)
+        return post(f"/models/{model}/sequences", {"inputs": values.tolist()})
 
     def outputs(self, body: bytes, features: int) -> np.ndarray:
         return np.array(json.loads(body)["outputs"], np.float32).ravel()
@@ -31,10 +32,10 @@ class NaiveRaw(Peer):
 
     def step(self, model: str, client: int, index: int, row: np.ndarray) -> bytes:
         session = f"/models/{model}/sessions/{client}"
-        return post(session if index == 0 else f"{session}/steps", row.tobytes(), BINARY)
+        return post(session if index == 0 else f"{session}/steps", row.tobytes())
 
     def sequence(self, model: str, values: np.ndarray) -> bytes:
-        return post(f"/models/{model}/sequences", values.tobytes(), BINARY)
+        return post(f"/models/{model}/sequences", values.tobytes())
 
     def outputs(self, body: bytes, features: int) -> np.ndarray:
         return np.frombuffer(body, np.float32)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.peers.peer import Peer, post
+from bench.http_client import infer
+from bench.peers.peer import Peer
 
 
 @dataclass(frozen=True)
 class Triton(Peer):
-    """strategy: of the sequence batcher. whole_sequences: independent of the strategy, so only one peer offers them."""
+    """Triton with one strategy of its sequence batcher. Only one peer runs whole sequences, which do not use it."""
 
     program = "triton"
     strategy: str = "oldest"
@@ -23,28 +24,14 @@ class Triton(Peer):
 
     def step(self, model: str, client: int, index: int, row: np.ndarray) -> bytes:
         # 0 would mean no sequence.
-        return _infer(model, row[None], sequence_id=client + 1, sequence_start=index == 0, sequence_end=False)
+        return infer(model, row[None], sequence_id=client + 1, sequence_start=index == 0, sequence_end=False)
 
     def sequence(self, model: str, values: np.ndarray) -> bytes | None:
-        return _infer(f"{model}-sequences", values) if self.whole_sequences else None
+        return infer(f"{model}-sequences", values) if self.whole_sequences else None
 
     def outputs(self, body: bytes, features: int) -> np.ndarray:
         _, end = json.JSONDecoder().raw_decode(body.decode("latin-1"))
         return np.frombuffer(body, np.float32, offset=end)
-
-
-def _infer(model: str, x: np.ndarray, **parameters: int) -> bytes:
-    """x: (time, features)."""
-    size = {"binary_data_size": x.nbytes}
-    head: dict[str, object] = {
-        "inputs": [{"name": "x", "shape": [1, *x.shape], "datatype": "FP32", "parameters": size}],
-        "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
-    }
-    if parameters:
-        head["parameters"] = parameters
-    text = json.dumps(head, separators=(",", ":")).encode()
-    length = {"inference-header-content-length": str(len(text))}
-    return post(f"/v2/models/{model}/infer", text + x.tobytes(), None, length)
 
 
 _ENVIRONMENT = ("nvidia-pytriton==0.7.0", "numpy==1.26.4", "onnxruntime==1.32.0")

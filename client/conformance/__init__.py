@@ -1,5 +1,4 @@
-"""Conversations that a client of Unroll servers must master, and a server that plays its part in them.
+"""A conformance test for clients: scripted conversations, and a server that plays its part in them.
 
-`python -m unroll.client.conformance --client COMMAND` runs them against any client, in any language.
-See docs/client-conformance.md.
+`python -m unroll.client.conformance --client COMMAND` tests a client in any language. See docs/client-conformance.md.
 """

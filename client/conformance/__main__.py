@@ -1,7 +1,7 @@
-"""Run conversations against a client of Unroll servers, and report what it masters.
+"""Test a client of Unroll servers with scripted conversations, and report the results.
 
-COMMAND starts a program that drives the client: it reads commands and writes outcomes, a line of JSON each.
-docs/client-conformance.md describes both, and has examples to begin with.
+COMMAND starts a program that drives the client. It reads commands and writes outcomes, one line of JSON each.
+docs/client-conformance.md describes the contract and has examples.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if no conversation failed, otherwise 1; 2 for wrong arguments."""
+    """Run the command. Returns 0 if no conversation failed, 1 if one did, 2 for invalid arguments."""
     options = _parser().parse_args(argv)
     try:
         conversations = read_conversations(options.conversations or sorted(FOLDER.glob("*.yaml")))
@@ -54,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def run(
     command: str, conversations: Sequence[Conversation], *, limit: float, jobs: int, tell: Callable[[Result], None]
 ) -> list[Result]:
-    """Play the conversations, most of which wait for something.
+    """Play conversations concurrently, since most of their time is spent waiting.
 
     Args:
-        command: Starts the program.
-        limit: Seconds for a command of a conversation.
-        jobs: How many programs run at a time, each with a server of its own.
-        tell: Gets each result at once.
+        command: The command line of the program.
+        conversations: The conversations to play.
+        limit: Seconds allowed per command.
+        jobs: The number of programs to run at a time, each with its own server.
+        tell: Called with each result as soon as it is known.
     """
     waiting = iter(enumerate(conversations))
     results: dict[int, Result] = {}
@@ -97,11 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--client", metavar="COMMAND", help="starts the program that drives the client")
-    wanted.add_argument("--list", action="store_true", help="show the conversations, and run none")
-    parser.add_argument("--only", metavar="PATTERN", default="*", help="names of conversations, such as 'stream-*'")
-    parser.add_argument("--limit", metavar="SECONDS", type=float, default=60.0, help="for a command (default: 60)")
-    parser.add_argument("--jobs", metavar="N", type=int, default=2, help="programs that run at a time (default: 2)")
+    wanted.add_argument("--client", metavar="COMMAND", help="command line of the program that drives the client")
+    wanted.add_argument("--list", action="store_true", help="list the conversations without running them")
+    parser.add_argument("--only", metavar="PATTERN", default="*", help="only these conversations, such as 'stream-*'")
+    parser.add_argument(
+        "--limit", metavar="SECONDS", type=float, default=60.0, help="time limit per command (default: 60)"
+    )
+    parser.add_argument("--jobs", metavar="N", type=int, default=2, help="concurrent programs (default: 2)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to this file")
     parser.add_argument(
         "conversations", metavar="FILE", nargs="*", type=Path, help="rest.yaml or stream.yaml (default: the built-in)"

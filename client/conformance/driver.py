@@ -1,20 +1,20 @@
-"""The client under test, as a program that reads commands and writes outcomes, a line of JSON each."""
+"""Drives the client under test: a program that reads commands and writes outcomes, one line of JSON each."""
 
 import asyncio
 import json
 import shlex
 from typing import Any
 
-#: Most bytes of a line.
+#: The most bytes in a line.
 _LINE = 2**24
 
 
 class DriverFailed(Exception):
-    """The program does not keep to the contract, has ended, or does not answer."""
+    """The program violates the contract, has ended, or does not answer."""
 
 
 class Driver:
-    """Runs the program. limit: seconds for a command."""
+    """Runs the program, with a time limit per command in seconds."""
 
     def __init__(self, command: str, limit: float) -> None:
         self._command = shlex.split(command)
@@ -50,7 +50,7 @@ class Driver:
         return outcome
 
     async def _start(self) -> asyncio.subprocess.Process:
-        """Raises DriverFailed."""
+        """Start the program. Raises DriverFailed."""
         pipe = asyncio.subprocess.PIPE
         try:
             self._process = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe, limit=_LINE)

@@ -1,4 +1,4 @@
-"""The binary frames of docs/protocol.md from the server's side: steps in, outputs out."""
+"""The binary frames of docs/protocol.md, from the server's side: decodes steps, encodes outputs."""
 
 import struct
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _UNSPECIFIED = 2**64 - 1
 
 @dataclass(frozen=True)
 class Chunk:
-    """An entry of a frame of steps. position: None if the client did not say it."""
+    """An entry in a frame of steps; `position` is None if the client did not specify it."""
 
     handle: int
     steps: int
@@ -27,7 +27,7 @@ class Chunk:
 
 
 def read_steps(model: ToyModel, frame: bytes) -> list[Chunk]:
-    """Raises Refusal if the frame contradicts itself."""
+    """Decode a frame of steps. Raises Refusal if it is inconsistent."""
     try:
         kind, flags, reserved, count = _HEADER.unpack_from(frame)
         entries = [_ENTRY.unpack_from(frame, _HEADER.size + _ENTRY.size * index) for index in range(count)]
@@ -51,7 +51,7 @@ def read_steps(model: ToyModel, frame: bytes) -> list[Chunk]:
     ]
 
 
-#: A handle, T, the position after the chunk, and the outputs.
+#: The handle, T, the position after the chunk, and the outputs.
 Outputs = tuple[int, int, int, Sequence[np.ndarray]]
 
 

@@ -1,4 +1,4 @@
-"""Plays a conversation with the client under test, and judges it: what it answers, and what the server saw of it."""
+"""Plays a conversation with the client under test, and checks its answers and what the server saw."""
 
 import base64
 import copy
@@ -19,21 +19,21 @@ from unroll.client.conformance.toy_models import MODELS, ToyModel, json_of
 from unroll.client.conformance.toy_rollouts import Rolled, roll
 from unroll.client.conformance.toy_sessions import ToySession, ToySessions
 
-#: Members of a command that are not for the client: what its outcome must be.
+#: Members of a command that describe its expected outcome, and are not sent to the client.
 _EXPECTATIONS = ("fails", "position", "errors")
 
 
 class Wrong(Exception):
-    """An outcome is not as it must be."""
+    """An outcome differs from the expected one."""
 
 
 class _Unsupported(Exception):
-    """The client has no such operation."""
+    """The client does not support an operation."""
 
 
 @dataclass
 class Result:
-    """What came of a conversation. faults: what was expected and what was seen. seconds: that it took."""
+    """The result of a conversation; `faults` lists deviations from the expected behaviour."""
 
     name: str
     says: str
@@ -74,7 +74,7 @@ async def _talk(conversation: Conversation, server: ScriptedServer, driver: Driv
 
 
 class _Player:
-    """What the client must answer. A session here is what the server's should be if each step was applied once."""
+    """Knows the expected outcomes. Its sessions are what the server's should be if each step was applied once."""
 
     def __init__(self, conversation: Conversation, server: ScriptedServer) -> None:
         self._conversation = conversation
@@ -83,7 +83,7 @@ class _Player:
         self._saved: dict[str, tuple[str, ToySession]] = {}
 
     def command(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """As the client gets it."""
+        """The command as sent to the client."""
         sent = {name: value for name, value in command.items() if name not in _EXPECTATIONS}
         if sent["do"] == "open":
             sent = {"over": self._conversation.over, "model": "toy", "mode": "new", **sent}
@@ -92,7 +92,7 @@ class _Player:
         return sent
 
     def judge(self, command: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
-        """Raises Wrong."""
+        """Check the outcome of a command. Raises Wrong."""
         if "unsupported" in outcome:
             raise _Unsupported(f"{command['do']}: {outcome['unsupported']}")
         if (expected := command.get("fails")) is not None:
@@ -110,7 +110,7 @@ class _Player:
             raise Wrong(f"{json.dumps(outcome)} is not the outcome of this command: {error!r}") from error
 
     def end(self) -> list[str]:
-        """What is wrong after the last command."""
+        """Deviations found after the last command."""
         faults = []
         for name, expected in self._sessions.items():
             found = self._server.sessions.get(expected.id)
@@ -207,7 +207,7 @@ class _Player:
 
     def _refresh(self, command: Mapping[str, Any], ok: Mapping[str, Any]) -> None:
         found = self._server.sessions.get(self._sessions[command["session"]].id)
-        if found is not None:  # its client does not hold it
+        if found is not None:  # not a client-held session
             self._sessions[command["session"]] = copy.deepcopy(found)
         self._has(command, self._sessions[command["session"]], ok)
 
@@ -236,7 +236,7 @@ def _copy_of(session: ToySession, session_id: str) -> ToySession:
 
 
 def _advance(session: ToySession, begin: int, values: Any) -> list[np.ndarray]:
-    """The outputs of these steps. values: as JSON has them."""
+    """Apply steps with JSON values; returns their outputs."""
     states = session.model.states(session.states[begin], session.model.inputs_of_json(values))
     session.states |= {begin + 1 + step: state for step, state in enumerate(states)}
     session.position = begin + len(states)
@@ -244,7 +244,7 @@ def _advance(session: ToySession, begin: int, values: Any) -> list[np.ndarray]:
 
 
 def _last_step(model: ToyModel, piece: Rolled) -> dict[str, Any]:
-    """As a client yields it."""
+    """The last step of a piece, as a client yields it."""
     inputs = json_of(model.inputs, [array[-1] for array in piece.inputs])
     return {"position": piece.end, "inputs": inputs, "outputs": model.json_of(model.last_of(piece.outputs))}
 
@@ -255,6 +255,6 @@ def _check_outputs(model: ToyModel, expected: list[np.ndarray], found: Any, *, s
 
 
 def _check(what: str, expected: Any, found: Any) -> None:
-    """Raises Wrong."""
+    """Raise Wrong if the values differ."""
     if expected != found:
         raise Wrong(f"expected {what} {expected}, saw {found}")

@@ -1,4 +1,4 @@
-"""Drives `unroll.Client`, or with --asynchronous `unroll.AsyncClient`. An example of a driver, in a page or two."""
+"""Drives `unroll.Client`, or `unroll.AsyncClient` with --asynchronous. A short example of a driver."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ Command = dict[str, Any]
 
 
 class PythonDriver:
-    """One client, with the sessions that the commands name."""
+    """One client, with its sessions by name."""
 
     def __init__(self, make_client: Callable[..., Any]) -> None:
         self._make_client = make_client
@@ -26,7 +26,7 @@ class PythonDriver:
         self._streams: dict[str, Any] = {}
 
     async def do(self, command: Command) -> dict[str, Any]:
-        """Returns the outcome."""
+        """Run a command, and return its outcome."""
         operation = getattr(self, f"_{command['do']}", None)
         if operation is None:
             return {"unsupported": f"no operation {command['do']}"}
@@ -134,7 +134,7 @@ class PythonDriver:
 
 
 async def _result(value: Any) -> Any:
-    """Of a call of either client."""
+    """The result of a call, synchronous or not."""
     return await value if inspect.isawaitable(value) else value
 
 
@@ -147,7 +147,7 @@ def _code(error: errors.UnrollError) -> str:
 
 
 def _numbers(values: Any) -> Any:
-    """null stands for NaN."""
+    """Replace null by NaN."""
     if isinstance(values, dict):
         return {name: _numbers(value) for name, value in values.items()}
     if isinstance(values, list):
@@ -162,7 +162,7 @@ def _lists(outputs: Any) -> Any:
 
 
 async def drive(driver: PythonDriver) -> None:
-    """Answer the commands of stdin on stdout until it ends."""
+    """Answer commands from stdin on stdout until stdin ends."""
     while line := await asyncio.to_thread(sys.stdin.readline):
         print(json.dumps(await driver.do(json.loads(line))), flush=True)
 

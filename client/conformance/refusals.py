@@ -1,4 +1,4 @@
-"""What the server refuses, with the codes and statuses of a real one."""
+"""Refusals of the scripted server, with the codes and statuses of a real one."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ STATUS = {
 
 
 class Refusal(Exception):
-    """An error with a stable code. members: further members of the error document."""
+    """An error with a stable code, and further `members` of the error document."""
 
     def __init__(self, code: str, detail: str, **members: Any) -> None:
         super().__init__(f"{code}: {detail}")

@@ -1,4 +1,4 @@
-"""Conversations as their files have them: what the client is told, and what the server does to it meanwhile."""
+"""Reads conversations: the client's commands, and the server's scripted behaviour."""
 
 import asyncio
 import time
@@ -12,42 +12,42 @@ import yaml
 
 from unroll.client.conformance.refusals import Refusal
 
-#: What a request over HTTP, or a message of a stream, asks for.
+#: The kinds of HTTP requests and stream messages.
 HTTP_KINDS = ("models", "model", "sequences", "open", "get", "close", "steps", "fork", "save", "restore", "rollout")
 STREAM_KINDS = ("upgrade", "stream-open", "stream-close", "stream-detach", "frame", "stream-rollout", "stream-stop")
 
-#: What the server does. docs/client-conformance.md says what each means.
+#: The server's actions, as documented in docs/client-conformance.md.
 DEEDS = (
     *("cut-before", "cut-after", "cut-inside", "late", "pieces", "refuse", "refuse-after", "restart", "end", "move"),
     *("chunked", "close-idle", "redirect", "foreign", "short", "no-position"),
     *("twice", "split", "closing", "stray", "noise", "unkept", "malformed", "too-large", "hold", "await-step"),
 )
 
-#: Seconds by which timers may be early.
+#: Tolerance in seconds for timers that fire early.
 _EARLY = 0.05
-#: Seconds for which a client may take to end what it wants no more of.
+#: Seconds that a client may take to end a rollout that it no longer reads.
 _SETTLED = 5.0
 
 
 class ScriptError(Exception):
-    """A file of conversations is wrong; the message says where."""
+    """A file of conversations is invalid; the message says where."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the server does to the nth exchanges of one kind.
+    """An action of the server on some exchanges of one kind.
 
     Attributes:
-        when: The kind.
-        does: The deed.
-        nth: Which of them, from 1; empty: every one.
-        command: Only while the client runs its nth command, whatever it takes.
-        code, status, retry_after: Of a refusal.
-        seconds: Of `late`; of `restart`, how long nobody listens.
+        when: The kind of exchange.
+        does: The action.
+        nth: The numbers of the exchanges, from 1; empty for all of them.
+        command: Restricts the rule to the client's command with this number.
+        code, status, retry_after: The members of a refusal.
+        seconds: The delay of `late`, or the downtime of `restart`.
         kept: Whether sessions survive `restart`.
-        steps: By how many `move` moves the session.
-        handles: Of a frame: which entries are refused; empty: all.
-        after: Of a rollout: how many answers come before it. The given time steps are one.
+        steps: How many steps `move` advances the session.
+        handles: The entries of a frame to refuse; empty for all.
+        after: For a rollout, how many answers precede the action; the given time steps count as one.
     """
 
     when: str
@@ -65,7 +65,7 @@ class Rule:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Rule":
-        """Raises ScriptError."""
+        """Parse a rule. Raises ScriptError."""
         members = dict(document)
         nth = members.pop("nth", "every" if "command" in members else 1)
         members["nth"] = () if nth == "every" else tuple(nth) if isinstance(nth, list) else (nth,)
@@ -92,15 +92,16 @@ class Conversation:
     """One conversation.
 
     Attributes:
-        name, says: What must be true of the client.
-        over: rest or stream: where its sessions are opened.
-        client: The commands, with what is expected of their outcomes.
-        server: The rules.
-        given: Sessions that are open at the start: id and position.
-        sees: How often each kind of exchange comes: exactly, or "2+".
-        sessions: How many sessions are open at the end.
-        needs: What not every client can see or do; one that cannot does not support the conversation.
-        timeout, retry_for: Seconds, of the client.
+        name: Its name.
+        says: The property of the client that it tests.
+        over: Where sessions are opened: rest or stream.
+        client: The commands, with their expected outcomes.
+        server: The server's rules.
+        given: The sessions that are open at the start, as id and position.
+        sees: The expected number of exchanges per kind: exact, or a minimum such as "2+".
+        sessions: The expected number of open sessions at the end.
+        needs: Optional features; a client without them does not support the conversation.
+        timeout, retry_for: The client's settings, in seconds.
     """
 
     name: str
@@ -117,7 +118,7 @@ class Conversation:
 
     @classmethod
     def of(cls, over: str, document: Mapping[str, Any]) -> "Conversation":
-        """Raises ScriptError."""
+        """Parse a conversation. Raises ScriptError."""
         name = document.get("name", "a conversation without a name")
         try:
             rules = tuple(Rule.of(rule) for rule in document.get("server", ()))
@@ -127,7 +128,7 @@ class Conversation:
 
 
 def read_conversations(paths: Iterable[Path]) -> list[Conversation]:
-    """Each file is named after where its sessions are opened: rest.yaml, stream.yaml. Raises ScriptError."""
+    """Read files, rest.yaml or stream.yaml, named after the place where sessions are opened. Raises ScriptError."""
     return [
         Conversation.of(path.stem, document)
         for path in paths
@@ -136,14 +137,14 @@ def read_conversations(paths: Iterable[Path]) -> list[Conversation]:
 
 
 class Script:
-    """The server's part in one conversation, and what it has seen so far.
+    """The server's part in one conversation, and its observations.
 
     Attributes:
-        command: The number of the client's command.
-        counts: Exchanges by kind.
-        faults: What the client did that no client may do.
+        command: The number of the client's current command.
+        counts: The number of exchanges by kind.
+        faults: Violations of the protocol by the client.
         holds: Rollouts that wait until the client ends them.
-        stepped: Steps have come since a rollout began.
+        stepped: Set when steps arrive after a rollout began.
     """
 
     def __init__(self, rules: Iterable[Rule] = ()) -> None:
@@ -156,17 +157,17 @@ class Script:
         self.stepped = asyncio.Event()
 
     def hold(self) -> asyncio.Future[None]:
-        """Done when the client has ended the rollout."""
+        """A future to complete when the client has ended the rollout."""
         self.holds.append(asyncio.get_running_loop().create_future())
         return self.holds[-1]
 
     async def settle(self) -> None:
-        """Note a fault if the client has left a rollout running."""
+        """Record a fault if the client left a rollout running."""
         if self.holds and (await asyncio.wait(self.holds, timeout=_SETTLED))[1]:
-            self.faults.append("a rollout still runs, of which the client wants no more")
+            self.faults.append("the client left a rollout running that it no longer reads")
 
     async def await_step(self, ended: Coroutine[Any, Any, object]) -> None:
-        """Wait until steps come. Note a fault if none do. ended: is awaited until the client has ended the rollout."""
+        """Wait for steps, or for `ended`: the end of the rollout. Record a fault if no steps arrive."""
         waiting = [asyncio.create_task(self.stepped.wait()), asyncio.create_task(ended)]
         await asyncio.wait(waiting, timeout=_SETTLED, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
@@ -175,7 +176,7 @@ class Script:
             self.faults.append("no session was stepped while a rollout ran")
 
     def meets(self, kind: str) -> list[Rule]:
-        """Count an exchange. Returns the rules for it, in the order of the file."""
+        """Count an exchange. Returns its rules, in the order of the file."""
         self.counts[kind] += 1
         if kind in ("steps", "frame"):
             self.stepped.set()
@@ -185,7 +186,7 @@ class Script:
         self._not_before[kind, key] = time.monotonic() + seconds
 
     def comes(self, kind: str, key: object) -> None:
-        """Note a fault if it was asked to wait for longer. key: whom the exchange is about."""
+        """Record a fault if an exchange arrives before Retry-After has passed; `key` is its subject."""
         early = self._not_before.pop((kind, key), 0.0) - time.monotonic()
         if early > _EARLY:
             self.faults.append(f"{kind} of {key!r} came again {early:.2f} s before Retry-After had passed")

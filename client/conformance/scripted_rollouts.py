@@ -1,4 +1,4 @@
-"""Rollouts of the scripted server, as server-sent events and on a stream, and what the script does to them."""
+"""Rollouts of the scripted server, as server-sent events and on streams, with the script's actions."""
 
 import asyncio
 import json
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from unroll.client.conformance.scripted_server import ScriptedServer
     from unroll.client.conformance.scripted_stream import ScriptedStream
 
-#: After these, nothing more comes of a rollout.
+#: Actions that end a rollout.
 _ENDS = {"cut-inside", "hold", "restart", "refuse"}
-#: Bytes of a piece of an event; seconds between looks at a connection that its client should close.
+#: Bytes per piece of an event, and the interval in seconds for polling a connection that the client should close.
 _PIECE, _LOOK = 7, 0.01
 
 
 class _Outlet(Protocol):
-    """Where a rollout goes. On a connection that is gone nothing is sent."""
+    """The destination of a rollout. Sending on a closed connection does nothing."""
 
     async def send(self, message: Any) -> None: ...
     async def send_half(self, message: Any) -> None: ...
     async def fail(self, refusal: Refusal) -> None: ...
     async def until_ended(self) -> None:
-        """By the client."""
+        """Wait until the client ends the rollout."""
 
     def cut(self) -> None: ...
 
@@ -42,7 +42,7 @@ async def _send(
     outlet: _Outlet,
     rules: Mapping[str, Rule],
 ) -> None:
-    """messages: of the rollout's pieces, and of its end. It is applied even if nobody gets them."""
+    """Send the messages of a rollout's pieces and of its end. The rollout is applied even if they are lost."""
     server.script.stepped.clear()
     if not rollout.is_placed:
         server.script.faults.append("a rollout on the session came without its position")
@@ -66,7 +66,7 @@ async def _send(
                 ended = server.script.hold()
                 await outlet.until_ended()
                 ended.set_result(None)
-                await outlet.send(message)  # which was under way
+                await outlet.send(message)  # it was already on its way
             if rule.does in _ENDS:
                 return
         await outlet.send(message)
@@ -97,7 +97,7 @@ def _event(name: str, document: Mapping[str, Any]) -> bytes:
 
 
 class _Events:
-    """A response of server-sent events."""
+    """Sends a rollout as server-sent events."""
 
     def __init__(self, response: web.StreamResponse, transport: asyncio.Transport, *, in_pieces: bool) -> None:
         self._response = response
@@ -119,7 +119,7 @@ class _Events:
         await self.send(_event("error", {"status": STATUS.get(refusal.code, 400), **refusal.document}))
 
     async def until_ended(self) -> None:
-        while not self._transport.is_closing():  # noqa: ASYNC110 nothing tells when that happens
+        while not self._transport.is_closing():  # noqa: ASYNC110 there is no event to wait for
             await asyncio.sleep(_LOOK)
 
     def cut(self) -> None:
@@ -130,7 +130,7 @@ class _Events:
 
 
 class StreamRollouts:
-    """Those of one connection, by handle."""
+    """The rollouts on one connection, by handle."""
 
     def __init__(self, server: "ScriptedServer", stream: "ScriptedStream", model: ToyModel) -> None:
         self._server = server
@@ -173,20 +173,20 @@ class StreamRollouts:
         return [*messages, json.dumps(end)]
 
     async def stop(self, handle: int) -> None:
-        """What is under way still comes."""
+        """Stop a rollout. A message that is already on its way is still sent."""
         if handle in self._running:
             sending, outlet = self._running[handle]
             outlet.ended.set()
             await sending
 
     async def close(self) -> None:
-        """The connection is gone."""
+        """Stop all rollouts when the connection is gone."""
         for handle in list(self._running):
             await self.stop(handle)
 
 
 class _Handle:
-    """Where a rollout goes on a stream. document: that asks for it. ended: set when the client has stopped it."""
+    """Sends a rollout on a stream. `document` is its request; `ended` is set when the client has stopped it."""
 
     def __init__(self, stream: "ScriptedStream", document: Mapping[str, Any], *, in_pieces: bool) -> None:
         self._stream = stream

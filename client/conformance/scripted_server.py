@@ -1,4 +1,4 @@
-"""The server of the conversations: one port for HTTP and WebSocket, and whatever the script says happens to it."""
+"""The scripted server: HTTP and WebSocket on one port, with the actions of a script."""
 
 import asyncio
 import base64
@@ -29,14 +29,14 @@ _ROUTES = (
     ("POST", "/{model}/sessions/{id}/rollout", "rollout"),
     *(("PUT", "/{model}/sessions/{id}/state", "restore"), ("GET", "/{model}/stream", "upgrade")),
 )
-#: What answers in place of a stream, or of events.
+#: Actions that answer something other than a stream or events.
 _UNLIKE = {"refuse", "redirect", "foreign"}
 _PAGE = b"<!doctype html><title>Sign in</title>\n\n<p>This is the page of a proxy."
 
 
 @dataclass
 class Answer:
-    """What is sent back over HTTP."""
+    """An HTTP response."""
 
     body: bytes
     status: int = 200
@@ -56,7 +56,7 @@ class Answer:
 
 
 class ScriptedServer:
-    """Listens on a port of this machine until `stop`. `begin` starts the next conversation."""
+    """Listens on a local port until `stop`. `begin` starts the next conversation."""
 
     def __init__(self) -> None:
         self.script = Script()
@@ -80,7 +80,7 @@ class ScriptedServer:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self._reserved.bind((_HOST, 0))  # nobody else gets the port while a restart lasts
+        self._reserved.bind((_HOST, 0))  # keeps the port reserved during a restart
         self.port = self._reserved.getsockname()[1]
         await self._listen()
 
@@ -93,7 +93,7 @@ class ScriptedServer:
         self._reserved.close()
 
     async def begin(self, rules: Sequence[Rule], given: Mapping[str, int]) -> None:
-        """A new conversation: no session is open but those given, by id and position."""
+        """Start a conversation with only the given sessions open, by id and position."""
         self._cut(self._streams)
         if self._starting is not None:
             await self._starting
@@ -107,7 +107,7 @@ class ScriptedServer:
         await self._site.start()
 
     async def restart(self, rule: Rule) -> None:
-        """As if the process were killed, and started again after some seconds."""
+        """Simulate a process that is killed, and started again after some seconds."""
         assert self._site
         self.sessions.restart(kept=rule.kept)
         if rule.seconds:
@@ -152,7 +152,7 @@ class ScriptedServer:
         return handle
 
     async def _before(self, rule: Rule, request: web.Request, transport: asyncio.Transport) -> None:
-        """What happens before the request is looked at."""
+        """Apply the actions that precede processing of the request."""
         if rule.does == "cut-before":
             transport.abort()
         elif rule.does == "restart" and not rule.after:
@@ -167,7 +167,7 @@ class ScriptedServer:
             session.move(rule.steps)
 
     def _answer(self, kind: str, request: web.Request, body: bytes, rules: Mapping[str, Rule]) -> Answer:
-        """Raises Refusal."""
+        """Answer a request, with the script's changes. Raises Refusal."""
         if (rule := rules.get("refuse")) is not None:
             return self._refused(rule, kind, request)
         if (rule := rules.get("redirect")) is not None:
@@ -310,7 +310,7 @@ class ScriptedServer:
         return Answer(again + b"".join(array.tobytes() for array in reply.outputs), 200, _RAW, fields)
 
     async def _roll_out(self, request: web.Request, body: bytes, rules: Mapping[str, Rule]) -> web.StreamResponse:
-        """Raises Refusal."""
+        """Answer with a rollout. Raises Refusal."""
         wish = _document(body)
         sealed = base64.b64decode(wish.pop("snapshot", None) or "")
         session = self._held(request, sealed) if sealed else self._session(request)
@@ -323,13 +323,13 @@ class ScriptedServer:
         return self.sessions.find(request.match_info["id"])
 
     def _held(self, request: web.Request, sealed: bytes) -> ToySession:
-        """A session that its client holds."""
+        """A client-held session, from its sealed snapshot."""
         model, session_id = model_of(request.match_info["model"]), request.match_info["id"]
         return ToySessions().open(model, session_id, "client", snapshot=unseal(session_id, sealed))
 
 
 def _document(body: bytes) -> dict[str, Any]:
-    """Raises Refusal."""
+    """Parse a JSON body. Raises Refusal."""
     try:
         document = json.loads(body or b"{}")
     except ValueError as error:

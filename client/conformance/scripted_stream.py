@@ -1,4 +1,4 @@
-"""One WebSocket of the scripted server."""
+"""A WebSocket connection of the scripted server."""
 
 import asyncio
 import json
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 _TOO_LARGE, _RESTART = 1009, 1012
 _NOBODY = 4_000_000_000
-#: Bytes of a piece; that of a long message.
+#: Bytes per fragment, for short and for long messages.
 _PIECE, _LONG_PIECE = 7, 1000
 
 
 class ScriptedStream:
-    """A connection. sessions: by handle."""
+    """One connection, with its sessions by handle."""
 
     def __init__(self, server: "ScriptedServer", model: ToyModel) -> None:
         self._server = server
@@ -113,7 +113,7 @@ class ScriptedStream:
         await self._answer(json.dumps({"op": "stopped", "handle": handle}), rules)
 
     def _open(self, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises Refusal."""
+        """Open a session or attach to one. Raises Refusal."""
         mode, session_id, handle = spec.get("mode", "new"), spec.get("session_id"), spec["handle"]
         if handle in self.sessions:
             raise Refusal("malformed_request", f"handle {handle} is bound already")
@@ -132,7 +132,7 @@ class ScriptedStream:
         return {name: described[name] for name in ("session_id", "position", "model_version", "durability")}
 
     def _close(self, handle: int) -> dict[str, Any]:
-        """Raises Refusal."""
+        """Close a session. Raises Refusal."""
         session = self.sessions.pop(handle, None)
         if session is None:
             raise Refusal("malformed_request", f"handle {handle} is not bound")
@@ -156,7 +156,7 @@ class ScriptedStream:
         await self._chunks(chunks, rules, write_outputs)
 
     async def _json_steps(self, document: Mapping[str, Any]) -> None:
-        """A chunk in JSON. Raises KeyError if it is none."""
+        """Apply a chunk in JSON. Raises KeyError if a member is missing."""
         rules = {rule.does: rule for rule in self._script.meets("frame")}
         handle, position = document["handle"], document.get("position")
         try:
@@ -193,7 +193,7 @@ class ScriptedStream:
             await self._answer(write(outputs, flags=1 if "unkept" in rules else 0), rules)
 
     def _apply(self, chunk: Chunk, refuse: Rule | None) -> Outputs:
-        """Raises Refusal."""
+        """Apply a chunk. Raises Refusal."""
         bound = self.sessions.get(chunk.handle)
         if bound is None:
             raise Refusal("malformed_request", f"handle {chunk.handle} is not bound")
@@ -208,10 +208,10 @@ class ScriptedStream:
         reply = session.apply(session.position if chunk.position is None else chunk.position, chunk.inputs)
         return chunk.handle, chunk.steps, reply.end, reply.outputs
 
-    # ── what happens around an exchange ──────────────────────────────────────────────────────────
+    # ── the script's actions ─────────────────────────────────────────────────────────────────────
 
     async def before(self, rules: Mapping[str, Rule], session: ToySession | None) -> bool:
-        """Whether the message is not looked at any more."""
+        """Apply the actions that precede processing. Returns whether the message is dropped."""
         if "cut-before" in rules:
             self.cut()
         if (rule := rules.get("restart")) is not None and not rule.after:
@@ -232,7 +232,7 @@ class ScriptedStream:
         return self._is_cut
 
     def _stray_outputs(self) -> bytes:
-        """Outputs of a session whose handle is not bound any more."""
+        """Outputs for a handle that is no longer bound."""
         outputs = self._model.outputs_of([77.0], 7)
         return write_outputs([(_NOBODY, 1, 8, outputs)])
 
@@ -268,7 +268,7 @@ class ScriptedStream:
             await self._socket.send_str(json.dumps(document))
 
     async def send_in_pieces(self, message: str | bytes, *, whole: bool) -> None:
-        """A message of several fragments, or only the first half of them."""
+        """Send a message in several fragments, or only the first half of them."""
         assert self._transport
         content = message.encode() if isinstance(message, str) else message
         size = _PIECE if len(content) < _LONG_PIECE else _LONG_PIECE

@@ -1,4 +1,4 @@
-"""Snapshots as a server makes them, and sealed ones, which clients hold. The formats are those of a real server."""
+"""Snapshots and sealed snapshots, in the formats of a real server."""
 
 import hashlib
 import hmac
@@ -18,7 +18,7 @@ def snapshot_of(digest: str, position: int, state: float) -> bytes:
 
 
 def read_snapshot(content: bytes, digest: str) -> tuple[int, float]:
-    """Position and state. Raises Refusal."""
+    """Read position and state. Raises Refusal."""
     body = content[:-_CHECKSUM]
     if len(body) != _SNAPSHOT.size or content != body + _checksum(body):
         raise Refusal("snapshot_invalid", "the snapshot is damaged, or is none")
@@ -35,7 +35,7 @@ def seal(session_id: str, snapshot: bytes) -> bytes:
 
 
 def unseal(session_id: str, sealed: bytes) -> bytes:
-    """The snapshot inside. Raises Refusal."""
+    """Extract the snapshot. Raises Refusal."""
     body, name = sealed[:-_SIGNATURE], session_id.encode()
     if not hmac.compare_digest(hmac.digest(_KEY, body, "sha256"), sealed[-_SIGNATURE:]):
         raise Refusal("snapshot_invalid", "the snapshot was not signed here, or was changed since")

@@ -1,7 +1,7 @@
-"""Models whose every output tells which steps were applied before it, and in which order.
+"""Toy models: each output reveals the previous steps and their order.
 
 The state is one number: state' = 0.5 state + x0 + 10 x1 + 100 x2 + ..., where x0, x1, ... are the values of all inputs
-of a time step. The outputs are the new state, and further numbers made of it.
+of a time step. The outputs are the new state, and numbers derived from it.
 """
 
 import math
@@ -18,7 +18,7 @@ _FLOAT = "float32"
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output. shape: of one time step."""
+    """An input or output; `shape` is that of one time step."""
 
     name: str
     dtype: str
@@ -35,7 +35,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ToyModel:
-    """One of the models. digest: 64 hexadecimal digits."""
+    """A toy model; its digest has 64 hexadecimal digits."""
 
     name: str
     digest: str
@@ -45,7 +45,7 @@ class ToyModel:
     version: str = "1"
 
     def description(self) -> dict[str, Any]:
-        """As `GET /v1/models/{name}` has it."""
+        """The document of `GET /v1/models/{name}`."""
 
         def tensors(group: Sequence[Tensor]) -> list[dict[str, Any]]:
             return [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "time": t.time} for t in group]
@@ -71,14 +71,14 @@ class ToyModel:
         }
 
     def first_state(self, static: Mapping[str, Any] | None) -> float:
-        """Raises Refusal if the static inputs are not the model's."""
+        """The initial state. Raises Refusal if the static inputs do not fit the model."""
         given = dict(static or {})
         if set(given) != {spec.name for spec in self.static}:
             raise Refusal("invalid_shape", f"{self.name!r} takes the static inputs {[s.name for s in self.static]}")
         return float(sum(np.sum(given[spec.name]) for spec in self.static))
 
     def states(self, state: float, inputs: Sequence[np.ndarray]) -> list[float]:
-        """The state after each of T time steps. inputs: each (T, *shape)."""
+        """The state after each of T time steps, with inputs (T, *shape)."""
         columns = [column for array in inputs for column in array.reshape(len(array), -1).T.astype(np.float64)]
         drives = sum(10.0**index * column for index, column in enumerate(columns))
         states = []
@@ -88,7 +88,7 @@ class ToyModel:
         return states
 
     def outputs_of(self, states: Sequence[float], begin: int) -> list[np.ndarray]:
-        """The outputs of the steps that led to these states. begin: position of the first."""
+        """The outputs of the steps that led to these states, the first at position `begin`."""
         made = {
             "y": np.array(states)[:, np.newaxis],
             "count": np.arange(begin + 1, begin + 1 + len(states)),
@@ -97,7 +97,7 @@ class ToyModel:
         return [made[spec.name].astype(spec.numpy) for spec in self.outputs]
 
     def inputs_of_raw(self, content: bytes | memoryview, steps: int) -> list[np.ndarray]:
-        """Raises Refusal."""
+        """Decode raw inputs. Raises Refusal."""
         needed = sum(spec.bytes_of(steps) for spec in self.inputs)
         if len(content) != needed:
             raise Refusal("invalid_shape", f"{steps} steps have {needed} bytes, not {len(content)}")
@@ -109,7 +109,7 @@ class ToyModel:
         return _finite(arrays)
 
     def inputs_of_json(self, values: Any) -> list[np.ndarray]:
-        """values: [step, ...], or {input: [step, ...]}. Raises Refusal."""
+        """Convert JSON inputs, [step, ...] or {input: [step, ...]}. Raises Refusal."""
         named = values if isinstance(values, dict) else {self.inputs[0].name: values}
         try:
             arrays = [np.array(named[spec.name], spec.numpy) for spec in self.inputs]
@@ -121,11 +121,11 @@ class ToyModel:
         return _finite(arrays)
 
     def last_of(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Those of the last time step."""
+        """The outputs of the last time step."""
         return [array[-1] if spec.time else array for spec, array in zip(self.outputs, outputs, strict=True)]
 
     def last_outputs_of_json(self, values: Any) -> list[np.ndarray]:
-        """values: of one time step, as `json_of` gives them. Raises Refusal."""
+        """Convert the outputs of one time step, the inverse of `json_of`. Raises Refusal."""
         named = values if len(self.outputs) > 1 else {self.outputs[0].name: values}
         try:
             return [np.array(named[spec.name], spec.numpy).reshape(spec.shape) for spec in self.outputs]
@@ -137,7 +137,7 @@ class ToyModel:
 
 
 def json_of(specs: Sequence[Tensor], arrays: Sequence[np.ndarray]) -> Any:
-    """One value, or {name: value} of several tensors."""
+    """A single value, or {name: value} for several tensors."""
     lists = {spec.name: array.tolist() for spec, array in zip(specs, arrays, strict=True)}
     return lists if len(lists) > 1 else next(iter(lists.values()))
 

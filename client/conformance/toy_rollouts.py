@@ -1,4 +1,4 @@
-"""Rollouts of the toy models, whose outputs are fed back as inputs. Without I/O."""
+"""Rollouts of the toy models, which feed outputs back as inputs. Without I/O."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ _MEMBERS = {"steps", "map", "on", "inputs", "outputs", "position", "steps_per_ev
 
 @dataclass(frozen=True)
 class Rolled:
-    """The given time steps, or one that was fed back. end: the position after them."""
+    """The given time steps, or one that was fed back; `end` is the position after them."""
 
     end: int
     inputs: list[np.ndarray]
@@ -28,19 +28,19 @@ class Rolled:
 
 
 class ToyRollout:
-    """A rollout that a client asks for.
+    """A rollout requested by a client.
 
     Args:
-        session: It begins from.
+        session: The session that it starts from.
         wish: The members of the request.
 
     Attributes:
-        pieces: What is sent, in order.
-        end: The position after it.
-        is_placed: Its request says where the session is; on the session it must.
+        pieces: The pieces to send, in order.
+        end: The position after the rollout.
+        is_placed: Whether the request has the position it needs; one on the session must have it.
 
     Raises:
-        Refusal: It cannot begin.
+        Refusal: The rollout cannot start.
     """
 
     def __init__(self, session: ToySession, wish: Mapping[str, Any]) -> None:
@@ -61,14 +61,14 @@ class ToyRollout:
         self.end = self.pieces[-1].end
 
     def apply(self) -> None:
-        """On the session, if it is there: once, and as a whole."""
+        """Apply a rollout on the session: once, and as a whole."""
         if self._on_session:
             columns = zip(*[piece.inputs for piece in self.pieces], strict=True)
             self._session.apply(self._begin, [np.concatenate(column) for column in columns], self._content)
 
 
 def roll(session: ToySession, begin: int, wish: Mapping[str, Any]) -> Iterator[Rolled]:
-    """The pieces of a rollout from a position that the session has, or had. wish: with inputs, or outputs."""
+    """Yield the pieces of a rollout from a current or earlier position; `wish` has inputs or outputs."""
     model, state, end = session.model, session.states[begin], begin
     given = model.inputs_of_json(wish["inputs"]) if "inputs" in wish else None
     last = model.last_outputs_of_json(wish["outputs"]) if "outputs" in wish else []
@@ -103,7 +103,7 @@ def _kept(session: ToySession) -> list[np.ndarray]:
 
 
 def _fed_back(model: ToyModel, maps: Mapping[str, Any], outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The inputs of the next time step, of the kinds `identity` and `columns` with `from` and `constant`."""
+    """The inputs of the next step, for maps of the kinds `identity` and `columns` with `from` and `constant`."""
     by_name = {model.inputs[0].name: maps} if isinstance(maps.get("kind"), str) else maps
     if by_name.keys() != {spec.name for spec in model.inputs}:
         raise Refusal("map_invalid", f"the map is not one for the inputs of {model.name!r}")

@@ -1,4 +1,4 @@
-"""The sessions of the toy models, as a server keeps them: positions, retries, ends. Without I/O."""
+"""The sessions of the toy models, as on a server: positions, retries, tombstones. Without I/O."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from unroll.client.conformance.toy_models import MODELS, ToyModel
 
 @dataclass
 class Reply:
-    """The answer to a chunk. content: what a retry must repeat. end: the position after it."""
+    """The answer to a chunk: the content that a retry must repeat, the position after it, and the outputs."""
 
     content: bytes
     end: int
@@ -30,8 +30,8 @@ class ToySession:
     """A session.
 
     Attributes:
-        states: By position, from the one that the session began at.
-        moved_to: Its place after others have moved it.
+        states: The states by position, from the first one on.
+        moved_to: The place to which another client has moved the session.
     """
 
     id: str
@@ -52,13 +52,13 @@ class ToySession:
         return self.states[self.position]
 
     def apply(self, position: int, inputs: Sequence[np.ndarray], content: bytes | None = None) -> Reply:
-        """Apply a chunk, or answer a retry of it. content: what makes it the same; its values. Raises Refusal."""
+        """Apply a chunk, or answer its retry: one with equal content, by default the values. Raises Refusal."""
         if content is None:
             content = b"".join(array.tobytes() for array in inputs)
         return self.answered(position, content) or self._advance(content, inputs)
 
     def answered(self, position: int, content: bytes) -> Reply | None:
-        """The answer to a chunk that was applied; None if it can be applied. Raises Refusal."""
+        """The answer to a chunk that was already applied; None if it can be applied. Raises Refusal."""
         if (kept := self.replies.get(position)) is not None:
             if kept.content == content:
                 return kept
@@ -86,7 +86,7 @@ class ToySession:
         return Refusal(code, detail, expected=self.position)
 
     def move(self, steps: int) -> None:
-        """Steps of another client are applied; or, if negative, the last ones are lost."""
+        """Apply steps of another client; a negative number loses the last steps instead."""
         if steps > 0:
             for _ in range(steps):
                 self._advance(b"of another client", self.model.inputs_of_raw(bytes(self._bytes_of_step()), 1))
@@ -115,7 +115,7 @@ class ToySession:
 
 
 class ToySessions:
-    """All sessions of the server. ended: the codes of those that are over."""
+    """The server's sessions, and the error codes of ended ones."""
 
     def __init__(self) -> None:
         self._open: dict[str, ToySession] = {}
@@ -128,7 +128,7 @@ class ToySessions:
         return self._open.get(session_id)
 
     def find(self, session_id: str) -> ToySession:
-        """Raises Refusal."""
+        """Find an open session. Raises Refusal."""
         if (session := self._open.get(session_id)) is not None:
             return session
         code = self.ended.get(session_id, "session_unknown")
@@ -143,7 +143,7 @@ class ToySessions:
         static: Mapping[str, Any] | None = None,
         snapshot: bytes | None = None,
     ) -> ToySession:
-        """A new session; one that its client holds is not kept. Raises Refusal."""
+        """Open a session; a client-held one is not kept. Raises Refusal."""
         position, state = (0, model.first_state(static)) if snapshot is None else read_snapshot(snapshot, model.digest)
         chosen = session_id or secrets.token_urlsafe(16)
         session = ToySession(chosen, model, durability or "memory", position, {position: state})
@@ -152,7 +152,7 @@ class ToySessions:
         return session
 
     def fork(self, session: ToySession, session_id: str | None) -> ToySession:
-        """Raises Refusal."""
+        """Fork a session. Raises Refusal."""
         chosen, states = session_id or secrets.token_urlsafe(16), dict(session.states)
         fork = ToySession(chosen, session.model, session.durability, session.position, states)
         self._add(fork)
@@ -169,14 +169,14 @@ class ToySessions:
         self.ended[session.id] = code
 
     def restart(self, *, kept: bool) -> None:
-        """kept: the sessions are in a store, and survive."""
+        """Restart the server; sessions survive if they are `kept` in a store."""
         if not kept:
             self._open.clear()
             self.ended.clear()
 
 
 def model_of(reference: str) -> ToyModel:
-    """reference: `name` or `name:version`. Raises Refusal."""
+    """Look up `name` or `name:version`. Raises Refusal."""
     name, _, version = reference.partition(":")
     if name not in MODELS or version not in ("", MODELS[name].version):
         raise Refusal("model_unknown", f"there is no model {reference!r}")

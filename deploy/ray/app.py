@@ -1,4 +1,4 @@
-"""Unroll as a Ray Serve application: replicas behind Ray's proxy that share their sessions through Redis.
+"""Unroll as a Ray Serve application: replicas behind Ray's proxy share their sessions through Redis.
 
     serve run deploy.ray.app:app repository=examples/repository store=redis://127.0.0.1:6379/0
 
@@ -34,7 +34,7 @@ class Unroll:
         self._application, self._server = build(Settings(**settings))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Built in each replica, because a loaded model cannot be pickled."""
+        """Called in each replica, because a loaded model cannot be pickled."""
         return self._application
 
     def check_health(self) -> None:
@@ -44,7 +44,7 @@ class Unroll:
 
 
 def app(settings: dict[str, Any]) -> Application:
-    """For `serve run` and the `import_path` of a Serve configuration. Raises for an unknown setting."""
+    """Entry point for `serve run` and a Serve configuration's `import_path`. Raises for an unknown setting."""
     Settings(**settings)
     if "store" not in settings:
         raise ValueError(

@@ -2,29 +2,27 @@
 
     python -m deploy.ray.check             needs ray[serve], unroll and a redis-server; see `make check-ray`
 
-Exits with 0 if both replicas took part and every output equals that of an uninterrupted run, else with 1.
+Exits with 0 if both replicas took part and every output equals that of an uninterrupted run, otherwise with 1.
 """
 
-import random
 import re
-import secrets
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import ray
 from ray import serve
 
 from deploy import local_redis
-from deploy.check import MODEL, open_durable, steps
-from deploy.plain_client import Client
+from deploy.check import MODEL, durable_session, equals_whole
 from deploy.ray.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -66,33 +64,31 @@ def served(store: str) -> Iterator[str]:
 
 
 def applied(url: str) -> set[float]:
-    """Steps run by each replica, whole sequences included: any of them may answer a scrape."""
+    """The steps run by each replica, including whole sequences. Any replica may answer a scrape."""
     pattern = rf'^unroll_steps_total{{.*model="{MODEL}".*}} (\S+)$'
-    with Client(url) as client:
-        scrapes = [client.exchange("GET", "/metrics")[0].decode() for _ in range(40)]
+    scrapes = [urllib.request.urlopen(f"{url}/metrics").read().decode() for _ in range(40)]
     return {float(number) for scrape in scrapes for number in re.findall(pattern, scrape, re.MULTILINE)}
 
 
 def kill_a_replica() -> None:
-    """Immediately and without notice, like a lost machine."""
+    """Kill a replica without notice, like a lost machine."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     victim = next(actor for actor in actors if actor["name"].startswith("SERVE_REPLICA::unroll#Unroll"))
     ray.kill(ray.get_actor(**victim))
     print(f"killed {victim['name']}")
 
 
-def run(url: str, values: list[float], halfway: threading.Barrier) -> bool:
-    """Run one session, one step per request."""
-    with Client(url) as client:
-        with open_durable(client, f"check-{secrets.token_hex(8)}") as session:
-            outputs = steps(session, values[: STEPS // 2])
-            halfway.wait()
-            outputs += steps(session, values[STEPS // 2 :])
-        return outputs == client.sequence(MODEL, struct.pack(f"<{len(values)}f", *values), len(values))
+def run(url: str, values: np.ndarray, halfway: threading.Barrier) -> bool:
+    """Run one session, one step per request. values: (STEPS, 1)."""
+    with durable_session(url) as (client, session):
+        outputs = list(session.stream(values[: STEPS // 2]))
+        halfway.wait()
+        outputs += session.stream(values[STEPS // 2 :])
+        return equals_whole(client, values, outputs)
 
 
 def check(url: str, kill: bool) -> bool:
-    inputs = [[random.uniform(340, 400) for _ in range(STEPS)] for _ in range(SESSIONS)]
+    inputs = np.random.default_rng().uniform(340, 400, (SESSIONS, STEPS, 1)).astype(np.float32)
     halfway = threading.Barrier(SESSIONS + 1, timeout=60)
     with ThreadPoolExecutor(SESSIONS) as threads:
         running = [threads.submit(run, url, values, halfway) for values in inputs]

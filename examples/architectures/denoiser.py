@@ -1,7 +1,7 @@
 """Speech denoising frame by frame, with the architecture of DTLN.
 
-A step is a frame of 512 samples; the client overlap-adds the outputs. The first half masks the spectrum, the second a
-learned representation; two LSTM layers each compute a mask.
+A step is a frame of 512 samples; the client overlap-adds the outputs. The first half of the model masks the spectrum,
+the second half a learned representation. Two LSTM layers compute each mask.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""A distribution for the next value of many series, with the architecture of DeepAR.
+"""A probabilistic forecaster for many series, with the architecture of DeepAR.
 
-A step is the last value, scaled, and calendar features. The series is a static input.
+A step consists of the last scaled value and calendar features. The series id is a static input.
 """
 
 import torch

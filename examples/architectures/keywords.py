@@ -11,7 +11,7 @@ _BANDS, _WORDS = 40, 12
 
 
 class Causal(nn.Module):
-    """A depthwise convolution over the last `kernel` frames, and one across channels."""
+    """A depthwise convolution over the last `kernel` frames, followed by one across channels."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Keywords(nn.Module):
         self.head = nn.Linear(hidden, _WORDS)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """(batch, time, 40) -> scores of the words so far, (batch, time, 12)."""
+        """(batch, time, 40) -> word scores so far, (batch, time, 12)."""
         return self.head(self.rnn(self.convolutions(mel))[0])
 
 

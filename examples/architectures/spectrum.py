@@ -1,4 +1,4 @@
-"""A Fourier transform as two matrices: matrix products run on every runtime that runs a recurrent layer."""
+"""A Fourier transform as two matrices, since every runtime with recurrent layers has matrix products."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Spectrum(nn.Module):
-    """Frames of `size` samples into `size // 2 + 1` complex bins and back."""
+    """Transforms frames of `size` samples into `size // 2 + 1` complex bins, and back."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Voice activity detection in chunks of 32 ms, with the architecture of Silero VAD.
 
-A step is 512 samples at 16 kHz and the 64 before them. Convolutions within the step reduce its spectra to one vector;
-an LSTM runs over the steps.
+A step holds 512 samples at 16 kHz and the 64 before them. Convolutions reduce the spectra of a step to one vector; an
+LSTM runs over the steps.
 """
 
 import torch

@@ -1,1 +1,1 @@
-"""Lifting: on a copy of the user's module, all that carries a state takes it from the state row and leaves it there."""
+"""Lifting: rewrites a copy of the user's module so that every stateful part reads and writes the state row."""

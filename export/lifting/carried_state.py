@@ -1,4 +1,4 @@
-"""State that forward carries to its next call: a cache that it takes and returns, or keeps in an attribute."""
+"""State that forward passes to its next call: a cache that it takes and returns, or keeps in an attribute."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class Carried:
     """One carried state.
 
     Attributes:
-        name: in the state row.
+        name: its name in the state row.
         parts: the axes of its tensors.
-        first: what every sequence starts from, each (1, size) of the row.
-        structure: the pytree of its tensors.
+        first: the initial value as parts of the row, each (1, size).
+        structure: the pytree structure of its tensors.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Carried:
     structure: Any
 
     def __deepcopy__(self, memo: Any) -> "Carried":
-        return self  # never changed, and copying a pytree's structure warns
+        return self  # immutable, and copying a pytree structure warns
 
     @classmethod
     def of_argument(cls, name: str, argument: StateArgument) -> "Carried":
@@ -45,7 +45,7 @@ class Carried:
 
     @classmethod
     def of_attribute(cls, name: str, first: Any, left: list[Any]) -> "Carried | None":
-        """From the values that calls of three sizes leave in the attribute; None if its rows are not clients."""
+        """Build from the values that calls of three sizes left in the attribute; None without a row per client."""
         flat = [pytree.tree_flatten(value) for value in left]
         leaves, structure = [tensors for tensors, _ in flat], flat[0][1]
         if any(other != structure for _, other in flat) or not leaves[0]:
@@ -58,7 +58,7 @@ class Carried:
             return None
         begin = [axes.flat(torch.zeros(axes.with_batch(1), dtype=axes.dtype)) for axes in known]
         given = pytree.tree_leaves(first)
-        # A tensor without elements, as torch.zeros(0), stands for nothing.
+        # An empty tensor such as torch.zeros(0) means "no initial value".
         if given and all(isinstance(tensor, Tensor) and tensor.numel() for tensor in given):
             if [t.dim() for t in given] != [len(axes.shape) for axes in known]:
                 return None
@@ -66,14 +66,14 @@ class Carried:
         return cls(name, known, tuple(begin), structure)
 
     def take(self, tape: Tape, batch: int) -> tuple[list[Tensor], Any]:
-        """The state as parts of the row, and as forward takes it."""
+        """Read the state from the tape: as parts of the row, and in forward's structure."""
         dtype = torch.get_default_dtype()
         _, rows = tape.begin(self.name, lambda: [row.to(dtype).expand(batch, -1) for row in self.first])
         tensors = [axes.unflat(row) for axes, row in zip(self.parts, rows, strict=True)]
         return rows, pytree.tree_unflatten(tensors, self.structure)
 
     def leave(self, tape: Tape, rows: list[Tensor], tensors: list[Tensor], batch: int, time: int) -> None:
-        """Put the state that forward returned, after it took `rows`, on the tape. Raises ExportError(output)."""
+        """Write the state that forward returned for `rows` to the tape. Raises ExportError(output)."""
         for axes, tensor in zip(self.parts, tensors, strict=True):
             if tensor.dim() != len(axes.shape) or any(
                 size != own
@@ -91,15 +91,15 @@ class Carried:
 def handed_on(
     model: nn.Module, example: dict[str, Any], state: Mapping[str, str], alone: Callable[[], dict[str, Any]], batch: int
 ) -> dict[str, StateArgument]:
-    """The arguments that forward returns for its next call, with the axis of their rows.
+    """Find the batch axes of the state arguments, which forward returns for its next call.
 
     Args:
-        state: their names, each with the name of the output that is passed to the next call.
+        state: the output that continues each state argument, by name.
         alone: makes the other arguments for a batch of one.
-        batch: of the example.
+        batch: batch size of the example.
 
     Raises:
-        ExportError: input.
+        ExportError: input, if an output does not match its argument, or if the rows of a state differ.
     """
     flat = {name: pytree.tree_flatten(example[name]) for name in state}
     copied = pytree.tree_map_only(Tensor, Tensor.clone, example)  # forward may change its states in place
@@ -131,7 +131,7 @@ def handed_on(
 def _fits(
     model: nn.Module, arguments: dict[str, Any], found: dict[str, StateArgument], state: Mapping[str, str]
 ) -> bool:
-    """Does forward take one row of the states, and return one?"""
+    """Does forward accept one row of the states, and return one?"""
     one = {name: pytree.tree_map_only(Tensor, Tensor.clone, argument.expand(1)) for name, argument in found.items()}
     try:
         returned = leaves(attempt("a batch of one", lambda: model(**arguments, **one)))

@@ -1,8 +1,8 @@
 """Matches a handwritten loop body with PyTorch's LSTM, GRU or Elman cell.
 
-The weights of the body are tried in every order of gates. PyTorch's own cell with these weights must compute the same
-in float64, also far outside the range where activations are nearly linear. Then one ONNX node replaces the scan, and is
-faster.
+The body's weights are tried in every gate order. PyTorch's own cell with these weights must compute the same in
+float64, also far outside the range where activations are nearly linear. Then a single, faster ONNX node replaces the
+scan.
 """
 
 from collections.abc import Iterator
@@ -18,22 +18,22 @@ from unroll.export.lifting.scan import Scan
 
 _GATES: dict[Any, int] = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 
-#: The scale of each row that is tried: a clamp of the state, for example, shows only in large ones.
+#: The scale of each trial row: a clamp of the state, for example, shows only with large values.
 _SCALES = (0.5, 1.0, 1.0, 10.0, 100.0, 1e4)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the weights of PyTorch's cell are made of those of a loop body.
+    """How to build the weights of PyTorch's cell from those of a loop body.
 
     Attributes:
         kind: nn.LSTM, nn.GRU or nn.RNN.
-        rows: of the matrices, all gates together.
+        rows: rows of the matrices, over all gates.
         w, r, biases: names of the body's parameters.
         order: the body's gates in PyTorch's order.
         columns: the columns of `w` for the input, and of `r` for the state.
         swapped: the body carries c before h.
-        flipped: its update gate keeps the part of the state that PyTorch's replaces.
+        flipped: the body's update gate is the complement of PyTorch's.
     """
 
     kind: Any
@@ -48,7 +48,7 @@ class Recipe:
     flipped: bool = False
 
     def weights(self, body: nn.Module) -> list[Tensor]:
-        """weight_ih, weight_hh, bias_ih, bias_hh."""
+        """The cell's weight_ih, weight_hh, bias_ih and bias_hh."""
         named = dict(body.named_parameters())
         matrices = [named[name] if len(named[name]) == self.rows else named[name].T for name in (self.w, self.r)]
         w, r = (matrix[:, columns] for matrix, columns in zip(matrices, self.columns, strict=True))
@@ -77,7 +77,7 @@ class Recipe:
 
 
 def match_cell(scan: Scan) -> Recipe | None:
-    """The layer that computes the same as the body of `scan`, or None."""
+    """Find the PyTorch layer that computes the same as the body of `scan`; None if there is none."""
     series = [axes for axes in scan.inputs if axes.time is not None]
     stacked = [axes for axes in scan.outputs if axes.time is not None]
     lasts = [final for axes, final in zip(scan.outputs, scan.finals, strict=True) if axes.time is None]

@@ -1,4 +1,4 @@
-"""Follows which tensors are computed from the values of the inputs, for any values; and other observers of calls."""
+"""Tracks which tensors are computed from the values of the inputs, and holds the base of other call observers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,22 +8,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
-#: These read only the shape of their tensors.
+#: Functions that read only the shape of their tensors.
 _CREATED = {f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn")} | {
     f"new_{name}" for name in ("zeros", "ones", "full", "empty", "tensor")
 }
 
-#: These read only the shape or the dtype of their tensors after the first.
+#: Functions that read only the shape or dtype of tensors after the first.
 _AS_OTHER = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
 class Observer(TorchFunctionMode):
-    """Sees the calls of forward, not those within a scan, which torch cannot trace while one is watching."""
+    """A mode that sees forward's calls, except those within a scan: torch cannot trace a scan under such a mode."""
 
 
 @contextmanager
 def without_observers() -> Iterator[None]:
-    """Within, the observers on top of other modes see nothing."""
+    """Disable the observers on top of the mode stack."""
     if not isinstance(_get_current_function_mode(), Observer):
         yield
         return
@@ -32,7 +32,7 @@ def without_observers() -> Iterator[None]:
 
 
 class ComputedFrom(TorchFunctionMode):
-    """Within, `tensor in` this says whether it was computed from the values of `inputs`."""
+    """A mode that tracks data flow: `tensor in mode` tells whether it was computed from the values of `inputs`."""
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         self._found = {id(tensor): tensor for tensor in inputs}

@@ -1,4 +1,4 @@
-"""Recurrent layers that forward calls as functions, such as `torch._VF.lstm`: each becomes a layer of PyTorch.
+"""Replaces recurrent layers that forward calls as functions, such as `torch._VF.lstm`, by PyTorch's layers.
 
 nn.LSTM, nn.GRU and nn.RNN call these functions themselves.
 """
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from unroll.export.errors import ExportError
 from unroll.export.signature.outputs import is_same
 
-#: The layer that each function is, and how many gates it has.
+#: The layer for each function, and its number of gates.
 _LAYERS: dict[Any, tuple[Callable[..., nn.RNNBase], int]] = {
     torch.lstm: (nn.LSTM, 4),
     torch.gru: (nn.GRU, 3),
@@ -38,9 +38,10 @@ class _Call:
 
     @classmethod
     def of(cls, function: Any, args: Any, kwargs: Any) -> "_Call | None":
-        """None for a call of another function, or by PyTorch's own layers.
+        """Describe a call; None for other functions, and for calls by PyTorch's own layers.
 
-        Raises ExportError(packed_sequence) for one of a packed sequence.
+        Raises:
+            ExportError: packed_sequence, if the call passes a packed sequence.
         """
         if function not in _LAYERS or sys._getframe(2).f_code.co_filename == nn.GRU.forward.__code__.co_filename:
             return None
@@ -68,14 +69,14 @@ class _Call:
         return bound(*args, **kwargs)
 
     def layer(self) -> nn.RNNBase:
-        """Without weights of its own: each call has them."""
+        """A layer without weights; each call passes its own."""
         make, gates = _LAYERS[self.function]
         (width, inputs), recurrent = self.weights[0].shape, self.weights[1].shape[1]
         proj = {} if recurrent == width // gates else {"proj_size": recurrent}
         return make(inputs, width // gates, device="meta", dtype=self.weights[0].dtype, **self.options, **proj)
 
     def run(self, layer: nn.RNNBase) -> tuple[Tensor, ...]:
-        """The results of the function, from the layer."""
+        """Call the layer, and return its results as the function would."""
         if not torch.compiler.is_exporting():
             layer._flat_weights = self.weights  # type: ignore[assignment]
         y, after = layer(self.x, tuple(self.hx) if isinstance(self.hx, (list, tuple)) else self.hx)
@@ -83,10 +84,10 @@ class _Call:
 
 
 def lift_functions(model: nn.Module, runs: list[Callable[[], Any]]) -> None:
-    """Let `model` call layers in place of their functions.
+    """Make `model` call layers in place of the functions.
 
     Args:
-        runs: call its forward: as in the example, and with other values and another length each.
+        runs: call forward, the first with the example, each other one with different values and another length.
 
     Raises:
         ExportError: not_exportable, for weights that forward computes from its inputs.
@@ -96,7 +97,7 @@ def lift_functions(model: nn.Module, runs: list[Callable[[], Any]]) -> None:
     for path, calls in first.items():
         for other in others:
             if len(other.get(path, [])) != len(calls):
-                return  # called step by step, as a loop does
+                return  # called once per step, in a loop
             for one, same in zip(calls, other[path], strict=True):
                 if not all(map(is_same, one.weights, same.weights)):
                     raise ExportError(
@@ -119,7 +120,7 @@ def _calling(base: type[nn.Module]) -> type[nn.Module]:
 
 
 class _InLayers(TorchFunctionMode):
-    """Within one call of a module, its functions are layers, one after another."""
+    """During one call of a module, replaces its function calls by `layers`, in order."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class _InLayers(TorchFunctionMode):
 
 
 def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[_Call]]:
-    """The calls of these functions by the path of the module whose forward calls them; of its last call."""
+    """The function calls in the last call of each module, by the module's path."""
     found: dict[str, list[_Call]] = {}
     stack: list[list[_Call]] = []
 

@@ -1,8 +1,7 @@
-"""What a model knows of the past without a recurrent layer: the last frames of a causal convolution, a running sum,
-the number of time steps so far.
+"""State outside recurrent layers: the last frames of a causal convolution, a running sum, the number of time steps.
 
-Seen at PyTorch's own functions, so that it does not matter which module calls them. Whether a model that is handed its
-history streams is found out later, by running it.
+It is observed at PyTorch's functions, so it does not matter which module calls them. A later run decides whether the
+model streams with this history.
 """
 
 from collections.abc import Iterator
@@ -20,20 +19,20 @@ from unroll.export.lifting.history_rules import HistoryCall, HistoryCalls, Memor
 from unroll.export.lifting.state_row import fits_row, from_row, to_row
 from unroll.export.lifting.tape import Call, Part, Tape, count_up
 
-#: Calls that may need the past, and the sequence of each.
+#: Calls that may need earlier time steps, each with its sequence.
 Watched = list[tuple[Tensor, HistoryCall]]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The axes of a tensor whose time is the input's.
+    """The axes of a sequence that runs along the input's time.
 
     Attributes:
-        batch, time: their numbers.
-        counted: it is numbers along time, without a batch.
-        first: for a call that picks the first time step, how many that may have come before it.
-        rate: its frames for each time step of the input.
-        ahead: the frames at its end that the next time steps complete, as of a transposed convolution.
+        batch, time: the axes.
+        counted: the sequence is a count along time, without a batch.
+        first: for a call that picks the first time step, its index among such calls; otherwise None.
+        rate: frames per time step of the input.
+        ahead: trailing frames that later time steps complete, as in a transposed convolution.
     """
 
     batch: int
@@ -45,7 +44,7 @@ class Place:
 
 
 class WatchHistory(Observer):
-    """Within, writes down the sequences of calls that may need the past, in order."""
+    """Records the sequences of calls that may need earlier time steps, in order."""
 
     def __init__(self) -> None:
         self.seen: Watched = []
@@ -62,12 +61,13 @@ class WatchHistory(Observer):
 
 
 def places(base: Watched, wide: Watched, long: Watched, time: int, longer: int) -> list[Place | None]:
-    """Where batch and time are in the sequences watched at three sizes; None where a sequence is not the input's.
+    """Locate batch and time in sequences watched at three sizes; None for a sequence that does not follow the input.
 
-    Those of calls that pick the first time step come last, and are left out where a sequence is not the input's.
+    Calls that pick the first time step come last, and are omitted instead of None.
 
-    base, wide, long: of the same forward; wide has another batch size, long another length.
-    time, longer: the length of base, and of long.
+    Args:
+        base, wide, long: watched on the same forward; `wide` has another batch size, `long` another length.
+        time, longer: the lengths of `base` and `long`.
     """
     found: list[Place | None] = []
     for of_start in (False, True):
@@ -105,10 +105,11 @@ def _places(sizes: list[Watched], time: int, longer: int) -> list[Place | None]:
 
 
 class KeepHistory(Observer):
-    """Within, calls that may need the past take it from the tape and leave it there.
+    """Makes calls that need earlier time steps read them from the tape and write them back.
 
-    places: of these calls, as `places` returns them; None for one that does not get it. batch: of the input of
-    forward; 1 where time steps are counted, since rows are not equally far.
+    Args:
+        places: the places of these calls, as returned by `places`; None for a call that stays unchanged.
+        batch: batch size of the input; 1 where time steps are counted, since rows may be at different positions.
     """
 
     def __init__(self, tape: Tape, model: nn.Module, places: list[Place | None], batch: int) -> None:
@@ -117,14 +118,14 @@ class KeepHistory(Observer):
         self._firsts = {place.first: place for place in places if place and place.first is not None}
         self._picked = count()
         self._root = type(model).__name__
-        # Known by its attributes: a tracer calls a stand-in that shares them.
+        # Identified by its `vars`: a tracer calls a stand-in that shares them.
         self._paths = {id(vars(module)): path or type(module).__name__ for path, module in model.named_modules()}
         self._stack: list[str] = []
         self._calls = HistoryCalls()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within, it is on, and knows which module is running."""
+        """Activate the mode, and track which module is running."""
 
         def leave(*_: Any) -> None:
             self._stack.pop()
@@ -160,11 +161,11 @@ class KeepHistory(Observer):
         return self._firsts.get(next(self._picked)) if call.of_start else next(self._places, None)
 
     def _path(self) -> str:
-        """Of the module that is running."""
+        """The path of the running module."""
         return next((path for path in reversed(self._stack) if path), self._root)
 
     def _count(self, numbers: Tensor, step: Any) -> Tensor:
-        """numbers: (time,), that begin where a sequence does, each `step` more than the last."""
+        """Continue a count: `numbers` (time,) increase by `step` from the start of a sequence."""
         path, zero = self._path(), torch.zeros(self._batch, 1, dtype=torch.int64)
         index, (start,) = self._tape.begin(path, lambda: [to_row(zero)])
         before, time = from_row(start, zero.dtype), numbers.shape[0]
@@ -193,12 +194,12 @@ class KeepHistory(Observer):
 
 
 def _last(kept: Tensor, frames: int, length: Any, lens: Tensor | None) -> Tensor:
-    """(batch, frames * rest): the frames up to the end of each row. kept: (batch, more + length, ...)."""
+    """The last frames of each row, (batch, frames * rest), of `kept` (batch, more + length, ...)."""
     if lens is None:
         return kept[:, -frames:].flatten(1)
     more = kept.shape[1] - length
     steps = (lens + more - frames).unsqueeze(1) + count_up(frames)
     if isinstance(kept.shape[0], int) and kept.shape[0] == 1:
-        return kept[:, steps[0]].flatten(1)  # PyTorch's own rule for `gather` fixes the number of rows
+        return kept[:, steps[0]].flatten(1)  # within vmap, `gather` would fix the number of rows
     flat = kept.flatten(2) if kept.dim() > 2 else kept.unsqueeze(2)
     return flat.gather(1, steps.unsqueeze(2).expand(-1, -1, flat.shape[2])).flatten(1)

@@ -1,7 +1,6 @@
-"""Calls of PyTorch's functions whose result at a time step needs earlier steps, and what each needs of them.
+"""PyTorch functions that combine time steps, and the earlier frames that each needs.
 
-Values that such a call puts before a sequence are a placeholder for the steps before it. If the state row holds those
-steps, they take the placeholder's place.
+Left padding is a placeholder for earlier steps. If the state row holds those steps, they replace the padding.
 """
 
 from collections.abc import Callable
@@ -17,14 +16,14 @@ from unroll.export.lifting.scan import accumulate
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The part of the past that a call needs, and how the call continues from it.
+    """The earlier frames that a call needs, and how the call continues from them.
 
     Attributes:
         x: the sequence.
-        first: the placeholder for its past, in as many frames as are kept.
-        finish: from the past and the sequence, joined along time, to the result of the call.
-        of_result: the frames to keep are those of the result, not of the sequence.
-        of_start: the frames to keep are those that a sequence began with.
+        first: the placeholder for earlier frames; its length is the number of frames to keep.
+        finish: computes the call's result from the earlier frames and the sequence, joined along time.
+        of_result: keep frames of the result instead of the sequence.
+        of_start: keep the frames that the sequence began with.
     """
 
     x: Tensor
@@ -34,18 +33,18 @@ class Memory:
     of_start: bool = False
 
 
-#: From a call's arguments and the time axis to what it remembers, or None if it needs nothing of the past.
+#: From a call's arguments and the time axis to its memory; None if it needs no earlier steps.
 Rule = Callable[[Any, Any, int], Memory | None]
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryCall:
-    """A call that may need the past.
+    """A call that may need earlier time steps.
 
     Attributes:
-        sequence: what it is given along time; None for a call that counts, whose result is the sequence.
-        memory: from the time axis to what it remembers.
-        of_start: it picks the first time step, or what is first along another axis.
+        sequence: its input along time; None for a call that counts: its result is the sequence.
+        memory: from the time axis to its memory.
+        of_start: it picks the first element along some axis, possibly time.
     """
 
     sequence: Tensor | None
@@ -54,19 +53,19 @@ class HistoryCall:
 
     @property
     def counts(self) -> bool:
-        """Its result numbers the time steps, without a batch."""
+        """Does its result number the time steps, without a batch?"""
         return self.sequence is None
 
 
 class HistoryCalls:
-    """Tells, call by call in order, which ones may need the past: the one place that decides."""
+    """Decides, call by call in order, which calls may need earlier time steps."""
 
     def __init__(self) -> None:
-        #: Sequences without their last steps, as they are made, by id; frames put before one make a delay of it.
+        #: Sequences cut at their end, by id, with the uncut one. Frames concatenated before one form a delay.
         self._cuts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def find(self, func: Any, args: Any, kwargs: Any) -> HistoryCall | None:
-        """The call, before it runs, as one that may need the past."""
+        """Describe a call before it runs; None if it needs no earlier time steps."""
         if func is functional.pad and (delay := self._padded_delay(*args, **kwargs)):
             return delay
         if rule := RULES.get(func):
@@ -80,14 +79,14 @@ class HistoryCalls:
         return self._delay(args, kwargs) if func in {torch.cat, torch.concat} else None
 
     def add(self, func: Any, args: Any, result: Any) -> None:
-        """The call ran."""
+        """Record the result of a call after it ran."""
         if func is Tensor.__getitem__:
             index = [one for one in (args[1] if isinstance(args[1], tuple) else (args[1],)) if one is not ...]
             if all(map(_from_the_beginning, index)) and sum(one.stop is not None for one in index) == 1:
                 self._cuts[id(result)] = result, args[0]
 
     def _delay(self, args: Any, kwargs: Any) -> HistoryCall | None:
-        """Frames put before a sequence that has lost as many at its end."""
+        """A delay by `torch.cat`: frames before a sequence that lost as many at its end."""
         if not args or len(args[0]) != 2 or id(args[0][1]) not in self._cuts:
             return None
         (frames, cut), axis = args[0], kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
@@ -106,7 +105,7 @@ class HistoryCalls:
     def _padded_delay(
         self, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None
     ) -> HistoryCall | None:
-        """Constants put before a sequence that has lost as many steps at its end."""
+        """A delay by padding: constants before a sequence that lost as many steps at its end."""
         frames = list(pad)
         axes = [input.dim() - 1 - place // 2 for place, count in enumerate(frames) if count]
         if id(input) not in self._cuts or mode != "constant" or len(axes) != 1:
@@ -129,7 +128,7 @@ def _from_the_beginning(index: Any) -> bool:
 
 
 def _is_first(index: Any) -> bool:
-    """Does it pick what is first along some axis?"""
+    """Does the index pick the first element along some axis?"""
     each = index if isinstance(index, tuple) else (index,)
     return all(isinstance(one, (int, slice)) or one is ... for one in each) and any(map(_is_zero, each))
 
@@ -141,7 +140,7 @@ def _is_zero(index: Any) -> bool:
 
 
 def _first_step(x: Tensor, index: Any, time: int) -> Memory | None:
-    """The first time step of a sequence, however it is cut."""
+    """The first time step of the sequence, whichever chunk asks for it."""
     each = list(index) if isinstance(index, tuple) else [index]
     if ... in each:
         place = each.index(...)
@@ -156,7 +155,7 @@ def _full(x: Tensor, time: int, frames: int, value: float) -> Tensor:
 
 
 def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """Padding before a sequence: constants, or its first step repeated."""
+    """Left padding with constants, or with the first step repeated."""
 
     def call(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Memory | None:
         pads = list(pad)
@@ -175,7 +174,7 @@ def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
 
 
 def _convolution(function: Any) -> Rule:
-    """The zeros that a convolution puts at both ends of a sequence. Its result keeps its length."""
+    """A convolution's own zero padding. The result keeps its length: all padding moves to the left."""
 
     def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
         def call(
@@ -208,7 +207,7 @@ def _convolution(function: Any) -> Rule:
 
 
 def _transposed(function: Any) -> Rule:
-    """The earlier frames whose results reach into those of the next; what lies before these is cut off."""
+    """A transposed convolution: keep the earlier frames that overlap the next outputs, and drop their own outputs."""
 
     def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
         def call(
@@ -245,7 +244,7 @@ def _each(value: Any, count: int) -> list[int]:
 
 
 def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """A running sum: it continues from its last value, and so adds in the same order however the sequence is cut."""
+    """A running sum. It continues from its last value, so chunking does not change the order of additions."""
 
     def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
         if dim % input.dim() != time or options.get("dtype") not in {None, input.dtype}:
@@ -261,9 +260,12 @@ def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
 
 
 def _running(step: Callable[[Tensor, Tensor], Tensor], first: float, returned: Any = None) -> Rule:
-    """A running maximum, product and the like: it continues from its last value. first: what comes before the first.
+    """A running maximum, product or similar, which continues from its last value.
 
-    returned: the type of a result that has indices, too. Those are not known: they count from the first step.
+    Args:
+        step: combines the last value and the next element.
+        first: the value before the first step.
+        returned: the type of a result that also has indices. These are -1: they would count from the first step.
     """
 
     def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
@@ -283,7 +285,7 @@ def _running(step: Callable[[Tensor, Tensor], Tensor], first: float, returned: A
 
 
 def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """The difference of each step from an earlier one; `prepend` comes before the first."""
+    """`torch.diff`, with `prepend` as the steps before the first."""
 
     def call(
         input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
@@ -296,11 +298,11 @@ def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
 
 
 def _logaddexp(one: Tensor, other: Tensor) -> Tensor:
-    """Without overflow, which ONNX's translation of PyTorch's own has."""
+    """`torch.logaddexp` without the overflow of its ONNX translation."""
     return torch.maximum(one, other) + torch.log1p(torch.exp(-(one - other).abs()))
 
 
-#: Below all numbers, and still one that a state may be.
+#: The lowest finite float32: a state must not hold infinity.
 _LEAST = torch.finfo(torch.float32).min
 
 _CUMMAX = _running(torch.maximum, _LEAST, torch.return_types.cummax)

@@ -1,6 +1,6 @@
-"""Values other than tensors that forward keeps for its next call: counts, flags, lists, random generators.
+"""Non-tensor values that forward keeps between calls: counters, flags, lists, random generators.
 
-A state row cannot hold them, and a bundle that leaves them out would be wrong from the call on in which they matter.
+A state row cannot hold them, and a bundle without them would be wrong as soon as they matter.
 """
 
 import dis
@@ -18,29 +18,29 @@ from torch import Tensor, nn
 from unroll.export.errors import ExportError
 from unroll.export.signature.outputs import leaves
 
-#: Where a value is, for a message: `attribute 'cell.calls'`.
+#: Names a value in messages: `attribute 'cell.calls'`.
 Name = str
 
 #: PyTorch's own attributes of a module.
 NOT_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"}
 
-#: Packages whose objects are opaque, and whose code keeps nothing of a model.
+#: Packages that keep no values of a model, and are not inspected.
 _FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
 
 
 def kept_values(model: nn.Module) -> dict[Name, tuple[Any, ...]]:
-    """What every attribute, class attribute and variable that the code of `model` reads holds, comparable.
+    """Comparable contents of every attribute, class attribute and variable that the code of `model` reads.
 
-    Of an attribute that holds nothing but tensors, only how many there are: `module_state` follows these.
+    For an attribute that holds only tensors, just their number: `module_state` tracks their values.
     """
     return {name: tuple(_Walk(followed=_holds_tensors(value)).all_of(value)) for name, value in _owned(model)}
 
 
 def check_nothing_counted(seen: list[dict[Name, tuple[Any, ...]]]) -> None:
-    """Raises ExportError(keeps_state) for a value that depends on more than the last call.
+    """Raise ExportError(keeps_state) for a value that depends on more than the last call.
 
     Args:
-        seen: `kept_values` after calls with some inputs, with others, with the first ones, and with these again.
+        seen: `kept_values` after four calls: with inputs A, B, A and A.
     """
     first, _, third, fourth = seen
     counted = [name for name in fourth if fourth[name] != third.get(name) or third[name] != first.get(name)]
@@ -84,7 +84,7 @@ def _owned(model: nn.Module) -> Iterator[tuple[Name, Any]]:
 
 
 def _reach(value: Any, functions: dict[CodeType, FunctionType], read: set[str]) -> None:
-    """Add the functions that `value`, if it is one, can call by name, and the names of attributes that they read."""
+    """If `value` is a function, add all functions it can reach by name, and the names that their code reads."""
     value = getattr(value, "__wrapped__", getattr(value, "__func__", getattr(value, "fget", value)))
     if not isinstance(value, FunctionType) or value.__code__ in functions or _is_foreign(value):
         return
@@ -107,7 +107,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The global variables, those of the user's own modules, the closure and the defaults of a function."""
+    """A function's global variables, those of the user's own modules it names, its closure and its defaults."""
     names = {name for code in _codes(function.__code__) for name in code.co_names}
     for name in sorted(names & function.__globals__.keys()):
         value = function.__globals__[name]
@@ -131,7 +131,7 @@ def _is_foreign(value: Any) -> bool:
 
 
 class _Walk:
-    """All that an object holds, in a list. followed: without the contents of its tensors."""
+    """Flattens the contents of an object to a list. With `followed`, tensors count but their contents do not."""
 
     def __init__(self, followed: bool) -> None:
         self._followed = followed
@@ -165,5 +165,5 @@ class _Walk:
         elif hasattr(value, "__dict__") and (isinstance(value, SimpleNamespace) or not _is_foreign(type(value))):
             self._add(vars(value))
         else:
-            with suppress(Exception):  # an object that cannot be looked into is left out
+            with suppress(Exception):  # ignore objects that cannot be pickled
                 self._leaves.append(pickle.dumps(value))

@@ -1,6 +1,6 @@
-"""nn.LSTM, nn.GRU and nn.RNN, lifted: they take their state from the tape and leave it there.
+"""nn.LSTM, nn.GRU and nn.RNN, lifted: they read their state from the tape and write it back.
 
-The user's code sees the same layer: only its class is replaced, on a copy, by a subclass with another `forward`.
+The user's code sees the same layer: only the class of a copy is replaced, by a subclass with another `forward`.
 """
 
 import copy
@@ -44,14 +44,14 @@ class LiftedRNN(nn.RNN):
 
 _LIFTED: dict[type[nn.RNNBase], type[nn.RNNBase]] = {nn.LSTM: LiftedLSTM, nn.GRU: LiftedGRU, nn.RNN: LiftedRNN}
 
-#: The layers of PyTorch that an ONNX operator computes.
+#: PyTorch's layers that have an ONNX operator.
 LAYERS = tuple(_LIFTED)
 
 
 def recognise_layers(model: nn.Module) -> None:
-    """Make a layer of PyTorch of every module that derives from their common base and computes what one of them does.
+    """Turn modules that derive from nn.RNNBase and compute the same as a PyTorch layer into that layer.
 
-    Others, such as a cell of its own in a loop over time, stay what they are.
+    Other subclasses, such as a custom cell in a loop over time, stay unchanged.
     """
     for module in model.modules():
         if isinstance(module, nn.RNNBase) and not isinstance(module, LAYERS):
@@ -65,13 +65,13 @@ def recognise_layers(model: nn.Module) -> None:
 
 
 def _alike(module: nn.RNNBase, layer: nn.RNNBase) -> bool:
-    """Do both give the same answers, in float64 or whatever their precision is?"""
+    """Do both give the same answers in their own precision?"""
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
     x = torch.randn(5, 7, module.input_size, generator=torch.Generator().manual_seed(17)).to(dtype)
     try:
         with torch.no_grad():
             pairs = list(zip(leaves(module(x)), leaves(layer(x)), strict=True))
-    except Exception:  # noqa: BLE001 user code: it is called in another way
+    except Exception:  # noqa: BLE001 user code: it may take other arguments
         return False
     return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for (_, a), (_, b) in pairs)
 
@@ -80,8 +80,8 @@ def lift_layers(model: nn.Module, tape: Tape) -> None:
     """Lift every recurrent layer of `model` in place."""
     for path, module in model.named_modules():
         if isinstance(module, LAYERS):
-            # After the module's own class in the resolution order, so that a subclass of nn.LSTM keeps its
-            # forward and reaches ours through super().
+            # Our class comes after the module's own in the MRO: a subclass of nn.LSTM keeps its forward, and
+            # reaches ours through super().
             lifted = next(lifted for base, lifted in _LIFTED.items() if isinstance(module, base))
             bases = (lifted,) if type(module) in _LIFTED else (type(module), lifted)
             module.__class__ = type(type(module).__name__, bases, {})
@@ -91,11 +91,11 @@ def lift_layers(model: nn.Module, tape: Tape) -> None:
 
 
 def split_time_steps(model: nn.Module, tape: Tape, run: Callable[[tuple[int, int]], Any]) -> None:
-    """Recognise the layers that run over parts of a time step, such as the bands of a spectrum, or next to each other.
+    """Recognise layers that run within a time step, such as over the bands of a spectrum, or on several rows per input.
 
-    Sets `unroll_rows`: how many of its sequences a layer has for each of the input's; or 0 if it runs within each time
-    step, so that nothing of it is left for the next one. Whether a row's own sequences are next to each other is found
-    out later: otherwise rows are mixed.
+    Sets `unroll_rows` to the number of layer sequences per input sequence, or to 0 for a layer that runs within each
+    time step and so carries no state to the next. A later check finds whether an input's sequences are adjacent in the
+    layer's batch: otherwise rows are mixed.
 
     Args:
         run: calls forward with a batch size and a length.
@@ -116,7 +116,7 @@ def split_time_steps(model: nn.Module, tape: Tape, run: Callable[[tuple[int, int
 
 
 def _rows(calls: list[list[tuple[int, int]]], sizes: tuple[tuple[int, int], ...]) -> int:
-    """calls: the batch and the time of each, for each of the sizes. 1 also for what is neither."""
+    """The value of `unroll_rows`, from each call's (batch, time) at each size; 1 for layers that fit neither case."""
     if len({len(each) for each in calls}) > 1:
         return 1
     pairs = [(seen, size) for each, size in zip(calls, sizes, strict=True) for seen in each]
@@ -128,9 +128,9 @@ def _rows(calls: list[list[tuple[int, int]]], sizes: tuple[tuple[int, int], ...]
 
 
 def take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Store the weights of `source`, a model of the same structure, in `model`: in ONNX's layout and its own precision.
+    """Store the weights of `source`, a model of the same structure, in `model`, in ONNX's layout.
 
-    Call it after a forward, since forward computes normalised weights.
+    Call this after a forward, which computes normalised weights.
     """
     for module, original in zip(model.modules(), source.modules(), strict=True):
         if isinstance(module, LAYERS) and isinstance(original, LAYERS):
@@ -141,9 +141,9 @@ def take_weights(model: nn.Module, source: nn.Module) -> None:
 
 
 def _play(module: nn.RNNBase, native: Native, x: Any, hx: Any) -> Any:
-    """Forward of a lifted layer, with the arguments and results of the layer that it replaces."""
+    """The forward of a lifted layer, with the same arguments and results as the original's."""
     if isinstance(x, PackedSequence):
-        # The padded tensor, batch first: see `packed`.
+        # `data` is the padded tensor, batch first: see `packed`.
         sequence = x.data if module.batch_first else x.data.transpose(0, 1)
         out, hidden = _play(module, native, sequence, hx)
         return packed.like(x, out if module.batch_first else out.transpose(0, 1)), hidden
@@ -185,7 +185,11 @@ def _play_batch(module: nn.RNNBase, native: Native, x: Tensor, hx: Any) -> tuple
 def _run(
     module: nn.RNNBase, native: Native, x: Tensor, start: Layers, lens: Tensor | None
 ) -> tuple[Tensor, Layers, tuple[Tensor, ...]]:
-    """The output, the final states, and these as PyTorch returns them. lens: None for PyTorch's own layer."""
+    """Run the layer: PyTorch's own without `lens`, otherwise the graph's operators.
+
+    Returns:
+        The output, the final states by layer, and the final states as PyTorch returns them.
+    """
     kind = _kind(module)
     if lens is None and not module.proj_size:
         joined = tuple(torch.cat(pieces) for pieces in zip(*start, strict=True))
@@ -201,7 +205,7 @@ def _run(
 
 
 def _joined_rows(pieces: list[Tensor], rows: int) -> list[Tensor]:
-    """(batch * rows, size) -> (batch, rows * size): as a state row has them."""
+    """(batch * rows, size) -> (batch, rows * size), the layout of the state row."""
     return pieces if rows == 1 else [piece.reshape(-1, rows * piece.shape[1]) for piece in pieces]
 
 
@@ -249,7 +253,7 @@ def _asked(module: nn.RNNBase, kind: str, x: Tensor, hx: Any, batch: int) -> lis
         return _pieces([(zeros, zeros) if kind == "LSTM" else (zeros,)] * module.num_layers)
     layers = _by_layer(module, tuple(piece.to(x.dtype) for piece in (hx if kind == "LSTM" else (hx,))))
     if module.proj_size:
-        # Any h is the projection of some vector, as long as it is not wider than that vector.
+        # Every h is the projection of some vector, because proj_size is smaller than hidden_size.
         inverse = [getattr(module, f"onnx_i{layer}") for layer in range(module.num_layers)]
         layers = [(h @ back.to(h.dtype).transpose(1, 2), c) for (h, c), back in zip(layers, inverse, strict=True)]
     return _pieces(layers)

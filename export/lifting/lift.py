@@ -1,4 +1,4 @@
-"""Lifts a model: sorts the arguments of forward, and makes of it a function of the state row, also in float64."""
+"""Lifts a model: classifies forward's arguments, and turns forward into a function of the state row."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -28,26 +28,24 @@ from unroll.export.signature.samples import Samples, as_tensors
 
 
 def lift(model: nn.Module, exact: nn.Module, example: dict[str, Any], declared: DeclaredArguments) -> LiftedModel:
-    """Lift `model` in place, sort its arguments, and make a copy of it in float64.
+    """Lift `model` in place, classify its arguments, and make a copy in float64.
 
     Args:
-        model: a copy of the user's, in float32.
-        exact: the same in float64.
+        model: a copy of the user's model in float32.
+        exact: the same model in float64.
         example: the arguments of forward.
-        declared: what the user says of them.
+        declared: the user's declarations about them.
 
     Raises:
         ExportError: for a forward that cannot be lifted.
     """
-    attempt("the example", lambda: model(**example))  # computes weights that are normalised
+    attempt("the example", lambda: model(**example))  # computes normalised weights
     lifter = _Lifter(model, example, declared)
     single, samples = lifter.lift()
     return LiftedModel(single, _in_float64(single, exact, samples), samples)
 
 
 class _Lifter:
-    """Lifts one model."""
-
     def __init__(self, model: nn.Module, example: dict[str, Any], declared: DeclaredArguments) -> None:
         self._model, self._declared, self._tape = model, declared, Tape()
         self._packings = {name: value for name, value in example.items() if isinstance(value, PackedSequence)}
@@ -71,7 +69,7 @@ class _Lifter:
         return StreamingModule(self._model, self._tape, arguments), samples
 
     def _handed_on(self) -> dict[str, StateArgument]:
-        """The arguments that forward returns for its next call, as the user declared them."""
+        """The declared state arguments, which forward returns for its next call."""
         state, static = self._declared.state, self._declared.static
         if not state:
             return {}
@@ -99,10 +97,10 @@ class _Lifter:
         example = partial(attempt, "the example", lambda: self._model(**self._original))
         lift_functions(self._model, [example, *[partial(run, size) for size in ((2, 3), (3, 5))]])
         lift_loops(self._model, self._tape, run)
-        module_state.restore_attributes(self._model)  # loops were traced alone
+        module_state.restore_attributes(self._model)  # tracing called the loops directly
 
     def _record(self, values: dict[str, Any]) -> Tape:
-        """Run forward on the example with other `values`; returns the tape with its calls."""
+        """Run forward on the example with `values` replaced; returns the tape with its calls."""
         self._call(values)
         return self._tape
 
@@ -145,7 +143,7 @@ class _Lifter:
     def _without_layers_own(
         self, handed: dict[str, StateArgument], constants: dict[str, StateArgument]
     ) -> dict[str, StateArgument]:
-        """A state that goes to a recurrent layer must come from it: then it is in the row anyway."""
+        """Drop states that go to a recurrent layer: the row already holds them, if they also come from that layer."""
         for name in constants.keys() & handed.keys():
             output = self._declared.state[name]
             if not self._is_layers_own(name, output):
@@ -157,7 +155,7 @@ class _Lifter:
         return {name: argument for name, argument in handed.items() if name not in constants}
 
     def _is_layers_own(self, name: str, output: str) -> bool:
-        """Is the output the final state of the very call that the argument is the initial state of?"""
+        """Is the argument the initial state, and the output the final state, of the same call?"""
         random = pytree.tree_map(torch.randn_like, self._example[name])
         returned = leaves(self._call({name: random}))
         pairs = [pair for call in self._tape.calls for pair in zip(call.asked, call.returned, strict=False)]
@@ -169,7 +167,7 @@ class _Lifter:
         )
 
     def _series(self, known: set[str], unbatched: bool) -> dict[str, Tensor]:
-        """The inputs of every time step, (batch, time, ...) each."""
+        """The inputs with a time axis, each (batch, time, ...)."""
         batch_first = self._declared.batch_first
         rest = {name: value for name, value in self._example.items() if name not in known}
         rest |= {
@@ -184,7 +182,7 @@ def _arrays(tensors: dict[str, Tensor]) -> Arrays:
 
 
 def _in_float64(streaming: StreamingModule, exact: nn.Module, samples: Samples) -> StreamingModule:
-    """A copy in float64, with the parameters and buffers of `exact`, the user's model in float64."""
+    """Copy the lifted model to float64, with parameters and buffers of `exact`, the user's model in float64."""
     double = converted(streaming, torch.float64)
     for named in (nn.Module.named_parameters, nn.Module.named_buffers):
         own = dict(named(double.model))
@@ -197,7 +195,7 @@ def _in_float64(streaming: StreamingModule, exact: nn.Module, samples: Samples) 
     }
     static = as_tensors(samples.draw_static(4, seed=3), double=True)
     double.arguments = replace(streaming.arguments, constants=constants, static=static)
-    with double_precision():  # once, since a normalised weight is computed by a forward
+    with double_precision():  # one forward computes normalised weights
         attempt(
             "2 sequences of 6 time steps",
             lambda: double.record(*as_tensors(samples.draw(2, 6, seed=3), double=True).values()),

@@ -1,4 +1,4 @@
-"""A lifted model in both precisions, and inputs to run it with."""
+"""A lifted model in both precisions, with inputs to run it."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class LiftedModel:
     """The user's model as a function of the state row.
 
     Attributes:
-        single: in float32, as it is exported.
-        double: in float64, the reference.
+        single: the model in float32, which is exported.
+        double: the model in float64, the reference.
         samples: inputs of any size for both.
     """
 

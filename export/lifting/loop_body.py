@@ -1,7 +1,7 @@
-"""One iteration of a Python loop over time, as a function of its inputs and the states of the iteration before.
+"""One iteration of a Python loop over time, as a function of its inputs and the previous iteration's states.
 
-Tracing unrolls such a loop. Traced over one time step and over three, the two lists of operations differ by two
-iterations. The values that an iteration takes from the one before it are the loop's state, under any name.
+Tracing unrolls such a loop. Traces over one time step and over three differ by two iterations. The values that an
+iteration takes from the previous one are the loop's state, whatever their names.
 """
 
 import copy
@@ -12,28 +12,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from unroll.export.lifting.loop_states import Iterations, State, Trace, find_states, operands, source
 from unroll.export.log_filter import quiet
 from unroll.export.signature.outputs import is_same
 
-#: The tensor itself, if it has the dtype already.
+#: Copies and casts; without effect if the tensor already has the dtype.
 _COPIES = {
     getattr(torch.ops.aten, name) for name in ("to", "_to_copy", "lift_fresh_copy", "detach", "detach_", "alias")
 }
 
-#: What code computes with a number and a tensor.
+#: Arithmetic that may combine a number and a tensor.
 _ARITHMETIC = {getattr(torch.ops.aten, name) for name in ("add", "sub", "rsub", "mul", "div", "pow", "where")}
 
 
 @dataclass(frozen=True, slots=True)
 class LoopBody:
-    """body: (*arguments of one time step, *states) -> (*results, *states). start: (*arguments) -> (*states).
+    """One iteration of a loop.
 
-    finals: for each result, which state it is after the last step, if it is one.
-    delay: how many iterations before the oldest value is made that an iteration takes.
+    Attributes:
+        body: (*arguments of one time step, *states) -> (*results, *states).
+        start: (*arguments) -> (*initial states).
+        finals: for each result, the index of the state that it equals after the last step; None if there is none.
+        delay: how many iterations back the oldest value that an iteration reads was computed.
     """
 
     body: fx.GraphModule
@@ -45,32 +51,47 @@ class LoopBody:
 def traced(
     module: nn.Module, arguments: list[Tensor], batch_axes: list[int | None], *, functional: bool = False
 ) -> fx.GraphModule:
-    """`module` traced over the time steps of `arguments`, for any batch size. Raises the errors of torch.export.
+    """Trace `module` over the time steps of `arguments`, for any batch size. Raises the errors of torch.export.
 
-    functional: what is changed in place becomes a new tensor.
+    Args:
+        module: the module to trace.
+        arguments: its tensors.
+        batch_axes: the batch axis of each argument, if it has one.
+        functional: replace in-place operations by operations that make new tensors.
     """
     batch = Dim("batch", min=1)
     shapes = (tuple({} if axis is None else {axis: batch} for axis in batch_axes),)
     with quiet():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
         program = program.run_decompositions({}) if functional else program
-    graph_module = program.module(check_guards=False)
-    graph_module.graph.set_codegen(fx.graph.CodeGen())  # takes and returns what its graph does, one by one
+        graph_module: fx.GraphModule = program.module(check_guards=False)
+        if any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in graph_module.graph.nodes):
+            graph_module = _unmapped(module, arguments, batch_axes)
+    graph_module.graph.set_codegen(fx.graph.CodeGen())  # flat arguments and results, as in the graph
     _drop_copies(graph_module)
     if functional:
         _sink_views(graph_module.graph)
     return graph_module
 
 
+def _unmapped(module: nn.Module, arguments: list[Tensor], batch_axes: list[int | None]) -> fx.GraphModule:
+    """Trace `module` down to the operators that torch.vmap calls: torch.export keeps torch.vmap itself."""
+    fake, given = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), []
+    for tensor, batch in zip(arguments, batch_axes, strict=True):
+        sizes = [DimDynamic.DYNAMIC if axis == batch else DimDynamic.STATIC for axis in range(tensor.dim())]
+        given.append(fake.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    return make_fx(module, _allow_non_fake_inputs=True)(*given)
+
+
 def _sink_views(graph: fx.Graph) -> None:
-    """Put each view before what takes it first: a view of what is changed in place is made again after the change."""
+    """Move each view right before its first user, since functionalisation re-creates views after in-place changes."""
     for node in reversed(list(graph.nodes)):
         if node.target is torch.ops.aten.view.default and node.users:
             min(node.users).prepend(node)
 
 
 def _drop_copies(module: fx.GraphModule) -> None:
-    """Casts without effect name a tensor anew, and each iteration makes its constants anew: neither is a step's own."""
+    """Remove casts without effect, and constants that an iteration duplicates: both would make iterations differ."""
     constants: list[tuple[fx.Node, Tensor]] = []
     for node in list(module.graph.nodes):
         same: Any = None
@@ -90,9 +111,11 @@ def _is_constant(value: Any) -> bool:
 
 
 def find_bodies(one: fx.GraphModule, more: fx.GraphModule, turns: int) -> Iterator[LoopBody]:
-    """Every loop body that explains the traces of a module over one and over more time steps, the likeliest first.
+    """Yield the loop bodies that explain the traces over one and over several time steps, most likely first.
 
-    turns: the time steps of `more`.
+    Args:
+        one, more: the traces.
+        turns: the number of time steps of `more`.
     """
     single, long = Trace(one.graph), Trace(more.graph)
     for first, size in _steps(single.names, long.names, turns):
@@ -102,12 +125,12 @@ def find_bodies(one: fx.GraphModule, more: fx.GraphModule, turns: int) -> Iterat
 
 
 def repeats(one: fx.GraphModule, more: fx.GraphModule, turns: int) -> bool:
-    """Does the longer trace make the same calls for each time step?"""
+    """Does the longer trace repeat the same calls for each time step?"""
     return any(_steps(Trace(one.graph).names, Trace(more.graph).names, turns))
 
 
 def _steps(single: list[Any], long: list[Any], turns: int) -> Iterator[tuple[int, int]]:
-    """Where the first iteration may begin, and how many operations one has."""
+    """Yield possible starts of the first iteration, with the number of operations per iteration."""
     size, odd = divmod(len(long) - len(single), turns - 1)
     for first in range(len(single) - size + 1) if not odd and size >= 0 else ():
         if single[: first + size] != long[: first + size]:
@@ -117,7 +140,7 @@ def _steps(single: list[Any], long: list[Any], turns: int) -> Iterator[tuple[int
 
 
 def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
-    """What is wrong with a loop that `find_bodies` finds none for, and what to change; empty if that is not known."""
+    """Explain why `find_bodies` found no body, and what to change; empty if the reason is unknown."""
     single, triple = Trace(one.graph), Trace(three.graph)
     size, odd = divmod(len(triple.operations) - len(single.operations), 2)
     if odd or size < 1:
@@ -139,13 +162,12 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
 
 
 def changes_in_place(one: fx.GraphModule) -> bool:
-    """Does it change any tensor in place?"""
     targets = (node.target for node in one.graph.nodes)
     return any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
 
 
 def why_in_place(one: fx.GraphModule) -> str:
-    """What to change if a loop changes a tensor in place; empty if it changes none."""
+    """Explain what to change in a loop that assigns to a tensor in place; empty if it does not."""
     if all(node.target is not torch.ops.aten.copy_.default for node in one.graph.nodes):
         return ""
     return (
@@ -155,7 +177,7 @@ def why_in_place(one: fx.GraphModule) -> str:
 
 
 def _differing_number(operations: list[fx.Node], size: int) -> str:
-    """A number that an operation is given in each of three time steps, another one in each."""
+    """Explain that an operation uses a different number in each of three time steps; empty if none does."""
     for turns in zip(*(operations[turn * size : (turn + 1) * size] for turn in range(3)), strict=True):
         if getattr(turns[0].target, "overloadpacket", None) not in _ARITHMETIC:
             continue
@@ -184,7 +206,7 @@ def _replace(user: fx.Node, which: int, by: fx.Node) -> None:
 
 
 def _cut(one: fx.GraphModule, more: fx.GraphModule, states: list[State], first: int) -> LoopBody:
-    """The module over one time step, with the states as arguments."""
+    """Cut the loop body out of the trace over one time step, with the states as arguments."""
     body = copy.deepcopy(one.graph)
     trace = Trace(body)
     *_, last = (node for node in body.nodes if node.op == "placeholder")
@@ -211,7 +233,7 @@ def _cut(one: fx.GraphModule, more: fx.GraphModule, states: list[State], first: 
 
 
 def _start(one: fx.GraphModule, more: fx.GraphModule, states: list[State], first: int) -> fx.GraphModule:
-    """What the first time step takes for the states. One that only a later step takes is in the longer trace alone."""
+    """The graph of the initial states. A state that only later steps read exists in the longer trace only."""
     module, begins = more, [state.begin for state in states]
     if all(state.uses for state in states):
         module, operations = one, Trace(one.graph).operations[first:]

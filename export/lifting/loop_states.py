@@ -1,7 +1,7 @@
-"""The states of a loop: what an iteration takes from the ones before it, from traces over one and over more time steps.
+"""Finds the states of a loop: the values that an iteration reads from earlier ones, by comparing traces.
 
-An iteration may take what an earlier one has made, or what an earlier one was given, as a part of an input; and it may
-take it from more than one iteration before, through a chain of states that each hand on the one before.
+An iteration may read a value that an earlier one computed, or a part of an input that belonged to an earlier one. A
+value from several iterations back passes through a chain of states, each taking over the previous one's value.
 """
 
 import operator
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-#: Tensors made of no tensor: the place where they are made says nothing about a loop.
+#: Functions that create a tensor from no tensor: where they are called says nothing about a loop.
 _CREATED = {
     *(getattr(torch.ops.aten, name) for name in ("zeros", "ones", "full", "empty", "arange", "scalar_tensor")),
     *(getattr(torch.ops.aten, f"{name}_like") for name in ("zeros", "ones", "full", "empty")),
     *(getattr(torch.ops.aten, f"new_{name}") for name in ("zeros", "ones", "full", "empty")),
 }
 
-#: Parts of a tensor. The part of a single step may be the whole, and is then not picked.
+#: Operations that select a part of a tensor. With a single time step the part may be the whole tensor.
 _PICKED = {operator.getitem, torch.ops.aten.select.int, torch.ops.aten.slice.Tensor}
 
-#: What makes a tensor: an operation of an iteration or outside, an argument, or something of the module.
+#: The source of a tensor: an operation inside or outside the loop, an argument, or an attribute of the module.
 Base = tuple[str, Any]
 
-#: How a tensor is picked from what is made, the last pick first.
+#: The selections that lead from a source to a tensor, the last one first.
 Items = tuple[Any, ...]
 
-#: The iteration that makes a tensor, if one does; what makes it; and how it is picked from that.
+#: The iteration that computes a tensor, if any; its source; and the selections from it.
 Origin = tuple[int | None, Base, Items]
 
 
 @dataclass(frozen=True, slots=True)
 class Iterations:
-    """Where they are in the operations of a trace: `turns` times `size` operations, from `first` on."""
+    """The iterations in a trace: `turns` times `size` operations, starting at operation `first`."""
 
     first: int
     size: int
@@ -44,12 +44,14 @@ class Iterations:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Taken by operations, counted from the first iteration's first, as their operand: `uses`.
+    """One state of a loop.
 
-    base, items: made by an iteration's operation, or given to it; and how it is picked from that.
-    age: how many iterations before that is.
-    before: the number of the state whose value it has afterwards; None if that is made or given.
-    begin: what the first iterations take for it, in the longer trace.
+    Attributes:
+        base, items: the source of its value, and the selections from it.
+        age: how many iterations ago its value was current.
+        before: the index of the state that it takes its next value from; None if it takes a new value.
+        begin: its initial value, in the longer trace.
+        uses: the (operation, operand) pairs that read it; operations count from the start of the first iteration.
     """
 
     base: Base
@@ -61,7 +63,7 @@ class State:
 
 
 class Trace:
-    """A traced module as a list of operations on tensors. The last one is its output."""
+    """A traced module as a list of tensor operations; the last one is its output."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.operations = [node for node in graph.nodes if _is_operation(node)]
@@ -87,16 +89,19 @@ class Trace:
         return next(node for node in self._nodes if (node.op, node.target) == base)
 
     def beginning(self, node: fx.Node) -> str:
-        """What makes a tensor that is made outside of the loop."""
+        """A key for the source of a tensor from outside the loop."""
         node, items = source(node)
         place = self._place.get(node)
         return str((node.target, node.args, items) if place is None else (place, items))
 
 
 def find_states(single: Trace, long: Trace, loop: Iterations) -> list[State] | None:
-    """What iterations take from those before; None if iterations differ.
+    """Find what iterations read from earlier ones; None if the iterations differ.
 
-    loop: of `long`. In `single`, the trace over one time step, its one iteration begins with the same operation.
+    Args:
+        single: the trace over one time step. Its iteration starts at the same operation as in `long`.
+        long: the trace over several time steps.
+        loop: the iterations of `long`.
     """
     found, last = _Found(long, loop), loop.first + (loop.turns - 1) * loop.size
     for index, operation in enumerate(single.operations[loop.first :]):
@@ -113,14 +118,14 @@ def find_states(single: Trace, long: Trace, loop: Iterations) -> list[State] | N
 
 
 class _Found:
-    """The states found so far: by the value, and by what is taken for it before there is one."""
+    """The states found so far, keyed by their source and by their initial values."""
 
     def __init__(self, trace: Trace, loop: Iterations) -> None:
         self.states: dict[tuple[Any, ...], State] = {}
         self._trace, self._loop = trace, loop
 
     def add(self, use: tuple[int, int], nodes: tuple[fx.Node, ...]) -> bool:
-        """An operand in all iterations. False if they do not all take it from equally many iterations before."""
+        """Add an operand, given by its node in each iteration. False if the iterations read different ages."""
         delayed = _delayed([self._trace.origin(node, self._loop) for node in nodes])
         if delayed is None:
             return False
@@ -137,7 +142,7 @@ class _Found:
         return True
 
     def add_after(self, index: int, begins: list[str], nodes: list[fx.Node]) -> None:
-        """The operands of an operation after the loop. begins: those after one iteration."""
+        """Add the operands of an operation after the loop; `begins` are its operands after a single iteration."""
         turns = self._loop.turns
         for which, begin in enumerate(begins):
             if len(nodes) == len(begins) * turns:
@@ -151,7 +156,10 @@ class _Found:
 
 
 def _delayed(origins: list[Origin]) -> tuple[int, Base, Items] | None:
-    """Of how many iterations before a value is, and the value; None if iterations differ. origins: by iteration."""
+    """How many iterations ago a value was current, and its source, from its origin in each iteration.
+
+    None if the iterations differ.
+    """
     last = len(origins) - 1
     turn, base, items = origins[-1]
     if turn is not None:
@@ -172,7 +180,7 @@ def _delayed(origins: list[Origin]) -> tuple[int, Base, Items] | None:
 
 
 def _moving(before: Origin, last: Origin) -> tuple[int, int]:
-    """Which pick of a tensor goes along time, and its step, 1 or -1; 0 if none does."""
+    """The selection that moves along time, and its step, 1 or -1; (0, 0) if there is none."""
     (_, base, items), (_, other, picks) = last, before
     if base != other or base[0] not in {"placeholder", "before"} or len(items) != len(picks):
         return 0, 0
@@ -188,7 +196,7 @@ def _start(pick: tuple[Any, ...]) -> int:
 
 
 def _moved(items: Items, which: int, by: int) -> Items:
-    """The same picks, with one of them moved."""
+    """The selections with selection `which` shifted by `by`."""
     target, *rest = items[which]
     bounds = 0 if target is operator.getitem else 1
     moved = (target, *rest[:bounds], *(bound + by for bound in rest[bounds : bounds + 2]), *rest[bounds + 2 :])
@@ -206,7 +214,7 @@ def _is_operation(node: fx.Node) -> bool:
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """The tensors that an operation is given."""
+    """The tensor operands of an operation."""
     return [
         leaf
         for leaf in pytree.tree_leaves((list(node.args), dict(node.kwargs)))
@@ -215,7 +223,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 
 def source(node: fx.Node) -> tuple[fx.Node, Items]:
-    """The operation that makes a tensor, and how the tensor is picked from what it makes."""
+    """The node that computes a tensor, and the selections that lead from its result to the tensor."""
     items: Items = ()
     while node.op == "call_function" and node.target in _PICKED:
         base, *rest = node.args

@@ -1,7 +1,7 @@
-"""Finds the modules that loop over time in Python, and lifts them: the loop body is exported, and a scan runs it.
+"""Finds modules that loop over time in Python, and lifts them: the loop body is traced, and a scan runs it.
 
-A module that loops does more work the longer the sequence is. Comparing answers tells whether its body, run over the
-sequence forwards or backwards, is the module.
+A module that loops does more work for a longer sequence. Comparing answers tells whether its body, scanned forwards or
+backwards over the sequence, computes the same as the module.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from unroll.export.lifting.loop_body import (
 )
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import Piece, replayed
+from unroll.export.lifting.row_loops import ByRow
 from unroll.export.lifting.scan import Axes, Scan
 from unroll.export.lifting.splitting import BATCHES, TIMES, split
 from unroll.export.lifting.tape import Call, Part, Tape
@@ -35,23 +36,26 @@ from unroll.export.lifting.tape import Call, Part, Tape
 #: Runs forward on the example, resized to a batch size and a length.
 Resized = Callable[[tuple[int, int]], Any]
 
-#: Of the calls that are watched: the base, another batch size, another length.
+#: (batch, time) of the watched calls: the base, another batch size, another length.
 _SIZES = ((2, 3), (3, 3), (2, 5))
 
-#: As much longer again. A loop does as much more work; what is done once, such as a table that grows, is no loop.
+#: Longer again: a loop does more work again, while one-time work, such as growing a table, does not repeat.
 _LONGER = (2, 7)
 
-#: The traces in which a loop's state is looked for: their time steps (more show what comes from older ones), and
-#: whether a state that is changed in place becomes a new one.
+#: The traces to search for a loop's state: time steps (long ones show states from several steps back), and whether to
+#: functionalise in-place changes.
 _TRACES = (3, False), (3, True), (5, False), (17, False)
 
-#: Of a call whose answers a forward without its loops must give, too.
+#: (batch, time) of the call that checks a forward after its loops were split off.
 _TRIED = (4, 7)
+
+#: (batch, time) of the call that checks a forward that loops over rows: all rows must do the same.
+_MANY_ROWS = (67, 2)
 
 
 @dataclass(slots=True)
 class Seen:
-    """One call of a module: its arguments and results, flat, and how many operations it ran itself."""
+    """One call of a module: its flat arguments and results, and the number of operations that it ran itself."""
 
     given: list[Any]
     structure: Any
@@ -62,7 +66,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """The arguments and results of a lifted module: the leaves that are not tensors, and the structures."""
+    """The signature of a lifted module: the structures of arguments and results, and the results of the base call."""
 
     path: str
     structure: Any
@@ -70,7 +74,7 @@ class Loop:
     results: Any
 
     def __deepcopy__(self, memo: Any) -> "Loop":
-        return self  # never changed, and copying a pytree's structure warns
+        return self  # immutable, and copying a pytree structure warns
 
 
 def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
@@ -80,7 +84,7 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
         loops = [path for path in base if _work(base[path]) != _work(long.get(path, []))]
         longer = _watch(model, partial(run, _LONGER)) if loops else {}
     except ExportError:
-        return  # forward fails on other sizes than the example's: a later check has a clearer message
+        return  # forward fails for some size: a later check has a clearer message
     loops = [path for path in loops if _work(longer.get(path, [])) != _work(long.get(path, []))]
     for path in loops:
         if any(path != other and (not other or path.startswith(other + ".")) for other in loops):
@@ -88,14 +92,15 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
         name = path or type(model).__name__
         if not len(base[path]) == len(wide[path]) == len(long[path]):
             raise _refusal(name, "how often it is called depends on the length")
-        module = model.get_submodule(path)
+        module, calls = model.get_submodule(path), [seen[path][0] for seen in (base, wide, long)]
+        by_row = calls[0].work != calls[1].work
         try:
-            _lift(module, name, tape, base[path][0], wide[path][0], long[path][0])
+            _lift(module, name, tape, *calls, *(_watch(model, partial(run, _MANY_ROWS))[path] if by_row else ()))
         except ExportError as error:
             try:
                 _split(model, path, name, tape, run)
             except (CannotSplitError, ExportError):
-                raise error from None
+                raise (_row_loop(name, error) if by_row else error) from None
 
 
 def _work(calls: list[Seen]) -> list[int]:
@@ -103,7 +108,7 @@ def _work(calls: list[Seen]) -> list[int]:
 
 
 def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Seen]]:
-    """Every call of every module except PyTorch's recurrent layers, by path, in the order in which they begin."""
+    """The calls of every module by path, in order of their start, except those of PyTorch's recurrent layers."""
     found: dict[str, list[Seen]] = {}
     stack: list[Seen] = []
 
@@ -140,14 +145,18 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Seen]]:
     return found
 
 
-def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long: Seen) -> None:
+def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long: Seen, *many: Seen) -> None:
+    """many: a call with many rows, of a module that loops over them."""
     for one in (wide, long):
         if (one.structure, one.results) != (base.structure, base.results):
             raise _refusal(name, "what it takes or returns depends on the length or the batch size")
     inputs, outputs = _axes(name, base.given, wide.given, long.given), _axes(name, base.gave, wide.gave, long.gave)
     if not any(axes.time is not None and axes.batch is not None for axes in inputs):
         raise _refusal(name, "it is given no tensor with the batch and the time of the input")
-    scan = _find(_Flat(module, base.given, base.structure), name, inputs, outputs, wide, long)
+    flat: nn.Module = _Flat(module, base.given, base.structure)
+    flat = ByRow(flat, [axes.batch for axes in inputs], [axes.batch for axes in outputs]) if many else flat
+    scan = _find(flat, name, inputs, outputs, [wide, long, *many])
+    module.unroll_by_row = bool(many)  # type: ignore[assignment]
     module.__class__ = type(type(module).__name__, (type(module),), {"forward": _forward})
     module.unroll_loop = Loop(name, base.structure, base.gave, base.results)  # type: ignore[assignment]
     module.unroll_scan, module.unroll_tape = scan, tape  # type: ignore[assignment]
@@ -157,7 +166,7 @@ def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long
 
 
 def _split(model: nn.Module, path: str, name: str, tape: Tape, run: Resized) -> None:
-    """Let the module at `path` call a module of its own for each of its loops."""
+    """Make the module at `path` call a separate module for each of its loops."""
     module = model.get_submodule(path)
     sizes = [(batch, time) for batch in BATCHES for time in TIMES]
     seen = {size: _watch(model, partial(run, size))[path] for size in (*sizes, _TRIED)}
@@ -189,7 +198,7 @@ def _flat(results: list[Tensor]) -> tuple[list[Any], Any]:
 
 
 def _batch_and_time(base: list[Any], wide: list[Any], long: list[Any]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of the first argument that has both: its number and its axis, for each."""
+    """The (argument, axis) of batch and of time, in the first argument that has both."""
     for index, tensors in enumerate(zip(base, wide, long, strict=True)):
         axes = Axes.of(*tensors) if all(isinstance(tensor, Tensor) for tensor in tensors) else None
         if axes and axes.batch is not None and axes.time is not None:
@@ -212,7 +221,7 @@ def _axes(name: str, base: list[Any], wide: list[Any], long: list[Any]) -> list[
 
 
 class _Flat(nn.Module):
-    """A module with tensors for arguments and results."""
+    """Adapts a module to flat tensor arguments and results."""
 
     def __init__(self, module: nn.Module, given: list[Any], structure: Any) -> None:
         super().__init__()
@@ -230,15 +239,15 @@ def _tensors(leaves: list[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide: Seen, long: Seen) -> Scan:
-    """The scan that gives the module's answers. Raises ExportError(calls_depend_on_time) if there is none."""
-    whole = _tensors(wide.given)
+def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], calls: list[Seen]) -> Scan:
+    """Find a scan that gives the module's answers. Raises ExportError(calls_depend_on_time) if there is none."""
+    whole = _tensors(calls[0].given)
     first = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(whole, inputs, strict=True)]
     why, ones, unlike = "", dict[bool, fx.GraphModule](), set[bool]()
     for turns, functional in _TRACES:
         if isinstance(flat.module, Piece) and turns not in TIMES:
             continue
-        # A trace takes long: none is made of steps that are known to differ.
+        # Tracing is slow: skip modes with steps that are known to differ.
         if functional in unlike or (functional and not changes_in_place(ones[False])):
             continue
         longer = [t if a.time is None else _repeated(t, a.time, turns) for t, a in zip(whole, inputs, strict=True)]
@@ -253,7 +262,7 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
                 continue
             for backwards in (False, True):
                 scan = Scan(step, inputs, outputs, states, backwards)
-                if all(_is_same(scan, seen) for seen in (wide, long)):
+                if all(_is_same(scan, seen) for seen in calls):
                     return scan
         if (turns, functional) == _TRACES[0]:
             why = why_no_body(one, more) or why_in_place(one)
@@ -267,7 +276,7 @@ def _repeated(tensor: Tensor, time: int, turns: int) -> Tensor:
     return tensor.index_select(time, steps)
 
 
-def _traced(flat: _Flat, name: str, tensors: list[Tensor], inputs: list[Axes], functional: bool) -> fx.GraphModule:
+def _traced(flat: nn.Module, name: str, tensors: list[Tensor], inputs: list[Axes], functional: bool) -> fx.GraphModule:
     try:
         return traced(flat, tensors, [axes.batch for axes in inputs], functional=functional)
     except Exception as error:
@@ -275,7 +284,7 @@ def _traced(flat: _Flat, name: str, tensors: list[Tensor], inputs: list[Axes], f
 
 
 def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:
-    """The axes of the states, from two batch sizes; None if those differ in more than the batch."""
+    """The axes of the states, from two batch sizes; None if the states differ in more than the batch."""
     fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
     after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
     if any(tensor.is_complex() for tensor in after[0]):
@@ -288,7 +297,7 @@ def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) 
 
 
 def _with_batch(axes: Axes) -> Axes:
-    """A state that all rows share, as a count of time steps is, becomes one of each row: rows may be unequally far."""
+    """Give every row its own copy of a shared state, such as a count of steps: rows may be at different positions."""
     return axes if axes.batch is not None else replace(axes, batch=0, shape=(2, *(axes.shape or (1,))))
 
 
@@ -297,7 +306,7 @@ def _is_same(scan: Scan, seen: Seen) -> bool:
     try:
         results, _ = scan(given, scan.initial(given), None)
     except RuntimeError:
-        return False  # a state that all rows share may not be taken for one of each
+        return False  # the body may not accept a shared state with a row per client
     return all(map(_close, results, _tensors(seen.gave)))
 
 
@@ -306,7 +315,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Forward of a lifted module."""
+    """The forward of a lifted module."""
     loop: Loop = module.unroll_loop  # type: ignore[assignment]
     scan: Scan = module.unroll_scan  # type: ignore[assignment]
     tape: Tape = module.unroll_tape  # type: ignore[assignment]
@@ -333,7 +342,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _by_layer(module: nn.Module, scan: Scan, given: list[Tensor]) -> list[Tensor]:
-    """The results of the scan, computed by the layer that its body was matched with."""
+    """Compute the scan's results with the PyTorch layer that matches its body."""
     recipe: Recipe = module.unroll_recipe  # type: ignore[assignment]
     tape: Tape = module.unroll_tape  # type: ignore[assignment]
     x, axes = next((t, axes) for t, axes in zip(given, scan.inputs, strict=True) if axes.time is not None)
@@ -352,10 +361,18 @@ def _by_layer(module: nn.Module, scan: Scan, given: list[Tensor]) -> list[Tensor
 
 
 def refill(model: nn.Module) -> None:
-    """Copy the weights of loop bodies to the layers that replace them, in the precision of both."""
+    """Copy the weights of loop bodies to the layers that replace them."""
     for module in model.modules():
         if isinstance(layer := getattr(module, "unroll_layer", None), nn.RNNBase):
             module.unroll_recipe.fill(layer, module.unroll_scan.body)  # type: ignore[operator, union-attr]
+
+
+def _row_loop(name: str, error: ExportError) -> ExportError:
+    return ExportError(
+        "calls_depend_on_time",
+        f"{name!r} loops over the rows of a batch, and cannot be run for all of them at once ({error}); let it compute "
+        "with whole batches, as x[:, t] in place of x[row, t]",
+    )
 
 
 def _refusal(name: str, why: str) -> ExportError:

@@ -1,7 +1,7 @@
-"""State that forward leaves in the module for its next call, such as `self.h`: found, and restored after every call.
+"""State that forward leaves in the module for its next call, such as `self.h`.
 
-So every call starts from the module's own initial state. `verification.original` checks that the next call of the
-user's module continues the sequence.
+The state is found, and restored after every call, so that every call starts from the module's own initial state.
+`verification.original` checks that the next call of the user's module continues the sequence.
 """
 
 import copy
@@ -24,20 +24,22 @@ from unroll.export.source_lines import source_line
 #: (path of a module, name of its attribute)
 Attribute = tuple[str, str]
 
-#: In place of an attribute that does not exist yet.
+#: The value of an attribute that does not exist yet.
 _ABSENT: Any = ...
 
 
 def find_module_state(model: nn.Module, example: dict[str, Any], static: frozenset[str]) -> list[Attribute]:
-    """The attributes through which one call of forward affects the next. `model` is not changed.
+    """Find the attributes through which one call of forward affects the next. `model` is not modified.
 
     They hold values computed from the inputs, or change with every call; and a later call reads them.
 
     Args:
-        static: the inputs without time.
+        model: the user's model.
+        example: the arguments of forward.
+        static: the names of inputs without time.
 
     Raises:
-        ExportError: keeps_state, for values other than tensors that depend on more than one call.
+        ExportError: keeps_state, for non-tensor values that depend on more than one call.
     """
     model, other = copy.deepcopy(model), _another_example(example, static)
     from_inputs = ComputedFrom(tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)))
@@ -55,19 +57,20 @@ def find_module_state(model: nn.Module, example: dict[str, Any], static: frozens
     check_nothing_counted([*kept, kept_values(model)])
     changed = [{key for key, value in new.items() if not is_same(old.get(key), value)} for old, new in pairwise(seen)]
     if first_difference(first, again) is None:
-        del changed[0]  # a table that is made once
+        del changed[0]  # only the first call makes it, like a table
     found = computed | {(path, name) for keys in changed for path, name, _ in keys}
     return sorted(attribute for attribute in found if _is_read(model, attribute, example))
 
 
 def find_fitted(model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]]) -> list[Attribute]:
-    """The attributes that forward fits to the batch size or the length: tensors of another shape, or numbers.
+    """Find attributes that forward adapts to the batch size or length: tensors that change shape, or numbers.
 
     Args:
-        runs: call forward of a model, each with inputs of another size.
+        model: the user's model; not modified.
+        runs: each calls a model's forward with inputs of another size.
 
     Raises:
-        ExportError: not_exportable, for a buffer whose size is changed in place.
+        ExportError: not_exportable, for a buffer that forward resizes in place.
     """
     tried, seen = copy.deepcopy(model), []
     for run in runs:
@@ -84,7 +87,7 @@ def find_fitted(model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]]) ->
 
 
 class _RefuseResizing(TorchFunctionMode):
-    """Within, no tensor that the model keeps may change its size in place."""
+    """Refuses in-place resizing of the model's tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class _RefuseResizing(TorchFunctionMode):
 
 
 def _another_example(example: dict[str, Any], static: frozenset[str]) -> dict[str, Any]:
-    """With rows and steps in another order."""
+    """The example with rows and steps reversed."""
     if any(isinstance(value, PackedSequence) for value in example.values()):
         return example
 
@@ -114,7 +117,7 @@ def _another_example(example: dict[str, Any], static: frozenset[str]) -> dict[st
 
 
 def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) -> bool:
-    """Is another tensor computed from it, or does another value change the result?"""
+    """Does forward compute a tensor from the attribute, or does its value affect the result?"""
     path, name = attribute
     followed = copy.deepcopy(model)
     value = getattr(followed.get_submodule(path), name)
@@ -128,7 +131,7 @@ def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) ->
     setattr(owner, name, pytree.tree_map(_another, getattr(owner, name)))
     try:
         return first_difference(plain(**example), changed(**example)) is not None
-    except Exception:  # noqa: BLE001 user code: an exception is a difference, too
+    except Exception:  # noqa: BLE001 user code: an exception also counts as a difference
         return True
 
 
@@ -141,8 +144,8 @@ def _another(value: Any) -> Any:
 class RestoreAttributes:
     """A hook that restores attributes of a model after each forward.
 
-    Their first values are stored in the modules that have them, since code that converts a module's tensors then
-    converts these, too. left: the value that the last call left in each attribute.
+    The initial values are stored in the owning modules, so that code that converts a module's tensors converts them,
+    too. `left` holds the value that the last call left in each attribute.
     """
 
     def __init__(self, model: nn.Module, attributes: list[Attribute]) -> None:
@@ -166,7 +169,7 @@ class RestoreAttributes:
 
 
 def restore_attributes(model: nn.Module) -> None:
-    """Restore the attributes now: after a part of the model was called alone, or a call failed."""
+    """Restore the attributes now: after a direct call of a submodule, or after a failed call."""
     if isinstance(hook := getattr(model, "unroll_restore", None), RestoreAttributes):
         hook(model)
 
@@ -178,7 +181,7 @@ def left_by(model: nn.Module, attribute: Attribute) -> Any:
 
 
 def first_of(model: nn.Module, attribute: Attribute) -> Any:
-    """The first value of an attribute."""
+    """The initial value of an attribute."""
     path, name = attribute
     return getattr(model.get_submodule(path), _first(name))
 
@@ -188,7 +191,7 @@ def _first(name: str) -> str:
 
 
 def _rebuilt(value: Any) -> Any:
-    """With containers of its own, since forward may change a container in place."""
+    """Copy the containers but not the tensors, since forward may modify a container in place."""
     return pytree.tree_map(lambda leaf: leaf, value)
 
 
@@ -205,7 +208,7 @@ def refusal(attributes: list[Attribute]) -> ExportError:
 
 
 def _values(model: nn.Module) -> dict[tuple[str, str, str], Tensor]:
-    """Copies of every buffer, tensor and number, by the attribute and where in a tuple, list or dict it is."""
+    """Copies of every buffer, tensor and number, by attribute and position in its container."""
     return {(path, name, key): tensor.detach().clone() for path, name, key, tensor in _tensors(model)}
 
 
@@ -221,7 +224,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
 
 
 def _leaves_or_nothing(value: Any) -> list[tuple[str, Tensor]]:
-    """The tensors in an attribute; nothing if it holds anything else."""
+    """The tensors in an attribute; empty if it holds anything else."""
     try:
         return leaves(value)
     except ExportError:

@@ -1,4 +1,4 @@
-"""Observes a lifted model running: the states it takes, the axes of its outputs, the state it starts from."""
+"""Runs a lifted model to find the layout of its state row, the axes of its outputs and its initial row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ from unroll.export.lifting.tape import Call, Key, call_count
 from unroll.export.signature.outputs import indices_of, is_same, plan_outputs
 from unroll.export.signature.samples import as_tensors
 
-#: (batch, time) of the calls that are compared: the base, another batch size, another length.
+#: (batch, time) of the calls to compare: the base, another batch size, another length.
 _SIZES = ((2, 6), (3, 6), (2, 9))
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a lifted model starts from and returns.
+    """The result of `observe`.
 
     Attributes:
         initial_row: (state_size,) float32, zero where the initial state depends on the inputs.
-        dropped_outputs: the names of outputs that are a final state itself.
+        dropped_outputs: the names of outputs that only return a final state.
     """
 
     initial_row: np.ndarray
@@ -43,9 +43,9 @@ class Observation:
 
 
 def find_carried_attributes(lifted: LiftedModel, attributes: list[Attribute]) -> dict[Attribute, Carried]:
-    """The values that forward leaves in these attributes for its next call, as parts of the state row.
+    """Describe the values that forward leaves in these attributes as parts of the state row.
 
-    Left out are attributes whose rows do not belong to clients, and those that hold a recurrent layer's own state.
+    Attributes without a row per client are omitted, and so are those that hold a recurrent layer's own state.
     """
     if not attributes:
         return {}
@@ -54,7 +54,7 @@ def find_carried_attributes(lifted: LiftedModel, attributes: list[Attribute]) ->
     for size in _SIZES:
         _, calls = _recorded(lifted, size)
         values = [module_state.left_by(streaming.model, attribute) for attribute in attributes]
-        # What a recurrent layer returned as its state is in the row anyway.
+        # The row already holds the states that recurrent layers return.
         returned = [tensor for call in calls for tensor in call.returned]
         left.append([None if _is_among(value, returned) else value for value in values])
     found = {}
@@ -66,7 +66,7 @@ def find_carried_attributes(lifted: LiftedModel, attributes: list[Attribute]) ->
 
 
 def _recorded(lifted: LiftedModel, size: tuple[int, int]) -> tuple[Named, list[Call]]:
-    """The result of forward for a batch size and a length, and the calls of its layers."""
+    """Run forward at a size (batch, time); returns its result and the calls of its layers."""
     batch, time = size
     tensors = as_tensors(lifted.samples.draw(batch, time, seed=11), double=False)
     return attempt(f"{batch} sequences of {time} time steps", partial(lifted.single.record, *tensors.values()))
@@ -78,12 +78,12 @@ def _is_among(value: Any, tensors: list[Tensor]) -> bool:
 
 
 def keep_squeezes(lifted: LiftedModel) -> None:
-    """Let `squeeze()` drop the same axes for one sequence and for one time step as for more, in both precisions."""
+    """Make `squeeze()` drop the same axes for one sequence or one time step as for several, in both precisions."""
     lifted.single.squeezes = lifted.double.squeezes = common(_watched(lifted, WatchSqueezes))
 
 
 def _watched(lifted: LiftedModel, mode: Callable[[], Any]) -> list[Any]:
-    """What such a mode has seen of forward at each of the sizes."""
+    """Run forward at each size under a fresh mode; returns what each mode has seen."""
     seen = []
     for size in _SIZES:
         lifted.single.watch = watch = mode()
@@ -94,7 +94,7 @@ def _watched(lifted: LiftedModel, mode: Callable[[], Any]) -> list[Any]:
 
 
 def find_history(lifted: LiftedModel) -> list[Place | None]:
-    """Where forward needs the past outside its recurrent layers; empty if it needs none."""
+    """Where forward needs earlier time steps outside its recurrent layers; empty if nowhere."""
     base, wide, long = _watched(lifted, WatchHistory)
     found = [] if lifted.single.arguments.unbatched else places(base, wide, long, _SIZES[0][1], _SIZES[2][1])
     return found if any(found) else []
@@ -104,7 +104,8 @@ def observe(lifted: LiftedModel, output_names: list[str] | None) -> Observation:
     """Fill in the layout of the state row and the outputs, in both precisions.
 
     Args:
-        output_names: for the outputs in forward's order; names of their own if None.
+        lifted: the lifted model.
+        output_names: names of the outputs in forward's order; default names if None.
 
     Raises:
         ExportError: calls_depend_on_time, layer_axes or output.
@@ -128,7 +129,7 @@ def observe(lifted: LiftedModel, output_names: list[str] | None) -> Observation:
 
 
 def _final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:
-    """Positions of the tensors that are a layer's final state itself, as the layer returned it."""
+    """The indices of tensors that are a layer's final state, exactly as the layer returned it."""
     states = [state for call in calls for state in call.returned]
     return {
         index
@@ -138,15 +139,15 @@ def _final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:
 
 
 def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
-    """The layout, the same at every batch size and length.
+    """Determine the layout, which must be the same at every batch size and length.
 
     Raises:
-        ExportError: calls_depend_on_time, layer_axes, or no_recurrent_layer if forward hands on nothing.
+        ExportError: calls_depend_on_time, layer_axes, or no_recurrent_layer if forward carries no state.
     """
     layouts = [Layout.of(calls) for calls in calls_at.values()]
-    for calls, layout in zip(calls_at.values(), layouts, strict=True):
+    for (batch, calls), layout in zip(((size[0], calls) for size, calls in calls_at.items()), layouts, strict=True):
         if layout != layouts[0]:
-            raise call_count(calls[-1].module)
+            raise call_count(calls[-1].module, by_batch=batch != _SIZES[0][0])
     for (batch, time), calls in calls_at.items():
         _check_axes(calls, batch, time)
     if all(slot.kind == "static" for slot in layouts[0].slots):
@@ -171,18 +172,29 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
                 "batch_first=True; or, if forward expects that too, export with batch_first=False",
             )
         if (call.batch, call.time) != (batch, time):
-            fewer = call.batch == batch and call.time < time
-            remedy = ". Pad the beginning by what convolutions take, or give the frames of a step as one time step"
+            remedy = ""
+            if call.batch == batch and call.time < time:
+                remedy = ". Pad the beginning by what convolutions take, or give the frames of a step as one time step"
+            elif rate := _dilation(call, batch, time):
+                remedy = (
+                    f". If it is dilated by {rate}, loop over the steps, and let each take the state of {rate} before: "
+                    f"hs = [zeros] * {rate}, and for each step hs.append(cell(step, hs[-{rate}]))"
+                )
             raise ExportError(
                 "layer_axes",
                 f"layer {call.module!r} gets {call.batch} sequences of {call.time} steps where the model gets {batch} "
-                f"of {time}; for one state per client, every recurrent layer needs the model's batch and time"
-                + (remedy if fewer else ""),
+                f"of {time}; for one state per client, every recurrent layer needs the model's batch and time{remedy}",
             )
 
 
+def _dilation(call: Call, batch: int, time: int) -> int:
+    """How many parts of the time are sequences of their own in the batch of a call; 0 if none are."""
+    rate, odd = divmod(call.batch, batch)
+    return 0 if odd or rate < 2 or call.time != -(-time // rate) else rate
+
+
 def _computed_starts(lifted: LiftedModel) -> frozenset[Key]:
-    """The calls whose initial state is not the same for all sequences: forward computes it from its inputs."""
+    """The calls with an initial state that forward computes from its inputs, so that it differs between sequences."""
     first: dict[Key, Tensor] = {}
     computed = set()
     for size in ((1, 6), (3, 6), (2, 9)):
@@ -195,7 +207,7 @@ def _computed_starts(lifted: LiftedModel) -> frozenset[Key]:
 
 
 def _initial_row(lifted: LiftedModel) -> np.ndarray:
-    """(state_size,) float32: the row that every sequence starts from, zero where that depends on its inputs."""
+    """The initial row (state_size,) float32, zero where the initial state depends on the inputs."""
     double = lifted.double
     row = double.layout.pack(_calls(lifted, 1, 6), start=True)[0]
     for slot in double.layout.slots:

@@ -1,7 +1,7 @@
 """PackedSequence, lifted: while the lifted model runs, packing keeps the padded tensor, batch first and unsorted.
 
-The lengths of the rows are the service's `sequence_lens`. The `data` of a packed sequence is then (batch, time, ...)
-instead of (steps, ...), which makes no difference to code that works on its last axis.
+The lengths of the rows are the service's `sequence_lens`. The `data` of a packed sequence is (batch, time, ...) instead
+of (steps, ...), which makes no difference to code that works on its last axis.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _TAPE: ContextVar[Tape] = ContextVar("unroll_tape")
 
 @contextmanager
 def padded(tape: Tape) -> Iterator[None]:
-    """Within, PyTorch's packing functions run our code, under any name by which the user's code imported them."""
+    """Replace the code of PyTorch's packing functions, so that it does not matter how the user's code imported them."""
     ours: list[tuple[Any, Any]] = [(rnn.pack_padded_sequence, _pack_code), (rnn.pad_packed_sequence, _pad_code)]
     before = [function.__code__ for function, _ in ours]
     token = _TAPE.set(tape)
@@ -42,12 +42,12 @@ def like(sequence: PackedSequence, data: Tensor) -> PackedSequence:
 
 
 def as_argument(data: Tensor, lens: Tensor) -> PackedSequence:
-    """A padded input (batch, time, ...) for a forward that takes a PackedSequence."""
+    """Wrap a padded input (batch, time, ...) for a forward that takes a PackedSequence."""
     return PackedSequence(data, lens.long())
 
 
 def as_padded(returned: Any) -> Any:
-    """The result of a lifted forward, with a padded tensor (batch, time, ...) in place of each PackedSequence."""
+    """Replace each PackedSequence in the result of a lifted forward by its padded tensor (batch, time, ...)."""
 
     def is_packed(value: Any) -> bool:
         return isinstance(value, PackedSequence)

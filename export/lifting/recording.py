@@ -1,4 +1,4 @@
-"""Records the calls that one forward makes, with where their tensors come from."""
+"""Records the calls of one forward, and where the tensors of each call come from."""
 
 import sys
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-#: Calls that make a tensor of sizes alone: each use makes it again, where it is used.
-_CREATORS = {
+#: Calls that create a tensor from sizes only. A program repeats such a call wherever its result is used.
+CREATORS = {
     *("tensor", "zeros", "ones", "full", "empty", "arange"),
     *(f"{name}_like" for name in ("zeros", "ones", "full", "empty")),
     *(f"new_{name}" for name in ("tensor", "zeros", "ones", "full", "empty")),
@@ -19,7 +19,7 @@ _CREATORS = {
 
 
 class CannotSplitError(Exception):
-    """Why a forward cannot be split."""
+    """A forward cannot be split; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What call or loop `number` returned, or item `item` of it."""
+    """The result of call or loop `number`, or item `item` of that result."""
 
     number: int
     item: int | None = None
@@ -59,7 +59,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One call, of a function or of the layer with this path. raw: how many calls there were before."""
+    """One call of a function, or of the layer at a path. `raw` counts all calls before it."""
 
     function: Any
     args: Any
@@ -68,11 +68,11 @@ class Op:
 
     @property
     def creates(self) -> bool:
-        return getattr(self.function, "__name__", "") in _CREATORS
+        return getattr(self.function, "__name__", "") in CREATORS
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with every leaf of its tuples, lists, dicts and slices changed."""
+    """Apply `change` to every leaf of nested tuples, lists, dicts and slices."""
     if isinstance(value, (tuple, list)):
         items = [mapped(item, change) for item in value]
         return items if isinstance(value, list) else tuple(items)
@@ -109,7 +109,7 @@ class Recorder(TorchFunctionMode):
         self._inside = False
 
     def run(self, args: Any, kwargs: Any) -> Any:
-        """Forward's result, with references for its tensors."""
+        """Run forward; returns references to the tensors of its result."""
         layers = [(path, self._module.get_submodule(path)) for path in self._paths]
         handles = [layer.register_forward_pre_hook(self._enter) for _, layer in layers]
         handles += [layer.register_forward_hook(self._leave(path), with_kwargs=True) for path, layer in layers]
@@ -122,7 +122,7 @@ class Recorder(TorchFunctionMode):
         return [self._reference(leaf) for leaf in pytree.tree_leaves(returned)]
 
     def value(self, reference: Any) -> Any:
-        """The tensor that a reference to a result means."""
+        """The tensor that a `Made` refers to."""
         made = self.results[reference.number]
         return made if reference.item is None else made[reference.item]
 
@@ -159,7 +159,7 @@ class Recorder(TorchFunctionMode):
     def _add(self, func: Any, arguments: Any, result: Any, raw: int, *, done: bool = False) -> None:
         described = arguments if done else mapped(arguments, self._reference)
         number = len(self.ops)
-        # Layers of a model are loops of their own, although one line of code makes their calls.
+        # The key includes the parameters: several layers called by one line of code are separate loops.
         owned = tuple(leaf.name for leaf in leaves_of(described) if isinstance(leaf, Own))
         self.ops.append(Op(func, described, (getattr(func, "__name__", func), _where(), owned), raw))
         self.results.append(result)
@@ -177,7 +177,7 @@ class Recorder(TorchFunctionMode):
 
 
 def _where() -> tuple[int, ...]:
-    """The instructions of all that is running, within `Recorder.run`."""
+    """The current instruction of every frame below `Recorder.run`, innermost first."""
     frame, found = sys._getframe(1), list[int]()
     while frame is not None and frame.f_code is not Recorder.run.__code__:
         if frame.f_code.co_filename != __file__:

@@ -1,4 +1,4 @@
-"""Finds the arguments of forward that reach a recurrent layer as its initial state, or a packing as its lengths."""
+"""Finds the arguments that forward passes on as the initial state of a recurrent layer, or as lengths for packing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,17 @@ from unroll.export.errors import ExportError
 from unroll.export.lifting.tape import Call
 from unroll.export.signature.arguments import StateArgument, alike_rows
 
-#: Runs forward with these arguments and returns the calls its recurrent layers made.
+#: Runs forward with these arguments and returns the calls of its recurrent layers.
 Record = Callable[[dict[str, Any]], list[Call]]
 
 
 def state_arguments(example: dict[str, Any], record: Record, unbatched: bool) -> dict[str, StateArgument]:
-    """The arguments that are passed to a recurrent layer as its initial state, unchanged.
+    """Find the arguments that reach a recurrent layer unchanged, as its initial state.
 
-    Found by putting random values in their place. Raises ExportError(initial_state) if such a state is not the
-    same for all rows: it becomes the model's initial state, which has one row.
+    The search passes random values, and looks for them at the layers.
+
+    Raises:
+        ExportError: initial_state, if the rows of such a state differ: the model's initial state has a single row.
     """
     found = {}
     for name, value in example.items():
@@ -56,9 +58,11 @@ def _row_axis(name: str, tensor: Tensor, batch: int) -> int:
 
 
 def length_arguments(example: dict[str, Any], packed_with: Callable[[dict[str, Any]], list[Tensor]]) -> frozenset[str]:
-    """The arguments that forward packs its sequences with: other values there are the lengths it packs with.
+    """Find the arguments that forward uses as lengths for packing: changing one changes the packed lengths.
 
-    packed_with: runs forward with these arguments, and returns the lengths.
+    Args:
+        example: the candidate arguments.
+        packed_with: runs forward with these arguments, and returns the lengths that it packs with.
     """
     found = set()
     for name, value in example.items():

@@ -1,9 +1,9 @@
 """Custom ops that compute what ONNX's LSTM, GRU and RNN operators compute, in plain PyTorch.
 
-All tensors have ONNX's layout, so that `onnx/translation.py` passes them to a node as they are:
+All tensors have ONNX's layout, so that `onnx/translation.py` can pass them to a node unchanged:
 x (time, batch, features); lens (batch,) int32; h, c (directions, batch, hidden); w (directions, gates * hidden,
 features), r (directions, gates * hidden, hidden), b (directions, 2 * gates * hidden), gates in ONNX's order.
-y (time, batch, directions * hidden) is zero beyond a row's length, and its state stays what it was there.
+y (time, batch, directions * hidden) is zero beyond a row's length, and the row's state does not change there.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,12 @@ GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
 def layer_weights(module: nn.RNNBase, kind: str, layer: int) -> dict[str, Tensor]:
-    """w, r, b of one layer of a torch module, in ONNX's layout and gate order and in float64; a missing bias is zero.
+    """The weights w, r, b of one layer, in ONNX's layout and gate order and in float64; a missing bias is zero.
 
-    The weights come from the list that PyTorch computes with, from which a normalised parameter may differ. With
-    proj_size there are also p (directions, proj_size, hidden) and i, its pseudo-inverse; r then takes an h that is not
-    projected yet: an LSTM of r @ p whose output p projects is the same function, and onnxruntime has it.
+    They come from `_flat_weights`, with which PyTorch computes; a normalised parameter may differ from it. With
+    proj_size there are also p (directions, proj_size, hidden) and i, its pseudo-inverse. Then r is r @ p, which takes h
+    before the projection: an LSTM with r @ p followed by the projection p is the same function, and onnxruntime
+    supports it.
     """
     named = dict(zip(module._flat_weights_names, module._flat_weights, strict=True))
     suffixes = ["", "_reverse"] if module.bidirectional else [""]

@@ -1,4 +1,4 @@
-"""Makes recorded calls again, at any size."""
+"""Replays recorded calls at any size."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from unroll.export.lifting.recording import CannotSplitError, Given, Made, Op, O
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """One loop. arguments: what it takes from outside. ops, results: its calls at one size, and what it gives back."""
+    """One loop: its arguments from outside, its calls at one size, and its results."""
 
     arguments: list[Any]
     ops: list[Op]
@@ -21,17 +21,22 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Calls and loops in order: a number is of a loop. Numbers of `Made` are places in `items`."""
+    """Calls and loops in order.
+
+    Attributes:
+        items: an `Op` for a call, (number, arguments) for a loop, None for an omitted item; `Made` refers to them.
+        returned: the results of forward.
+    """
 
     items: list[Any]
     returned: Any
 
     def __deepcopy__(self, memo: Any) -> "Program":
-        return self  # never changed
+        return self  # immutable
 
 
 class Machine:
-    """Makes calls again, at one size."""
+    """Replays calls at one size."""
 
     def __init__(self, module: nn.Module, given: Sequence[Any], batch: Any, time: Any) -> None:
         self._module, self._given, self._batch, self._time = module, given, batch, time
@@ -64,7 +69,7 @@ class Machine:
 
 
 def needed(program: Program) -> set[int]:
-    """The places of the items that its results need."""
+    """The indices of the items that the program's results depend on."""
     left = list(_made(program.returned))
     found: set[int] = set()
     while left:
@@ -85,7 +90,7 @@ def _made(tree: Any) -> Iterator[int]:
 
 
 class Piece(nn.Module):
-    """A loop alone, at the sizes that were recorded. regions: by the number of time steps."""
+    """A loop as a module, which runs at the recorded sizes. `regions` is keyed by the number of time steps."""
 
     def __init__(
         self, owner: nn.Module, regions: dict[int, Region], batch: tuple[int, int], time: tuple[int, int]
@@ -129,7 +134,7 @@ def _owned(ops: list[Op]) -> Iterator[Own]:
 
 
 def replayed(program: Program, structure: Any, results: Any, batch: tuple[int, int], time: tuple[int, int]) -> Any:
-    """A forward that makes the calls of `program`, and calls the modules `unroll_loops` for its loops."""
+    """Make a forward that replays `program`, and calls the modules in `unroll_loops` for its loops."""
     wanted = needed(program)
 
     def forward(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Runs a loop body over the time steps of a sequence: as a Python loop, or as one ONNX Scan in the graph.
 
-A row that has ended keeps its state and its last results.
+After its last step a row keeps its state and its last results.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from unroll.export.lifting.tape import count_up
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The axes of batch and time in a tensor, if it has them. shape: of one call; others differ along these axes."""
+    """The batch and time axes of a tensor, if it has them; `shape` is that of one call, and varies along these axes."""
 
     batch: int | None
     time: int | None
@@ -28,7 +28,7 @@ class Axes:
 
     @classmethod
     def of(cls, base: Tensor, wide: Tensor, long: Tensor) -> "Axes | None":
-        """From a tensor of three calls, the second of another batch size, the third of another length."""
+        """Derive from a tensor in three calls: a base, one with another batch size, one with another length."""
         if not base.dim() == wide.dim() == long.dim():
             return None
         batch = [axis for axis in range(base.dim()) if base.shape[axis] != wide.shape[axis]]
@@ -41,7 +41,7 @@ class Axes:
         return [batch if axis == self.batch else size for axis, size in enumerate(self.shape)]
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """(batch, size) floats, as the state row has them."""
+        """Flatten to (batch, size) floats, the layout of the state row."""
         rows = tensor.movedim(self.batch or 0, 0)
         return to_row(rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1))
 
@@ -51,7 +51,7 @@ class Axes:
 
 
 class Scan(nn.Module):
-    """A loop body, run over one time step after another. inputs, outputs, states: the axes of the tensors."""
+    """Runs a loop body step by step. `inputs`, `outputs` and `states` are the axes of its tensors."""
 
     def __init__(
         self, step: LoopBody, inputs: list[Axes], outputs: list[Axes], states: list[Axes], backwards: bool = False
@@ -61,7 +61,7 @@ class Scan(nn.Module):
         self.inputs, self.outputs, self.states, self.backwards = inputs, outputs, states, backwards
 
     def initial(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The initial states of the module, as parts of the state row."""
+        """The module's initial states, as parts of the state row."""
         one = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(tensors, self.inputs, strict=True)]
         batch = self.size(tensors)[0]
         return [
@@ -72,15 +72,15 @@ class Scan(nn.Module):
     def forward(
         self, tensors: list[Tensor], parts: list[Tensor], lens: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The module's results, and the state it reached.
+        """Run the loop; returns the module's results and its final state.
 
         Args:
             tensors: the arguments of the module.
             parts: its state, as parts of the state row.
-            lens: (batch,), the length of each row; None if all rows have all time steps.
+            lens: (batch,), the length of each row; None if all rows have full length.
         """
         batch, time = self.size(tensors)
-        # Results without time that are no state are carried, too: a row's last result is that of its last step.
+        # Carry results without time, too, unless they are states: a row's final result is that of its last step.
         lasts = [
             axes for axes, final in zip(self.outputs, self.finals, strict=True) if axes.time is None and final is None
         ]
@@ -133,7 +133,7 @@ class Scan(nn.Module):
 
 
 def accumulate(step: Callable[[Tensor, Tensor], Tensor], tensor: Tensor, axis: int) -> Tensor:
-    """What `step` makes of the first element along an axis and the second, of that and the third, and so on."""
+    """Accumulate along an axis, as itertools.accumulate does: `step` combines the last value and the next element."""
     major = tensor.movedim(axis, 0)
 
     def once(carry: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -147,7 +147,7 @@ def accumulate(step: Callable[[Tensor, Tensor], Tensor], tensor: Tensor, axis: i
 
 
 def _run(once: Any, carry: Any, sequences: Any, dim: int, reverse: bool) -> tuple[Any, Any]:
-    """The higher-order scan in Python."""
+    """`higher_order_scan` as a Python loop."""
     each = []
     for t in range(len(sequences[0])):
         t = len(sequences[0]) - 1 - t if reverse else t

@@ -1,7 +1,7 @@
-"""Splits a forward that does more than loop over time: its loops become modules of their own, between plain calls.
+"""Splits a forward that does more than loop over time into plain calls and separate modules for its loops.
 
-Forward is recorded at several sizes. Calls that repeat once for each time step are a loop. All others are made again
-by a program, whose sizes are functions of the batch and the time; so they may be convolutions or recurrent layers.
+Forward is recorded at several sizes. Calls that repeat once per time step form a loop. A program replays all other
+calls, with sizes that are functions of batch and time, so these may include convolutions and recurrent layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,12 @@ BATCHES, TIMES = (2, 3), (1, 3, 5)
 
 
 def find_loops(three: Sequence[Any], five: Sequence[Any]) -> list[tuple[int, int]] | None:
-    """Where loops begin in the calls of three time steps, and how many calls are one step; None if unexplained."""
+    """Find the loops in the calls over three and five time steps.
+
+    Returns:
+        For each loop, its start in the calls over three steps and the number of calls per step; None if the calls
+        cannot be explained.
+    """
     loops: list[tuple[int, int]] = []
     i = j = 0
     while i < len(three) or j < len(five):
@@ -45,14 +50,14 @@ def find_loops(three: Sequence[Any], five: Sequence[Any]) -> list[tuple[int, int
 
 
 def _repeats(keys: Sequence[Any], begin: int, size: int, times: int) -> bool:
-    """Exactly so many times?"""
+    """Does the pattern of `size` calls at `begin` occur exactly `times` times in a row?"""
     one, whole = list(keys[begin : begin + size]), list(keys[begin : begin + size * times])
     return whole == one * times and list(keys[begin + size * times : begin + size * (times + 1)]) != one
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """What call `offset` (item `item` of it) of every step of loop `loop` made, one after the other."""
+    """The results (or their item `item`) of call `offset` in loop `loop`, collected over all steps."""
 
     loop: int
     offset: int
@@ -60,9 +65,13 @@ class Series:
 
 
 class Record:
-    """One recorded forward, taken apart.
+    """One recorded forward, split into loops and the calls outside.
 
-    loops: as of `find_loops`, for a record of three time steps.
+    Args:
+        recorder: holds the recorded calls.
+        returned: references to the results of forward.
+        loops: the loops in a record of three time steps, as returned by `find_loops`.
+        time: the number of time steps of this record.
     """
 
     def __init__(self, recorder: Recorder, returned: Any, loops: list[tuple[int, int]], time: int) -> None:
@@ -76,7 +85,7 @@ class Record:
             before += size
         self._sizes = [size for _, size in loops]
         self._loop = {number: which for which, span in enumerate(self.spans) for number in span}
-        #: The calls outside of loops, by their number among these: the same in all records.
+        #: The numbers of the calls outside of loops; their order is the same in all records.
         self.outside = [number for number in plain if number not in self._loop]
         self._tails: dict[int, int] = {}
         self._fans: set[int] = set()
@@ -85,11 +94,11 @@ class Record:
         self.values: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def raw_spans(self) -> list[tuple[int, int]]:
-        """Where each loop begins and ends, among the calls of all kinds."""
+        """Where each loop begins and ends, counting all recorded calls."""
         return [(self._ops[span[0]].raw, self._ops[span[-1]].raw + 1) for span in self.spans]
 
     def find_tails(self) -> dict[int, int]:
-        """Calls outside that collect what the steps of a loop made, with the loop. Of more than one time step."""
+        """The calls outside that collect results from all steps of a loop, with that loop. Needs several time steps."""
         found = {}
         for place, number in enumerate(self.outside):
             made = [leaf.number for leaf in leaves_of(self._ops[number].args) if isinstance(leaf, Made)]
@@ -101,9 +110,9 @@ class Record:
         return found
 
     def find_series(self) -> set[tuple[int, Series]]:
-        """What the steps of one loop take from the same step of another, with the loop that takes it.
+        """The series that a loop reads step by step from another loop, each with the reading loop.
 
-        Of more than one time step.
+        Needs several time steps.
         """
         return {
             (which, self._series_of(leaf))
@@ -126,7 +135,13 @@ class Record:
     def take_apart(
         self, tails: dict[int, int], fans: set[int], series: set[tuple[int, Series]]
     ) -> tuple[Program, list[Region]]:
-        """tails, fans: places of calls outside that collect from a loop, or make a tensor for each of its steps."""
+        """Build the program and the region of each loop.
+
+        Args:
+            tails: indices of calls outside that collect from a loop, with that loop.
+            fans: indices of calls outside that return a tensor per step.
+            series: the series that loops read from each other, each with the reading loop.
+        """
         self._series = series
         self._tails = {self.outside[place]: loop for place, loop in tails.items()}
         self._fans = {self.outside[place] for place in fans}
@@ -161,7 +176,6 @@ class Record:
         return program, found
 
     def _each(self, series: Series) -> list[Made]:
-        """By step."""
         span = self.spans[series.loop][series.offset :: self._sizes[series.loop]]
         return [Made(number, series.item) for number in span]
 
@@ -177,7 +191,7 @@ class Record:
         return number in self.spans[which][-self._sizes[which] :]
 
     def _outer(self, leaf: Any) -> Any:
-        """The same reference in every record."""
+        """Convert a reference to one that is equal in all records."""
         if isinstance(leaf, Series):
             return self._result(leaf.loop, leaf, leaf)
         if not isinstance(leaf, Made):
@@ -193,7 +207,7 @@ class Record:
         return self._result(which, (leaf.number, leaf.item), leaf)
 
     def _result(self, which: int, key: Any, result: Made | Series) -> Made:
-        """Of a loop, which gives it back."""
+        """Make a value a result of a loop, and refer to it."""
         results = self._results[which]
         results.setdefault(key, result)
         return Made(self._place[self.spans[which][-1]], list(results).index(key))
@@ -227,7 +241,7 @@ class Record:
             local[number] = len(ops)
             ops.append(converted)
 
-        # What makes a tensor for each step comes before the first step.
+        # Calls that return a tensor per step come before the first step.
         for number in sorted(self._taken(which) & self._fans):
             add(number)
         unbound: dict[Series, int] = {}
@@ -244,7 +258,7 @@ class Record:
         return arguments, ops, local
 
     def _taken(self, which: int) -> set[int]:
-        """The calls whose results a loop takes, also by making a tensor of their size."""
+        """The calls that a loop takes results from, directly or to create a tensor of equal size."""
         left, found = list(self.spans[which]), set[int]()
         while left:
             made = [leaf.number for leaf in leaves_of(self._ops[left.pop()].args) if isinstance(leaf, Made)]
@@ -257,7 +271,15 @@ Points = list[tuple[int, int]]
 
 
 def merged(trees: list[Any], points: Points) -> Any:
-    """One tree from those of several sizes, (batch, time) each. Raises CannotSplitError if they differ otherwise."""
+    """Merge the trees recorded at several sizes; numbers that vary become functions of the size.
+
+    Args:
+        trees: one tree per size.
+        points: the sizes (batch, time).
+
+    Raises:
+        CannotSplitError: if the trees differ in any other way.
+    """
     first = trees[0]
     if any(type(tree) is not type(first) for tree in trees):
         raise CannotSplitError("its calls differ with the size")
@@ -300,9 +322,14 @@ def _size(numbers: list[int], points: Points) -> Size:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A forward without its loops. gaps: the calls before, between and after the loops. sizes: of a step of each.
+    """A forward split into a program and its loops.
 
-    values: what each loop is given and gives, by the size.
+    Attributes:
+        program: the calls outside of loops.
+        pieces: a module for each loop.
+        gaps: the number of calls before, between and after the loops.
+        sizes: the number of calls per step of each loop.
+        values: the arguments and results of each loop, by size.
     """
 
     program: Program
@@ -316,11 +343,12 @@ def split(module: nn.Module, calls: dict[tuple[int, int], tuple[list[Any], Any]]
     """Split the forward of `module`.
 
     Args:
-        calls: its arguments, flat, and their structure, at every size.
-        axes: where batch and time are first found in the tensors of three calls: base, another batch, another length.
+        module: the module that loops.
+        calls: its flat arguments and their structure, at every size.
+        axes: locates batch and time in the tensors of three calls: base, another batch size, another length.
 
     Raises:
-        CannotSplitError: it is no sequence of calls and loops that can be told apart.
+        CannotSplitError: if forward is not a distinguishable sequence of calls and loops.
     """
     layers = [path for path, inner in module.named_modules() if isinstance(inner, LAYERS)]
     for _ in range(2):
@@ -371,7 +399,7 @@ def _recorded(module: nn.Module, given: list[Any], structure: Any, layers: list[
 
 
 def _raw(records: dict[tuple[int, int], Record]) -> tuple[list[int], list[int]]:
-    """The calls of all kinds, as a log of the whole forward has them."""
+    """The gaps and sizes of `Split`, counting all calls, as a log of the whole forward does."""
     ranges = [records[2, time].raw_spans() for time in (3, 5)]
     sizes = [((e5 - b5) - (e3 - b3)) // 2 for (b3, e3), (b5, e5) in zip(*ranges, strict=True)]
     ends = [0, *(end for _, end in ranges[0])]

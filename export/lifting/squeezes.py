@@ -1,6 +1,7 @@
-"""`squeeze()` without an axis, which also drops the batch or the time where there is only one sequence or one step.
+"""Makes `squeeze()` without an axis independent of the size.
 
-What it drops at other sizes is what it always drops here.
+On a single sequence or time step it would also drop batch or time. Here it always drops the axes that it drops at
+larger sizes.
 """
 
 from typing import Any
@@ -10,14 +11,14 @@ from torch import Tensor
 
 from unroll.export.lifting.dataflow import Observer
 
-#: The axes that each such call drops, in order.
+#: The axes that each call drops, in order.
 Squeezes = list[tuple[int, ...]]
 
 _FUNCTIONS = {torch.squeeze, Tensor.squeeze, torch.ops.aten.squeeze.default}
 
 
 class WatchSqueezes(Observer):
-    """Within, writes down what each call drops."""
+    """Records the axes that each call drops."""
 
     def __init__(self) -> None:
         self.seen: Squeezes = []
@@ -31,7 +32,7 @@ class WatchSqueezes(Observer):
 
 
 class KeepSqueezes(Observer):
-    """Within, each call drops what it was seen to drop."""
+    """Makes each call drop the recorded axes."""
 
     def __init__(self, squeezes: Squeezes) -> None:
         self._left = iter(squeezes)
@@ -47,7 +48,7 @@ class KeepSqueezes(Observer):
 
 
 def common(seen: list[Squeezes]) -> Squeezes:
-    """What the calls drop at several sizes, none of them 1; nothing if their number depends on the size."""
+    """The axes that the calls drop at every recorded size; empty if the number of calls depends on the size."""
     if len({len(calls) for calls in seen}) > 1:
         return []
     return [tuple(axis for axis in calls[0] if all(axis in one for one in calls)) for calls in zip(*seen, strict=True)]

@@ -1,4 +1,4 @@
-"""The state row: the place of each part of the state, and the conversion of any dtype to its floats."""
+"""The state row: the offset of each part of the state, and the conversion of any dtype to its floats."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from unroll.bundle import StateSlot
 from unroll.export.lifting.tape import Call, Key, call_count
 
-#: A count is two digits of this base, each of which float32 has exactly.
+#: An integer is stored as two digits in this base; float32 represents each exactly.
 _BASE = 2**23
 
 _INTEGERS = {torch.bool, torch.int64, torch.int32, torch.int16}
@@ -16,7 +16,7 @@ _INTEGERS = {torch.bool, torch.int64, torch.int32, torch.int16}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The place of each part of the state in the row."""
+    """The slots of the state row."""
 
     slots: tuple[StateSlot, ...]
 
@@ -36,7 +36,7 @@ class Layout:
         return sum(slot.size for slot in self.slots)
 
     def unpack(self, row: Tensor) -> dict[Key, list[Tensor]]:
-        """(batch, state_size) -> the initial state of every call."""
+        """Split rows (batch, state_size) into the initial states of the calls."""
         pieces = row.split([slot.size for slot in self.slots], dim=1)
         grouped: dict[Key, list[Tensor]] = {}
         for slot, piece in zip(self.slots, pieces, strict=True):
@@ -44,7 +44,7 @@ class Layout:
         return grouped
 
     def pack(self, calls: list[Call], *, start: bool = False) -> Tensor:
-        """The final states of every call, or those it started from -> (batch, state_size)."""
+        """Join the final states of the calls, or their initial states, to rows (batch, state_size)."""
         if Layout.of(calls) != self:
             raise call_count(calls[-1].module if calls else self.slots[0].module)
         return torch.cat([part for call in calls for part in (call.start if start else call.final)], dim=1)
@@ -55,7 +55,7 @@ def fits_row(dtype: torch.dtype) -> bool:
 
 
 def to_row(values: Tensor) -> Tensor:
-    """(batch, size) of any dtype as floats of the row. An integer takes two of them, since float32 ends at 2**24."""
+    """Convert (batch, size) of any dtype to floats. An integer takes two, since float32 is exact only up to 2**24."""
     if values.is_floating_point():
         return values
     if values.dtype != torch.bool:
@@ -65,7 +65,7 @@ def to_row(values: Tensor) -> Tensor:
 
 
 def from_row(row: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `to_row`. A float keeps the precision of the row."""
+    """The inverse of `to_row`. Floats keep the precision of the row."""
     if dtype.is_floating_point:
         return row
     if dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""The lifted model as one function of (state row, lengths, inputs): what ONNX gets, and what the probes run."""
+"""The lifted model as one function of (state row, lengths, inputs), which is traced to ONNX and run by the probes."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,15 +31,15 @@ Named = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The arguments of forward, sorted, by name.
+    """The arguments of forward, by role.
 
     Attributes:
-        names: all of them, in order.
-        series: the inputs of every time step.
+        names: all arguments, in order.
+        series: inputs with a time axis.
         constants: initial states.
-        static: the inputs without time, (rows, ...) of each as in the example.
+        static: inputs without time, each (rows, ...) as in the example.
         carried: states that forward returns for its next call, each with the name of that output.
-        lengths: those that hold the length of each row.
+        lengths: arguments that hold the length of each row.
         packed: the series that forward takes as a PackedSequence.
         batch_first: forward takes (batch, time, ...).
         unbatched: forward takes one sequence, (time, ...).
@@ -68,12 +68,13 @@ class StreamingModule(nn.Module):
         self.model, self.tape, self.arguments = model, tape, arguments
         self.layout = Layout(())
         self.outputs: tuple[Output, ...] = ()
-        #: The calls outside recurrent layers whose past is part of the row; and the mode that finds them.
+        #: The calls outside recurrent layers that keep earlier time steps in the row.
         self.history: list[Place | None] = []
+        #: A mode that observes forward, if any.
         self.watch: WatchHistory | WatchSqueezes | None = None
-        #: The axes that forward drops without naming them.
+        #: The axes that calls of `squeeze()` drop.
         self.squeezes: Squeezes = []
-        #: The least and the largest value of inputs that the manifest's limits do not describe, and of the state row.
+        #: Bounds of inputs that the manifest's limits cannot describe, and of the state row.
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
         #: The attributes that forward leaves for its next call, if they are part of the row: see `carried_state`.
         self.carried_attributes: dict[Attribute, Carried] = {}
@@ -84,7 +85,7 @@ class StreamingModule(nn.Module):
 
     @property
     def row_by_row(self) -> bool:
-        """Forward gets one sequence at a time: it takes no batch, or counts time steps, which differ between rows."""
+        """Does forward run on one sequence at a time? It takes no batch, or counts steps, which differ between rows."""
         return self.arguments.unbatched or any(place is not None and place.counted for place in self.history)
 
     def forward(self, state: Tensor, sequence_lens: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -100,7 +101,7 @@ class StreamingModule(nn.Module):
                 found = found & alive.reshape(*alive.shape, *[1] * (found.dim() - 2))
             outside = outside | found.flatten(1).any(1)
         results = self._run_rows(tensors.pop("state"), sequence_lens, tuple(tensors.values()))
-        # The answer to a value outside its range is NaN, which the server refuses.
+        # A value outside its range gives NaN, which the server refuses.
         return tuple(
             torch.where(outside.reshape(-1, *[1] * (result.dim() - 1)), torch.nan, result)
             if result.is_floating_point()
@@ -129,13 +130,13 @@ class StreamingModule(nn.Module):
         return tuple(torch.cat(tensors)[order] for tensors in _across(parts))
 
     def _equally_far(self, state: Tensor) -> list[Tensor]:
-        """The indices of the rows in groups that have counted equally many time steps."""
+        """The indices of the rows, grouped by the number of time steps so far."""
         counts = [state[:, slot.offset : slot.offset + slot.size] for slot in self.layout.slots if slot.kind == "count"]
         _, group = torch.cat(counts, 1).long().unique(dim=0, return_inverse=True)
         return [(group == number).nonzero().flatten() for number in range(int(group.max()) + 1)]
 
     def _run_row(self, state: Tensor, length: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """One sequence: state (state_size,), length (), inputs (time, ...)."""
+        """Run one sequence: state (state_size,), length (), inputs (time, ...)."""
         if not self.arguments.unbatched:
             inputs = tuple(tensor.unsqueeze(0) for tensor in inputs)
         results = self._run(state.unsqueeze(0), None if length is None else length.unsqueeze(0), inputs)
@@ -147,7 +148,7 @@ class StreamingModule(nn.Module):
         return *outputs, self.layout.pack(calls)
 
     def record(self, *inputs: Tensor) -> tuple[Named, list[Call]]:
-        """Run forward as the user wrote it, from the state it asks for; returns its tensors and the calls."""
+        """Run forward as written, from its own initial state; returns its tensors and the calls of its layers."""
         if not self.arguments.unbatched:
             return self._call(inputs, None, None)
         rows = [self._call(row, None, None) for row in zip(*inputs, strict=True)]
@@ -179,12 +180,12 @@ class StreamingModule(nn.Module):
         return returned, calls
 
     def _size(self, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
-        """Batch and time of what forward is given."""
+        """The batch size and length of forward's inputs."""
         first, second = inputs[0].shape[:2]
         return (1, first) if self.arguments.unbatched else (first, second)
 
     def _begin(self, batch: int, time: int) -> None:
-        """Mark in the row that its sequence has begun, if forward computes an initial state at the beginning."""
+        """Mark in the row that its sequence has begun, if forward computes an initial state from its inputs."""
         if self.tape.computed:
             path = "has begun"
             index, (begun,) = self.tape.begin(path, lambda: [torch.zeros(batch, 1)])
@@ -192,7 +193,7 @@ class StreamingModule(nn.Module):
             self.tape.calls.append(Call(path, index, (Part("past"),), batch, time, [begun], [torch.ones_like(begun)]))
 
     def _carrying(self, arguments: dict[str, Any], batch: int, time: int) -> Named:
-        """Call forward with the carried states of the row, and put those that it returns on the tape."""
+        """Call forward with the carried states of the row, and write the states that it returns to the tape."""
         rows = {}
         for name, (carried, _) in self.arguments.carried.items():
             rows[carried], arguments[name] = carried.take(self.tape, batch)
@@ -214,7 +215,7 @@ class StreamingModule(nn.Module):
         return returned
 
     def _following_inputs(self, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
-        """While forward is recorded, the tape knows which tensors are computed from its inputs."""
+        """Track which tensors forward computes from its inputs, while it is recorded."""
         if self.tape.given is not None:
             return nullcontext()
         fixed = self.arguments.constants.keys() - self.arguments.carried.keys()
@@ -224,7 +225,7 @@ class StreamingModule(nn.Module):
         return computed
 
     def _static(self, batch: int) -> dict[str, Tensor]:
-        """The static inputs from the state row, (batch, size) each; without one, those of the example."""
+        """The static inputs, each (batch, size): from the state row if there is one, otherwise from the example."""
         found = {}
         for name, example in self.arguments.static.items():
             path, flat = f"input {name}", example.reshape(len(example), -1).to(torch.get_default_dtype())
@@ -234,9 +235,12 @@ class StreamingModule(nn.Module):
         return found
 
     def ask(self, model: nn.Module, inputs: tuple[Tensor, ...], state: Tensor) -> Named:
-        """The result of the user's own `model`, with its tensors in the order of `record`.
+        """Run the user's own `model`; its tensors come in the order of `record`.
 
-        state: (batch, state_size), of which only the static inputs are used.
+        Args:
+            model: the user's model.
+            inputs: each (batch, time, ...).
+            state: (batch, state_size); only its static inputs are used.
         """
         given = self.layout.unpack(state)
         static = {name: given[f"input {name}", 0][0] for name in self.arguments.static}
@@ -253,7 +257,7 @@ class StreamingModule(nn.Module):
     def arguments_for(
         self, inputs: tuple[Tensor, ...], static: dict[str, Tensor], lens: Tensor | None
     ) -> dict[str, Any]:
-        """Forward's own arguments, states included, in forward's own layout; inputs (batch, time, ...) or one row."""
+        """Build forward's arguments in its own layout, including states, from inputs (batch, time, ...) or one row."""
         given = self.arguments
         size, time = self._size(inputs)
         arguments: dict[str, Any] = {name: constant.expand(size) for name, constant in given.constants.items()}
@@ -276,7 +280,7 @@ def _rows(tensor: Tensor, count: int) -> list[Tensor]:
 
 
 def _across(rows: Any) -> list[tuple[Any, ...]]:
-    """The same item of every row, item by item."""
+    """Transpose: for each item, its values in all rows."""
     return list(zip(*rows, strict=True))
 
 
@@ -292,11 +296,12 @@ def _joined(calls: tuple[Call, ...]) -> Call:
 
 
 def torch_runner(module: StreamingModule, *, double: bool, ops: bool = False) -> RunFunction:
-    """`module` as the bundle's run function, which raises ExportError(forward_failed) with the sizes of the call.
+    """Wrap `module` as a bundle's run function, which raises ExportError(forward_failed) with the sizes of the call.
 
     Args:
-        double: in float64, otherwise in float32.
-        ops: with the operators of the graph, otherwise with PyTorch's own layers.
+        module: the lifted model.
+        double: run in float64 instead of float32.
+        ops: run the graph's operators instead of PyTorch's own layers.
     """
 
     def run(inputs: Arrays, state: np.ndarray, sequence_lens: np.ndarray) -> tuple[Arrays, np.ndarray]:

@@ -1,7 +1,7 @@
-"""The tape: the states that a lifted model reads and leaves, call by call.
+"""The tape: the states that a lifted model reads and writes, call by call.
 
-The key of a call is (path of the module, number of its calls before). Its state is a list of parts, each (batch, size);
-only the lifted layer knows their meaning.
+The key of a call is (path of the module, index of the call). Its state is a list of parts, each (batch, size), whose
+meaning only the lifted layer knows.
 """
 
 from collections.abc import Callable, Container
@@ -31,9 +31,9 @@ class Call:
     """One call of a lifted layer.
 
     Attributes:
-        start, final: the state it started from, and the state it reached, part by part, each (batch, size).
-        asked: the tensors that forward passed as its initial state.
-        returned: the tensors that forward got back as its final state.
+        start, final: its initial and final state, in parts, each (batch, size).
+        asked: the tensors that forward passed as the initial state.
+        returned: the tensors that forward received as the final state.
     """
 
     module: str
@@ -50,34 +50,34 @@ class Call:
 class Tape:
     """The states that the lifted layers of one model read and write during one forward pass.
 
-    With `given`, calls start from it and ignore the state that forward passes, except for calls in `computed` while a
-    row is `fresh`. With `lens`, layers run as the operators of the bundle's graph; without, as PyTorch's own.
+    With `given`, calls start from it and ignore the state that forward passes, except calls in `computed` on rows that
+    are `fresh`. With `lens`, layers run as the operators of the bundle's graph; without it, as PyTorch's own.
     """
 
     def __init__(self) -> None:
-        #: Calls whose initial state forward computes from the inputs, so that it differs between sequences.
+        #: Calls whose initial state forward computes from its inputs, so that it differs between sequences.
         self.computed: frozenset[Key] = frozenset()
-        #: Calls of the last recorded pass whose initial state was in `from_inputs`.
+        #: Calls of the last recorded pass that started from a tensor in `from_inputs`.
         self.computed_starts: set[Key] = set()
         self.start(None, None)
 
     def start(self, given: dict[Key, list[Tensor]] | None, lens: Tensor | None) -> None:
         self.given, self.lens = given, lens
-        #: (batch, 1): is this row at the beginning of its sequence?
+        #: (batch, 1): is the row at the start of its sequence?
         self.fresh: Tensor | None = None
         self.calls: list[Call] = []
         #: The arguments of each packing: the rows' lengths, and the number of time steps.
         self.lengths: list[tuple[Tensor, int]] = []
-        #: Tensors that are computed from the inputs, while they are followed: see `dataflow`.
+        #: Tensors computed from the inputs, while they are tracked: see `dataflow`.
         self.from_inputs: Container[Tensor] = ()
         #: Was a layer given one sequence without a batch axis?
         self.unbatched = False
 
     def begin(self, path: str, asked: Callable[[], list[Tensor]]) -> tuple[int, list[Tensor]]:
-        """The number of this call, and the state that it starts from.
+        """Begin a call; returns its index among the module's calls, and its initial state.
 
         Args:
-            path: of the module.
+            path: the path of the module.
             asked: computes the state that forward passes.
 
         Raises:
@@ -97,14 +97,16 @@ class Tape:
         return index, kept
 
 
-def call_count(path: str) -> ExportError:
+def call_count(path: str, *, by_batch: bool = False) -> ExportError:
+    """by_batch: it depends on the batch size, not on the length."""
+    on, whole, over = ("batch size", "batch", "its rows") if by_batch else ("length", "sequence", "time steps")
     return ExportError(
         "calls_depend_on_time",
-        f"the number of calls of layer {path!r} depends on the sequence's length; call it once on the whole sequence "
-        "instead of looping over time steps",
+        f"the number of calls of layer {path!r} depends on the {on}; call it once on the whole {whole} instead of "
+        f"looping over {over}",
     )
 
 
 def count_up(count: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-    """0, 1, ... without torch.arange, which inside forward is taken for the user's own call: see `history`."""
+    """0, 1, ... without torch.arange, which `history` would take for a call of the user's."""
     return torch.ops.aten.arange.default(count, dtype=dtype)

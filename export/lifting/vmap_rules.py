@@ -1,4 +1,4 @@
-"""Rules for torch.vmap over sequences, where PyTorch's own rules would fix the number of sequences in the trace."""
+"""Rules for torch.vmap over sequences, for calls where PyTorch's own rules would fix the number of sequences."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,10 @@ from unroll.export.lifting.recurrent_ops import gru, lstm, rnn
 
 
 def _vmap(operator: Any, rows: tuple[int | None, ...]) -> None:
-    """Runs mapped sequences, each a batch of one, as one batch. rows: the batch axis of each argument."""
+    """Register a rule that runs mapped sequences, each a batch of one, as one batch.
+
+    `rows` holds the batch axis of each argument.
+    """
 
     def run(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         def together(value: Any, dim: int | None, axis: int | None) -> Any:
@@ -30,7 +33,7 @@ def _vmap(operator: Any, rows: tuple[int | None, ...]) -> None:
 
 @torch.library.custom_op("unroll::cat", mutates_args=())
 def cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    """torch.cat, whose own rule for vmap fixes the number of sequences."""
+    """torch.cat with a vmap rule: PyTorch's own fixes the number of sequences."""
     return torch.cat(list(tensors), axis)
 
 
@@ -50,7 +53,7 @@ def _cat_rows(info: Any, in_dims: Any, tensors: Sequence[Tensor], axis: int) -> 
 torch.library.register_vmap(cat, _cat_rows)
 
 
-#: PyTorch's functions that treat the rows of a batch alike, with the dimensions of one row; 0 if they may be any.
+#: PyTorch's functions that process the rows of a batch independently, and the dimensions of one row; 0 for any number.
 _BY_ROWS = {
     functional.layer_norm: 0,
     functional.batch_norm: 0,
@@ -60,15 +63,15 @@ _BY_ROWS = {
     torch.conv2d: 3,
 }
 
-#: What `by_rows` calls: the function and its arguments, with `Tensor` for each tensor. A few per model that is traced.
+#: The calls of `by_rows`: a function and its arguments, with `Tensor` in place of each tensor. A few per traced model.
 _CALLS: dict[str, tuple[Any, list[Any], Any]] = {}
 
 
 @torch.library.custom_op("unroll::by_rows", mutates_args=())
 def by_rows(tensors: Sequence[Tensor], call: str) -> Tensor:
-    """Calls one of `_BY_ROWS`, whose own rules for vmap fix the number of sequences.
+    """Call one of `_BY_ROWS` with a vmap rule: PyTorch's own fixes the number of sequences.
 
-    Only these: when the trace is lowered, the function itself runs.
+    When the trace is lowered, the function itself runs.
     """
     return _called(tensors, call)
 
@@ -98,7 +101,7 @@ def _by_rows_rule(info: Any, in_dims: Any, tensors: Sequence[Tensor], call: str)
 torch.library.register_vmap(by_rows, _by_rows_rule)
 
 
-#: Casts: PyTorch checks the tensor's size at each, which it cannot do within vmap.
+#: Casts, at which PyTorch checks the tensor's size. It cannot do that within vmap.
 _CASTS = {
     Tensor.float: torch.float32,
     Tensor.double: torch.float64,
@@ -110,7 +113,7 @@ _CASTS = {
 
 
 def _cast_to(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
-    """The dtype that the call casts its first argument to, if it does nothing else."""
+    """The target dtype, if the call only casts its first argument."""
     if func in _CASTS:
         return _CASTS[func]
     if func in {Tensor.to, Tensor.type, Tensor.type_as}:
@@ -121,7 +124,7 @@ def _cast_to(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
 
 
 class OneByOne(TorchFunctionMode):
-    """Within, calls are replaced by those that have a rule here."""
+    """Replaces calls by equivalents that have a rule in this module."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

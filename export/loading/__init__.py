@@ -1,1 +1,1 @@
-"""Where a model comes from: a checkpoint, the user's own code, TorchScript, a program of torch.export."""
+"""Loads models: from a checkpoint, the user's own code, TorchScript or a program of torch.export."""

@@ -1,4 +1,4 @@
-"""Loads a checkpoint of `StackedRNN`, whose configuration says which inputs it takes."""
+"""Loads a checkpoint of `StackedRNN`; its configuration describes the inputs."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from unroll.models.stacked_rnn import StackedRNN
 
 
 def from_checkpoint(stem: str) -> tuple[nn.Module, Example]:
-    """The model saved as `stem`.safetensors and `stem`.json, and example inputs for it.
+    """Load the model saved as `stem`.safetensors and `stem`.json; returns it with example inputs.
 
     Raises:
-        ExportError: checkpoint, with the file that is missing or damaged.
+        ExportError: checkpoint, naming the missing or damaged file.
     """
     path = Path(stem)
     try:

@@ -1,4 +1,4 @@
-"""Copies of the user's model and example: export changes neither."""
+"""Copies the user's model and example, so that export modifies neither."""
 
 import copy
 import operator
@@ -19,7 +19,7 @@ _NOT_OWN = {*vars(nn.Module())}
 
 
 def detached_copy(module: nn.Module) -> nn.Module:
-    """The module on the CPU, in eval mode, without gradients; unwrapped if it was compiled.
+    """Copy the module to the CPU, in eval mode and without gradients; a compiled module is unwrapped.
 
     Raises:
         ExportError: not_copyable.
@@ -27,7 +27,7 @@ def detached_copy(module: nn.Module) -> nn.Module:
     module = getattr(module, "_orig_mod", module)
     try:
         with torch.no_grad(), _Detach():
-            # A layer's normalised weight is a result of its parameters: it cannot be copied, and forward computes it.
+            # A normalised weight is computed from parameters: it cannot be copied, and forward recomputes it.
             computed = [w for m in module.modules() if isinstance(m, nn.RNNBase) for w in m._flat_weights]
             memo: dict[int, Any] = {id(w): w.detach() for w in computed if w is not None and not w.is_leaf}
             try:
@@ -55,7 +55,7 @@ def detached_copy(module: nn.Module) -> nn.Module:
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy, also of parts that copy themselves: their own copies may leave out what export puts there."""
+    """Deep-copy, bypassing `__deepcopy__` methods of user classes, which may omit what export adds."""
     for part in reversed([*module.modules()]):
         owner = next((kind for kind in type(part).__mro__ if "__deepcopy__" in vars(kind)), None)
         if owner and not owner.__module__.startswith(("torch.", "unroll.")):
@@ -72,7 +72,7 @@ def _whole(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 class _Detach(TorchFunctionMode):
-    """Within, tensors that training left behind are copied without their history."""
+    """Copies non-leaf tensors, which training left behind, without their autograd history."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__ or args[0].is_leaf:
@@ -84,7 +84,7 @@ class _Detach(TorchFunctionMode):
 
 
 class NotCopied:
-    """In place of an attribute that cannot be copied, such as a lock or a log: using it is a refusal."""
+    """Replaces an attribute that cannot be copied, such as a lock or a logger. Using it raises ExportError."""
 
     def __init__(self, name: str, value: Any) -> None:
         self._name, self._kind = name, type(value).__name__
@@ -93,7 +93,7 @@ class NotCopied:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "fget":  # asked by what looks at every attribute
+        if name.startswith("__") or name == "fget":  # for code that inspects every attribute
             raise AttributeError(name)
         return self._refuse()
 
@@ -108,7 +108,7 @@ class NotCopied:
 
 
 def _left_out(module: nn.Module) -> dict[int, NotCopied]:
-    """For copy.deepcopy, the attributes that it fails on."""
+    """A memo for copy.deepcopy that replaces the attributes it fails on."""
     found = {}
     for path, part in module.named_modules():
         for name, value in vars(part).items():
@@ -121,15 +121,17 @@ def _left_out(module: nn.Module) -> dict[int, NotCopied]:
 
 
 def detached_example(example: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that are given, on the CPU and without gradients. Forward may change them in place."""
+    """Copy the inputs to the CPU, without gradients and without None values. Forward may modify the copy in place."""
     given = {name: value for name, value in example.items() if value is not None}
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), given)
 
 
 def move_time(model: nn.Module, example: dict[str, Any], others: Collection[str]) -> dict[str, Any]:
-    """The example with its time second. From now on, forward gets what it is given with the time last.
+    """Move time to the second axis of the example, and make forward move it back to the last.
 
     Args:
+        model: the user's model.
+        example: its arguments.
         others: the arguments without time.
     """
 
@@ -144,12 +146,12 @@ def move_time(model: nn.Module, example: dict[str, Any], others: Collection[str]
 
 
 def keep_arguments(model: nn.Module, example: dict[str, Any], watch: AbstractContextManager[Any]) -> None:
-    """Call a forward that changes its arguments in place with copies from now on.
+    """If forward modifies its arguments in place, make it work on copies from now on.
 
     Args:
-        model: the user's, copied.
+        model: a copy of the user's model.
         example: the arguments of forward.
-        watch: entered for the call that finds out.
+        watch: a context manager entered for the trial call.
     """
     given, before = _fresh(example), pytree.tree_leaves(example)
     left = pytree.tree_leaves(given)
@@ -170,5 +172,5 @@ def _fresh(values: Any) -> Any:
 
 
 def as_float32(example: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The example with tensors of `dtype` in float32."""
+    """Convert the example's tensors of `dtype` to float32."""
     return pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype == dtype else t, example)

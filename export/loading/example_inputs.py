@@ -1,4 +1,4 @@
-"""Example inputs for a model that the command line describes."""
+"""Example inputs for models described on the command line."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _BATCH, _TIME = 2, 16
 
 
 def examples(inputs: Sequence[InputSpec], static: Sequence[InputSpec] = (), state: Sequence[StateSpec] = ()) -> Example:
-    """By the names of forward's arguments. Raises ExportError(input) if no inputs are described."""
+    """Example arguments of forward by name. Raises ExportError(input) if no inputs are described."""
     if not inputs:
         raise ExportError("input", "no inputs: describe the arguments of forward with --input NAME:DTYPE:SHAPE")
     return (
@@ -29,7 +29,7 @@ def examples(inputs: Sequence[InputSpec], static: Sequence[InputSpec] = (), stat
 def step_examples(
     inputs: Sequence[InputSpec], static: Sequence[InputSpec] = (), state: Sequence[StateSpec] = ()
 ) -> Example:
-    """The same for a forward that makes one time step, (batch, ...). Raises ExportError(input)."""
+    """The same for a forward that computes one time step, (batch, ...). Raises ExportError(input)."""
     sequences = examples(inputs, static)
     rows = _BATCH * _TIME
     once = {spec.name for spec in static}
@@ -45,7 +45,7 @@ def _zeros(spec: InputSpec, batch: int, axis: int) -> Tensor:
 
 
 def example(spec: InputSpec) -> Tensor:
-    """(batch, time, *shape): standard normal floats; 0 and 1 for integers, whose limit is not known yet."""
+    """An input (batch, time, *shape): standard normal floats, or 0 and 1 for integers, since their limit is unknown."""
     size = (_BATCH, _TIME, *spec.shape)
     random = torch.Generator().manual_seed(0)
     dtype = _DTYPES[spec.dtype]
@@ -55,5 +55,5 @@ def example(spec: InputSpec) -> Tensor:
 
 
 def token_example(vocabulary: int) -> Tensor:
-    """(batch, time) random token ids below `vocabulary`."""
+    """Random token ids (batch, time) below `vocabulary`."""
     return torch.randint(0, vocabulary, (_BATCH, _TIME))

@@ -1,4 +1,4 @@
-"""What the command line says of arguments: of forward, `NAME:DTYPE:SHAPE`; of a factory, `NAME=VALUE`. No torch."""
+"""Parses command-line arguments: `NAME:DTYPE:SHAPE` for forward, `NAME=VALUE` for a factory. Does not import torch."""
 
 import ast
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from unroll.bundle.manifest import Dtype
 
-#: Those of the manifest, which takes long to import.
+#: The manifest's dtypes, repeated because importing the manifest is slow.
 _DTYPES: "dict[str, Dtype]" = {"float32": "float32", "int64": "int64", "int32": "int32", "bool": "bool"}
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One `--input`: an argument of forward, and what one time step of it holds."""
+    """One `--input`: an argument of forward, with the dtype and shape of one time step."""
 
     name: str
     dtype: "Dtype"
@@ -21,7 +21,7 @@ class InputSpec:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`NAME:DTYPE:SHAPE`, such as `x:float32:64`, `grid:float32:8x3` or `token:int64:`."""
+        """Parse `NAME:DTYPE:SHAPE`, such as `x:float32:64`, `grid:float32:8x3` or `token:int64:`."""
         try:
             name, dtype, shape = text.split(":")
             sizes = tuple(int(size) for size in shape.split("x")) if shape else ()
@@ -37,11 +37,13 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """One `--state`: an argument that forward hands on itself, and the output it becomes.
+    """One `--state`: an argument that forward returns for its next call.
 
     Attributes:
-        input: what a row of it holds; None for an argument that is left out, to start with.
-        axis: of the batch.
+        name: the argument.
+        output: the output that continues it.
+        input: the dtype and shape of one row; None for an argument that the first call omits.
+        axis: the batch axis.
     """
 
     name: str
@@ -51,7 +53,7 @@ class StateSpec:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`NAME:DTYPE:SHAPE=OUTPUT`, as `cache:float32:2x64=y1`; `h:float32:2xBx64=y1`; or `hx=y1`."""
+        """Parse `NAME:DTYPE:SHAPE=OUTPUT`, such as `cache:float32:2x64=y1`, `h:float32:2xBx64=y1` or `hx=y1`."""
         spec, equals, output = text.partition("=")
         if not equals or not output:
             raise ValueError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
@@ -66,7 +68,7 @@ class StateSpec:
 
 
 def input_rate(text: str) -> tuple[str, float]:
-    """`NAME=RATE`, such as `samples=16000`."""
+    """Parse `NAME=RATE`, such as `samples=16000`."""
     name, _, value = text.partition("=")
     try:
         rate = float(value)
@@ -78,7 +80,7 @@ def input_rate(text: str) -> tuple[str, float]:
 
 
 def factory_argument(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE`, such as `hidden=128`, `sizes=(3, 4)` or `cell=gru`: what is no literal of Python is a string."""
+    """Parse `NAME=VALUE`, such as `hidden=128`, `sizes=(3, 4)` or `cell=gru`; all but Python literals are strings."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError(f"{text!r} is not NAME=VALUE, as in hidden=128")

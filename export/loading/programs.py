@@ -1,7 +1,7 @@
 """Converts TorchScript and programs of torch.export to an nn.Module.
 
-Both are graphs of PyTorch's operators. Each call of a recurrent layer becomes an nn.LSTM, nn.GRU or nn.RNN with the
-same weights. Comparing answers tells whether the result is the model.
+Both are graphs of PyTorch operators. Each call of a recurrent layer becomes an nn.LSTM, nn.GRU or nn.RNN with the same
+weights. Comparing answers tells whether the result equals the model.
 """
 
 import copy
@@ -31,7 +31,7 @@ _OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 
 def as_module(model: Any, example: dict[str, Any]) -> nn.Module:
-    """`model` as an nn.Module. Raises ExportError(scripted | not_exportable)."""
+    """Convert `model` to an nn.Module. Raises ExportError(scripted | not_exportable)."""
     if isinstance(model, ExportedProgram):
         _check_sizes(model)
         return _with_layers(model)
@@ -45,7 +45,7 @@ def as_module(model: Any, example: dict[str, Any]) -> nn.Module:
 
 
 def load(path: Path) -> nn.Module:
-    """A TorchScript file. Its operators run, and nothing in it is unpickled into Python objects."""
+    """Load a TorchScript file. Its operators may run, but nothing in it is unpickled into Python objects."""
     try:
         with quiet():
             return torch.jit.load(path, map_location="cpu")
@@ -54,7 +54,7 @@ def load(path: Path) -> nn.Module:
 
 
 def _from_script(model: nn.Module, example: dict[str, Any]) -> nn.Module:
-    """From the Python classes that it was compiled from, if they can be imported; else from its graph."""
+    """Convert through the Python classes it was compiled from, if they can be imported, otherwise through its graph."""
     why = ""
     for read in (partial(without_scripts, model), partial(_converted, model, example)):
         try:
@@ -75,7 +75,7 @@ def _from_script(model: nn.Module, example: dict[str, Any]) -> nn.Module:
 
 
 def _answers(model: nn.Module, example: dict[str, Any]) -> Any:
-    """In eval mode, in which it is exported; its own mode is restored."""
+    """Run the model in eval mode, as it is exported; its own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         return model.eval()(**example)
@@ -101,7 +101,7 @@ def _in_python(model: torch.jit.ScriptModule) -> nn.Module:
 
 
 def without_scripts(model: nn.Module) -> nn.Module:
-    """A copy with the scripted modules inside it in Python, sharing its parameters; `model` if there are none."""
+    """A copy with scripted submodules as Python modules, sharing all parameters; `model` itself if there are none."""
     if isinstance(model, torch.jit.ScriptModule):
         return _in_python(model)
     children = {name: without_scripts(child) for name, child in model.named_children()}
@@ -114,7 +114,7 @@ def without_scripts(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def functions_in_python() -> Iterator[None]:
-    """Within, functions of torch.jit.script run as the Python functions that they were compiled from."""
+    """Run functions of torch.jit.script as the Python functions that they were compiled from."""
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, "_torchdynamo_inline", partial(compiled, self))(*args, **kwargs)
@@ -128,7 +128,7 @@ def functions_in_python() -> Iterator[None]:
 
 
 def _rebuilt(model: nn.Module, kind: Any) -> nn.Module:
-    """An instance of the Python class that `kind` was compiled from, with what `model` has."""
+    """An instance of the Python class that `kind` was compiled from, with the contents of `model`."""
     plain: Any = kind.py_class
     if issubclass(plain, nn.RNNBase):
         options = {name: getattr(model, name) for name in _OPTIONS}
@@ -175,7 +175,7 @@ def _check_sizes(program: ExportedProgram) -> None:
 
 
 def _with_layers(program: ExportedProgram, names: list[str] | None = None) -> nn.Module:
-    """The program as a module. names: for its inputs."""
+    """Convert a program to a module, with `names` for its inputs."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
@@ -200,7 +200,7 @@ def _with_layers(program: ExportedProgram, names: list[str] | None = None) -> nn
 
 
 class _Layer(nn.Module):
-    """A recurrent layer with the operator's arguments and results."""
+    """Adapts a recurrent layer to the operator's arguments and results."""
 
     def __init__(self, rnn: nn.RNNBase) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tells whether a module was made of random numbers, by making it twice."""
+"""Detects whether a module has random weights, by making it twice."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 
 def random_tensors(module: nn.Module, other: nn.Module) -> list[str]:
-    """The names of the parameters, buffers and other tensors in which two modules of the same code differ."""
+    """The names of parameters, buffers and other tensors that differ between two modules made by the same code."""
     if module is other:
         return []
     theirs = dict(_tensors(other))
@@ -38,7 +38,7 @@ def _is_same(one: Tensor, other: Tensor | None) -> bool:
 
 @contextmanager
 def other_random_numbers() -> Iterator[None]:
-    """Within, random numbers are others than before; afterwards they continue as if nothing had been."""
+    """Use different random numbers, and restore the random state afterwards."""
     before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

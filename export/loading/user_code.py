@@ -1,7 +1,7 @@
 """Loads a module from the user's own code: `models:Net`, `models.net:Net` or `path/to/net.py:Net`.
 
-Imports are found as Python finds them: from the current directory for a dotted name, as for `python -m`; from the
-file's own folder for a file, as for `python path/to/net.py`, and relative to its package if it is in one.
+Imports resolve as in Python: from the current directory for a dotted name, as with `python -m`; from the file's folder
+for a file, as with `python path/to/net.py`, and relative to its package if it is in one.
 """
 
 import importlib
@@ -21,16 +21,16 @@ from unroll.export.loading.random_weights import other_random_numbers, random_te
 from unroll.export.loading.weight_files import hyper_parameters, is_plain
 from unroll.export.loading.weights import load_weights
 
-#: Of a factory without arguments.
+#: The arguments of a factory without any.
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @contextmanager
 def importable(target: str) -> Iterator[None]:
-    """Within, the code of `target` finds its imports, also those that run later, in a factory or in forward.
+    """Make the imports of `target` resolvable, including those that run later, in a factory or in forward.
 
     Args:
-        target: `MODULE:FACTORY` or `FILE.py:FACTORY`; anything else changes nothing.
+        target: `MODULE:FACTORY` or `FILE.py:FACTORY`; anything else is ignored.
     """
     folders = [str(folder) for folder in _folders(target)]
     sys.path[:0] = folders
@@ -43,20 +43,20 @@ def importable(target: str) -> Iterator[None]:
 
 
 def saved_arguments(target: str, weights: Path, given: Collection[str]) -> dict[str, Any]:
-    """The arguments that a checkpoint of PyTorch Lightning has for the factory. Call it within `importable`.
+    """The factory's arguments in a checkpoint of PyTorch Lightning. Call this within `importable`.
 
     Args:
         target, weights: as for `from_factory`.
-        given: the names of those that are known already.
+        given: names of arguments that are already known.
 
     Raises:
-        ExportError: checkpoint, if the file cannot be read, or one of them only by code of its own.
+        ExportError: checkpoint, if the file cannot be read, or an argument can only be read by running code.
     """
     saved = hyper_parameters(weights)
     try:
         source, _, name = target.rpartition(":")
         taken = inspect.signature(getattr(_imported(source), name)).parameters.values() if saved else ()
-    except Exception:  # noqa: BLE001 user code: `from_factory` says what is wrong with it
+    except Exception:  # noqa: BLE001 user code: `from_factory` reports the problem
         return {}
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken)
     names = {each.name for each in taken}
@@ -77,16 +77,16 @@ def from_factory(
     arguments: Mapping[str, Any] = _NONE,
     say: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
-    """Import the code that `target` names, call its factory, and load `weights`. Call it within `importable`.
+    """Import `target`, call its factory, and load `weights`. Call this within `importable`.
 
     Args:
         target: `MODULE:FACTORY` or `FILE.py:FACTORY`. FACTORY is a class, a function, or a module.
-        weights: a file of safetensors, or one that torch.save wrote.
-        arguments: of the class or the function, by name.
+        weights: a safetensors file, or a file written by torch.save.
+        arguments: arguments of the class or function, by name.
         say: called with a line of text if names in the file had to be changed.
 
     Raises:
-        ExportError: checkpoint, if the code cannot be imported, gives no torch.nn.Module, or does not fit the weights.
+        ExportError: checkpoint, if the code cannot be imported, makes no torch.nn.Module, or does not fit the weights.
     """
     module = _made(target, arguments, lambda source, name: getattr(source, name))
     if weights and (how := load_weights(module, weights)):
@@ -97,13 +97,14 @@ def from_factory(
 def check_not_random(
     target: str, weights: Path | None, module: nn.Module, arguments: Mapping[str, Any] = _NONE
 ) -> None:
-    """Make the module a second time, with other random numbers, to see whether `module` is made of such.
+    """Make the module a second time with other random numbers, to find out whether its weights are random.
 
     Args:
-        target, weights, arguments: as for `from_factory`, which made `module` of them.
+        target, weights, arguments: as for `from_factory`, which made `module` from them.
+        module: the module to check.
 
     Raises:
-        ExportError: checkpoint, if it is, or if it cannot be made a second time.
+        ExportError: checkpoint, if a weight is random, or if the module cannot be made a second time.
     """
     with other_random_numbers():
         try:
@@ -152,7 +153,7 @@ def _made(target: str, arguments: Mapping[str, Any], look_up: Callable[[ModuleTy
 
 
 def _imported_again(source: ModuleType, name: str) -> Any:
-    """A factory as it is; in place of a module, that which the code makes when it runs once more."""
+    """A factory unchanged. For a module, run its source file again, and return the module that this creates."""
     factory = getattr(source, name)
     if not isinstance(factory, nn.Module):
         return factory
@@ -179,7 +180,7 @@ def _folders(target: str) -> list[Path]:
 
 
 def _place(path: Path) -> tuple[str, Path]:
-    """The dotted name of a file within its packages, and the folder that the outermost package is in."""
+    """The dotted name of a file within its packages, and the folder of the outermost package."""
     name, folder = path.stem, path.parent
     while (folder / "__init__.py").is_file():
         name, folder = f"{folder.name}.{name}", folder.parent
@@ -191,7 +192,7 @@ def _imported(source: str) -> ModuleType:
         return _from_file(Path(source).resolve())
     module = importlib.import_module(source)
     own = Path(*source.split(".")).with_suffix(".py").resolve()
-    # Another module may have the name already, as the standard library's `types` has.
+    # Another module may already have the name, such as the standard library's `types`.
     return module if not own.is_file() or _is_from(module, own) else _from_file(own)
 
 

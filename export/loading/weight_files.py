@@ -1,4 +1,4 @@
-"""Tells what a file holds, and reads the weights in it. Never runs code from a file."""
+"""Recognises model files and reads weights from them, without running code from a file."""
 
 import pickletools
 import zipfile
@@ -14,7 +14,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from unroll.export.errors import ExportError, first_line
 
-#: script: TorchScript. program: of torch.export. saved: by torch.save.
+#: script: TorchScript. program: a program of torch.export. saved: written by torch.save.
 FileKind = Literal["script", "program", "saved", "safetensors"]
 
 #: For models of other frameworks.
@@ -25,7 +25,7 @@ _SAVE = 'torch.save(model.state_dict(), "weights.pt")'
 
 
 def kind_of(path: Path) -> FileKind:
-    """By its content, whatever its name. Raises ExportError(checkpoint) for any other file, and says what it is."""
+    """Recognise a file by its content. Raises ExportError(checkpoint) for any other file, describing it."""
     if not path.is_file():
         raise ExportError("checkpoint", _folder(path) if path.is_dir() else f"there is no file {path}")
     if zipfile.is_zipfile(path):
@@ -70,10 +70,10 @@ def _described(path: Path, head: bytes) -> str:
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """What a file of weights holds: tensors by name, or a checkpoint with such a mapping in it.
+    """Read a file of weights: tensors by name, or a checkpoint that contains such a mapping.
 
     Raises:
-        ExportError: checkpoint, for any other file, with what to do with it.
+        ExportError: checkpoint, for any other file, with a remedy.
     """
     match kind_of(path):
         case "script":
@@ -94,17 +94,17 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
 
 def hyper_parameters(path: Path) -> dict[str, Any]:
-    """What the module of a checkpoint was made with, as PyTorch Lightning writes it; nothing if the file is another.
+    """The hyper-parameters in a checkpoint of PyTorch Lightning; empty for other files.
 
     Raises:
-        ExportError: checkpoint, as `read_weights`.
+        ExportError: checkpoint, as for `read_weights`.
     """
     found = _saved(path).get("hyper_parameters") if kind_of(path) == "saved" else None
     return {name: value for name, value in found.items() if name.isidentifier()} if isinstance(found, Mapping) else {}
 
 
 def is_plain(value: Any) -> bool:
-    """Is it, and all that it holds, what was saved, and nothing that stands in for another object?"""
+    """Is the value complete, without a `_StandIn` for an object that cannot be read?"""
     if isinstance(value, Mapping):
         return not isinstance(value, OrderedDict) and all(map(is_plain, value.values()))
     return not isinstance(value, (list, tuple, set)) or all(map(is_plain, value))
@@ -119,7 +119,7 @@ def program_refusal(path: Path) -> ExportError:
 
 
 def check_script(path: Path) -> None:
-    """Raises ExportError(checkpoint) for a file that is not TorchScript, with what to do with it."""
+    """Raise ExportError(checkpoint), with a remedy, for a file that is not TorchScript."""
     match "program" if path.suffix == ".pt2" else kind_of(path):
         case "script":
             return
@@ -135,7 +135,7 @@ def check_script(path: Path) -> None:
 
 
 class _StandIn:
-    """In place of an object that is no tensor: a dictionary that keeps what the object would have been given."""
+    """Replaces an object that is not a tensor by a dictionary, which receives the object's state."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return OrderedDict()
@@ -146,7 +146,7 @@ def _saved(path: Path) -> Mapping[str, Any]:
     try:
         with safe_globals([(_StandIn, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file, anything
+    except Exception as error:  # a damaged file may raise anything
         if not names and zipfile.is_zipfile(path):
             raise ExportError("checkpoint", f"{path} is damaged: {first_line(error)}") from error
         raise ExportError(
@@ -162,7 +162,7 @@ def _saved(path: Path) -> Mapping[str, Any]:
 
 
 def whole_module(path: Path) -> ExportError:
-    """The refusal of a module that was pickled as a whole."""
+    """The refusal of a pickled module."""
     with zipfile.ZipFile(path) as archive:
         (data,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         cls = next(str(arg) for code, arg, _ in pickletools.genops(archive.read(data)) if code.name == "GLOBAL")
@@ -176,7 +176,7 @@ def whole_module(path: Path) -> ExportError:
 
 
 def _foreign(path: Path) -> list[str]:
-    """The names of what is not made of tensors in a file of torch.save; none where they are not known."""
+    """The globals that a torch.save file needs in addition to tensors; empty if they are not known."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(path))
     except ValueError:

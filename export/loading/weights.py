@@ -1,4 +1,4 @@
-"""Puts the weights of a file into a module: under the keys, and without the prefixes, that trainers give them."""
+"""Loads weights from a file into a module, and handles the keys and prefixes that trainers add."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,24 +9,24 @@ from torch import Tensor, nn
 from unroll.export.errors import ExportError, first_line
 from unroll.export.loading.weight_files import read_weights
 
-#: Where checkpoints keep the weights, in the order in which they are looked for.
+#: The keys under which checkpoints keep the weights, in order of preference.
 _KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
 
-#: Parts of names that wrappers add: DataParallel, torch.compile.
+#: Name components added by wrappers: DataParallel, torch.compile.
 _WRAPPERS = ("module", "_orig_mod")
 
-#: Names in one message.
+#: The most names in one message.
 _FEW = 5
 
 
 def load_weights(module: nn.Module, path: Path) -> str | None:
-    """Strict: nothing may be missing, left over or of another shape.
+    """Load weights strictly: nothing may be missing, left over or of another shape.
 
     Returns:
-        How the file had to be read, or None if its names are those of the module.
+        How names had to be changed, or None if they match the module's.
 
     Raises:
-        ExportError: checkpoint, with what the file is and what to do.
+        ExportError: checkpoint, with a description of the file and a remedy.
     """
     module = getattr(module, "_orig_mod", module)
     own = {name: tuple(getattr(value, "shape", ())) for name, value in module.state_dict().items()}
@@ -44,7 +44,7 @@ def load_weights(module: nn.Module, path: Path) -> str | None:
 
 
 def _found(content: Mapping[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
-    """The key of the weights in a checkpoint, empty if it is nothing but weights; and the weights."""
+    """Find the weights in a checkpoint; returns their key, or an empty one if the file holds only weights."""
     places = {"": content} | {key: value for key, value in content.items() if isinstance(value, Mapping)}
     weights = [key for key, value in places.items() if _is_weights(value)]
     usual = [key for key in ("", *_KEYS) if key in weights]
@@ -64,7 +64,7 @@ def _is_weights(value: Mapping[Any, Any]) -> bool:
 
 
 def _fitted(tensors: dict[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The tensors under the module's names, and what had to be done for it; unchanged if nothing helps."""
+    """Rename the tensors to the module's names, if a renaming fits; returns them with notes on the changes."""
     if tensors.keys() == own.keys():
         return tensors, []
     for wrappers in ((), *((one,) for one in _WRAPPERS), _WRAPPERS):
@@ -84,7 +84,7 @@ def _without(name: str, wrappers: tuple[str, ...]) -> str:
 
 
 def _prefixes(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """What may stand before the module's names."""
+    """Possible prefixes of the module's names."""
     first = next(iter(own), "")
     return [name.removesuffix(first) for name in tensors if name == first or name.endswith(f".{first}")]
 

@@ -1,6 +1,7 @@
-"""The lifted model as an ONNX graph: a node per recurrent layer, a Scan per other loop; batch and time dynamic."""
+"""Converts the lifted model to an ONNX graph, dynamic in batch and time: one node per layer, one Scan per loop."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 from operator import attrgetter
 from typing import Any
 from unittest import mock
@@ -8,12 +9,16 @@ from unittest import mock
 import onnx
 import torch
 from onnxscript import TracedOnnxFunction
+from torch import fx
+from torch.export import ExportedProgram
 
+from unroll.bundle import BundleError
 from unroll.bundle.golden import Arrays
+from unroll.bundle.graph import check_operators, operators
 from unroll.export.errors import ExportError, untraceable
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.log_filter import quiet
-from unroll.export.onnx.tracing import Suspects, trace
+from unroll.export.onnx.tracing import Suspects, place_of, trace
 from unroll.export.onnx.translation import translation_table
 from unroll.export.signature.samples import as_tensors
 
@@ -22,20 +27,21 @@ OPSET = 20
 #: The ONNX model, and the sizes at which it may be wrong.
 Trace = tuple[onnx.ModelProto, Suspects]
 
-#: Marks the graph's own inputs and outputs until the names inside are out of their way.
+#: Marks the graph's inputs and outputs until conflicting names inside the graph are changed.
 _PUBLIC = "public:"
+
+#: Operators of PyTorch that divide.
+_DIVISIONS = {"div", "floor_divide", "floordiv", "fmod", "mod", "remainder"}
 
 
 def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
-    """Trace `module` with `inputs`, each (batch, time, ...).
-
-    Raises ExportError(not_exportable).
-    """
+    """Trace `module` with `inputs`, each (batch, time, ...). Raises ExportError(not_exportable)."""
     tensors = as_tensors(inputs, double=False)
     size, time = next(iter(inputs.values())).shape[:2]
     arguments = (torch.zeros(size, module.layout.size), torch.full((size,), time, dtype=torch.int32), *tensors.values())
     inputs_of_graph = ["state", "sequence_lens", *module.names]
     outputs_of_graph = [*(output.spec.name for output in module.outputs), "state_out"]
+    traced = None
     with quiet(), unparsed_functions():
         try:
             traced, suspects = trace(module, arguments)
@@ -53,28 +59,55 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
             raise
         except Exception as error:
             _leave_vmap()
-            raise untraceable("forward", error) from error
+            raise untraceable("forward", error, partial(_place, traced)) from error
     assert program is not None
     model = program.model_proto
     _rename(model.graph)
     _drop_copies(model.graph)
     _drop_unused(model.graph)
+    _check(model, traced)
     return _bare(model), suspects
 
 
+def _place(program: ExportedProgram | None, operator: str) -> str:
+    """Where forward calls an operator, as `fft_fft`, or one that is made of it; empty if that is not known."""
+    if program is None:
+        return ""
+    return place_of(program, lambda node: str(node.target).rpartition(".")[0].endswith(operator))
+
+
+def _check(model: onnx.ModelProto, program: ExportedProgram) -> None:
+    """Raises ExportError(not_exportable) for a graph that a server would refuse."""
+    try:
+        check_operators(operators(model.SerializeToString()), ())
+    except BundleError as error:
+        place = place_of(program, _divides_integers) if "of integers" in error.message else ""
+        how = ": compute in floats, as torch.floor(n.float() / m).long()" if place else ""
+        raise ExportError(
+            "not_exportable", f"a server refuses what forward computes: {error.message}{place}{how}"
+        ) from error
+
+
+def _divides_integers(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    made = node.meta.get("val")
+    whole = isinstance(made, torch.SymInt) or (isinstance(made, torch.Tensor) and not made.is_floating_point())
+    return name in _DIVISIONS and whole and isinstance(node.args[1], fx.Node)
+
+
 def unparsed_functions() -> AbstractContextManager[Any]:
-    """PyTorch asks onnxscript's 500 functions for their domain only, for which onnxscript would parse their sources."""
+    """Keep onnxscript from parsing the sources of its 500 functions: PyTorch only asks each for its domain."""
     return mock.patch.object(TracedOnnxFunction, "function_ir", property(attrgetter("opset")), create=True)
 
 
 def _leave_vmap() -> None:
-    """A failed trace may stay within torch.vmap, where PyTorch refuses much."""
+    """Leave torch.vmap: a failed trace may still be inside it, where many operations raise."""
     while torch._C._functorch.maybe_current_level() is not None:
         torch._C._functorch._vmap_decrement_nesting()
 
 
 def _rename(graph: onnx.GraphProto) -> None:
-    """Give inputs and outputs their names: the exporter may have used these inside the graph."""
+    """Give inputs and outputs their public names, which the exporter may have used inside the graph."""
 
     def renamed(name: str) -> str:
         return name.removeprefix(_PUBLIC) if name.startswith(_PUBLIC) or not name else f"/{name}"
@@ -89,7 +122,7 @@ def _rename(graph: onnx.GraphProto) -> None:
 
 
 def _drop_copies(graph: onnx.GraphProto) -> None:
-    """A Split into one part, as the exporter writes for the state of a layer with one direction, copies a tensor."""
+    """Remove Splits into one part, which only copy: the exporter writes them for the state of unidirectional layers."""
     kept = {value.name for value in graph.output}
     copies: dict[str, str] = {}
     for node in graph.node:
@@ -103,7 +136,7 @@ def _drop_copies(graph: onnx.GraphProto) -> None:
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Constants that the exporter wrote for the arguments of an operator that we translate."""
+    """Drop constants that the exporter wrote for arguments of operators that we translate."""
     used = _read(graph)
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
@@ -111,13 +144,13 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 
 
 def _read(graph: onnx.GraphProto) -> set[str]:
-    """The names that a graph, or one within it, reads or returns."""
+    """The names that a graph reads or returns, including those of inner graphs."""
     inner = [_read(within) for node in graph.node for within in _inner_graphs(node)]
     return set().union(*(node.input for node in graph.node), (value.name for value in graph.output), *inner)
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without the exporter's notes (stack traces, local paths), so that equal models have equal bytes."""
+    """Remove the exporter's metadata (stack traces, local paths), so that equal models have equal bytes."""
     del model.metadata_props[:]
     model.doc_string = ""
     _bare_graph(model.graph)

@@ -1,4 +1,4 @@
-"""A graph in reduced precision: float16 for GPUs, integers for the CPU. Inputs, outputs and state row stay float32."""
+"""Reduces a graph's precision: float16 for GPUs, integers for the CPU. Inputs, outputs and state row stay float32."""
 
 import copy
 import tempfile
@@ -14,7 +14,7 @@ from unroll.bundle.manifest import Precision
 from unroll.export.errors import ExportError
 from unroll.export.log_filter import quiet
 
-#: What onnxruntime computes with integers on the CPU. Its GRU and RNN it does not, and an embedding gains nothing.
+#: The operators that onnxruntime can run on integers on the CPU; not GRU and RNN, and an embedding gains nothing.
 _INTEGER = ["LSTM", "MatMul"]
 
 
@@ -31,7 +31,7 @@ def _float16(graph: onnx.ModelProto) -> bytes:
 def _int8(graph: onnx.ModelProto) -> bytes:
     with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "int8.onnx"
-        # Weights of 7 bits: on processors without VNNI, sums of two products of 8 bits saturate at 16.
+        # 7-bit weights: on processors without VNNI, the 16-bit sum of two 8-bit products would saturate.
         quantize_dynamic(
             copy.deepcopy(graph),
             path,

@@ -1,4 +1,4 @@
-"""A graph on onnxruntime, as the bundle's run function."""
+"""Runs a graph on onnxruntime, as the bundle's run function."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from unroll.export.lifting.streaming import StreamingModule
 
 
 def onnx_runner(model: bytes, module: StreamingModule) -> RunFunction:
-    """The graph on onnxruntime's CPU provider, as the bundle's run function, which raises ExportError(parity)."""
+    """Wrap a graph on onnxruntime's CPU provider as a run function, which raises ExportError(parity)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

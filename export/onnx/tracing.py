@@ -1,23 +1,27 @@
-"""Traces the lifted model with batch and time of any size, and lists the sizes at which the trace may be wrong."""
+"""Traces the lifted model with dynamic batch and time, and lists the sizes at which the trace may be wrong."""
 
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.sym_node import SymNode
 
 from unroll.export.errors import ExportError
 from unroll.export.lifting.streaming import StreamingModule
+from unroll.export.source_lines import current_line, traced_line
 
-#: (batch, time) pairs to be compared with PyTorch.
+#: (batch, time) pairs to compare with PyTorch.
 Suspects = list[tuple[int, int]]
 
-#: Exceptions up to this size are tried one by one; above, a model that treats sizes differently is refused.
+#: Sizes up to this one that break a guard are tried one by one. A guard that larger sizes break is a refusal.
 _LARGEST_SUSPECT = 8
 
-#: Sizes to try a guard with.
+#: The sizes to evaluate a guard with.
 _SIZES = (*range(1, 4097), *(2**power for power in range(13, 32)))
 
 _GUARD = re.compile(
@@ -26,15 +30,25 @@ _GUARD = re.compile(
 
 _FIXED = re.compile(r"You marked (batch|time) as dynamic but your code specialized it")
 
+#: Divisions that ONNX writes as `Div` or `Mod`.
+_DIVISIONS = {"div", "floor_divide", "floordiv", "fmod", "mod", "remainder"}
+
 
 def trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, Suspects]:
-    """arguments: state, sequence_lens and the inputs of `module`. Raises ExportError(not_exportable).
+    """Trace `module`.
 
-    Left alone, the exporter takes a branch on a size for a check at run time, drops the check, and leaves a graph
-    that is wrong beyond it. PyTorch itself makes such guards for sizes 0 and 1; if nothing but a few small sizes
-    break a guard, they become suspects.
+    By default, the exporter turns a branch on a size into a runtime check and then drops the check, so the graph is
+    wrong for sizes that fail it. PyTorch itself adds such guards for sizes 0 and 1. If only a few small sizes break a
+    guard, they become suspects.
+
+    Args:
+        module: the lifted model.
+        arguments: state, sequence_lens and the inputs of `module`.
+
+    Raises:
+        ExportError: not_exportable.
     """
-    with mock.patch.object(nn.Unflatten, "_require_tuple_int"):  # it refuses sizes that are symbolic
+    with mock.patch.object(nn.Unflatten, "_require_tuple_int"):  # it refuses symbolic sizes
         return _trace(module, arguments)
 
 
@@ -42,18 +56,34 @@ def _trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[Exporte
     batch, time = Dim("batch", min=1), Dim("time", min=1)
     shapes = ({0: batch}, {0: batch}, tuple({0: batch, 1: time} for _ in arguments[2:]))
     try:
-        return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False), []
+        with _noted_numbers() as numbers:
+            return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False), []
     except torch._dynamo.exc.UserError as error:
         if "Constraints violated" not in str(error):
             raise
-        suspects = _suspects(str(error))
+        suspects = _suspects(str(error), numbers)
     traced = torch.export.export(
         module, arguments, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
     )
     return traced, suspects
 
 
-def _suspects(message: str) -> Suspects:
+@contextmanager
+def _noted_numbers() -> Iterator[list[str]]:
+    """Within, notes the lines of the user's code at which a size of the example becomes a plain number."""
+    lines: list[str] = []
+    number = SymNode.guard_int
+
+    def noted(node: Any, *where: Any) -> int:
+        if node.maybe_as_int() is None:
+            lines.append(current_line())
+        return number(node, *where)
+
+    with mock.patch.object(SymNode, "guard_int", noted):
+        yield lines
+
+
+def _suspects(message: str, numbers: Iterable[str] = ()) -> Suspects:
     found: Suspects = []
     for line in message.splitlines():
         if line.startswith("The error above occurred"):
@@ -61,10 +91,11 @@ def _suspects(message: str) -> Suspects:
         if not line.startswith("  - "):
             continue
         if fixed := _FIXED.search(line):
+            size, where = "batch size" if fixed[1] == "batch" else "length", next(filter(None, numbers), "")
             raise ExportError(
                 "not_exportable",
-                f"forward makes a plain number of the {'batch size' if fixed[1] == 'batch' else 'length'}, as len(x) "
-                "and int() do, so that it holds for this one only; use x.shape, or x.size()",
+                f"forward makes a plain number of the {size}, as len(x) and int() do{where}, so that it holds for this "
+                "one only; compute with x.shape and x.size() as they are",
             )
         guard = _GUARD.search(line)
         broken = _broken(guard[2], guard[3]) if guard else None
@@ -81,7 +112,7 @@ def _suspects(message: str) -> Suspects:
 
 
 def _broken(symbol: str, guard: str) -> list[int] | None:
-    """The sizes that do not satisfy a guard such as `(-1) + L['x'].size()[1] != 1`; None if it cannot be read."""
+    """The sizes that break a guard such as `(-1) + L['x'].size()[1] != 1`; None if it cannot be parsed."""
     expression = guard.replace(symbol, "size")
     if not re.fullmatch(r"(?:size\b|and\b|or\b|[Mm]in\b|[Mm]ax\b|[\s\d()+\-*/%<>=!,])+", expression):
         return None
@@ -90,3 +121,14 @@ def _broken(symbol: str, guard: str) -> list[int] | None:
         return [n for n in _SIZES if not eval(expression, names, {"size": n})]  # noqa: S307 made by torch, no names
     except (SyntaxError, TypeError, ArithmeticError):
         return None
+
+
+def place_of(program: ExportedProgram, is_meant: Callable[[fx.Node], bool]) -> str:
+    """The line of the user's code that the first such node comes from, and its module: ` (at net.py:14) in 'cell'`."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    node = next((node for graph in graphs for node in graph.nodes if is_meant(node)), None)
+    if node is None:
+        return ""
+    paths = [path for path, *_ in node.meta.get("nn_module_stack", {}).values()]
+    path = paths[-1].removeprefix("model").removeprefix(".") if paths else ""
+    return traced_line(node.meta.get("stack_trace") or "") + (f" in {path!r}" if path else "")

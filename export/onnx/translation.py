@@ -1,4 +1,4 @@
-"""The ONNX nodes that our custom ops become: one LSTM, GRU or RNN per layer."""
+"""Translates our custom ops to ONNX nodes: one LSTM, GRU or RNN per layer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from onnxscript import opset20 as op
 
 
 def translation_table() -> dict[Callable, Callable]:
-    """From each custom op to the function that writes its nodes."""
+    """The function that writes the nodes of each custom op."""
     return {
         torch.ops.unroll.lstm.default: _lstm,
         torch.ops.unroll.gru.default: _gru,
@@ -32,8 +32,8 @@ def _gru(x: Any, lens: Any, h: Any, w: Any, r: Any, b: Any) -> Any:
 
 
 def _rnn(x: Any, lens: Any, h: Any, w: Any, r: Any, b: Any, activation: str) -> Any:
-    # onnxruntime's RNN, unlike its LSTM and GRU, rounds a batch of one in another way than a larger one. With the
-    # first row twice there never is a batch of one, and a row's bits do not depend on its company.
+    # onnxruntime's RNN, unlike its LSTM and GRU, rounds a batch of one differently from a larger one. Duplicating the
+    # first row avoids a batch of one, so a row's bits do not depend on the rest of the batch.
     x, lens, rows = _first_twice(x, 1), _first_twice(lens, 0), _first_twice(h, 1)
     y, h_out = op.RNN(x, w, r, b, lens, rows, **_shape_of(h), activations=[activation] * h.shape[0])
     return _joined(_without_last(y, 2), h), _without_last(h_out, 1)
@@ -52,7 +52,7 @@ def _sum(x: Any, dim: Sequence[int], keepdim: bool = False, dtype: int = -1) -> 
 
 
 def _reduced(reduce: Callable, x: Any, dim: Sequence[int], keepdim: bool) -> Any:
-    """Over time in float64: onnxruntime adds one after the other, PyTorch in a tree, which rounds less."""
+    """Reduce over time in float64: onnxruntime adds sequentially, PyTorch in a tree, which rounds less."""
     axes = sorted({axis % len(x.shape) for axis in dim or range(len(x.shape))})
     if x.dtype != DataType.FLOAT or all(isinstance(x.shape[axis], int) for axis in axes):
         return reduce(x, _ints(*axes), keepdims=int(keepdim))

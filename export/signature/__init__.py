@@ -1,1 +1,1 @@
-"""The signature of forward: its arguments, what it returns, and inputs of any size that look like the example's."""
+"""The signature of forward: its arguments, its results, and inputs of any size that resemble the example's."""

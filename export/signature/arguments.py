@@ -1,4 +1,4 @@
-"""The arguments of forward: checks, and the example in other sizes."""
+"""Checks the arguments of forward, and resizes the example."""
 
 import inspect
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from unroll.export.signature.outputs import DTYPES
 
 @dataclass(frozen=True, slots=True)
 class DeclaredArguments:
-    """What the user says of forward's arguments.
+    """The user's declarations about forward's arguments.
 
     Attributes:
-        static: those without time, given once when a sequence begins.
-        state: those that forward hands on itself, each with the name of the output that the next call is handed.
+        static: arguments without time, given once at the start of a sequence.
+        state: arguments that forward returns for its next call, each with the name of that output.
         batch_first: forward takes (batch, time, ...), otherwise (time, batch, ...).
     """
 
@@ -32,9 +32,9 @@ class DeclaredArguments:
 
 @dataclass(frozen=True, slots=True)
 class StateArgument:
-    """An argument that is an initial state: one row of it, to be repeated for any batch.
+    """An argument that is an initial state; one row is repeated for any batch.
 
-    axes: where the batch is in each tensor; none if forward takes one sequence only.
+    `axes` holds the batch axis of each tensor; it is empty if forward takes a single sequence.
     """
 
     tensors: tuple[Tensor, ...]
@@ -42,10 +42,10 @@ class StateArgument:
     structure: Any
 
     def __deepcopy__(self, memo: Any) -> "StateArgument":
-        return self  # never changed, and copying a pytree's structure warns
+        return self  # immutable, and copying a pytree structure warns
 
     def expand(self, batch: int) -> Any:
-        """`batch` may be symbolic, while forward is being traced."""
+        """Repeat one row `batch` times. `batch` is symbolic while forward is traced."""
         if not self.axes:
             return pytree.tree_unflatten(list(self.tensors), self.structure)
         rows = [t.narrow(axis, 0, 1) for t, axis in zip(self.tensors, self.axes, strict=True)]
@@ -55,7 +55,7 @@ class StateArgument:
 
 
 def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:
-    """Raises ExportError(input) unless forward can be called with these names, (dtype) for other dtypes."""
+    """Raise ExportError(input) unless forward can be called with these names, (dtype) for unsupported dtypes."""
     signature = inspect.signature(model.forward)
     try:
         signature.bind(**example)
@@ -74,7 +74,7 @@ def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:
 
 
 def _missing(signature: inspect.Signature, example: dict[str, Any]) -> str:
-    """What to do for the first argument that has neither a value nor a default."""
+    """A remedy for the first argument without a value and without a default."""
     named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     left = [p.name for p in signature.parameters.values() if p.kind in named and p.default is p.empty]
     name = next((name for name in left if name not in example), None)
@@ -88,7 +88,7 @@ def _missing(signature: inspect.Signature, example: dict[str, Any]) -> str:
 
 
 def alike_rows(tensor: Tensor, batch: int) -> list[int]:
-    """The axes along which a tensor may be a batch of rows that are all alike."""
+    """The axes along which a tensor may be a batch of equal rows."""
     return [
         axis
         for axis in range(tensor.dim())
@@ -97,7 +97,7 @@ def alike_rows(tensor: Tensor, batch: int) -> list[int]:
 
 
 def check_static(static: dict[str, Any], batch: int, unbatched: bool) -> dict[str, Tensor]:
-    """The example's inputs without time, (batch, ...). Raises ExportError(input)."""
+    """Check the inputs without time, which must be (batch, ...). Raises ExportError(input)."""
     for name, value in static.items():
         if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != batch or unbatched:
             raise ExportError(
@@ -113,7 +113,7 @@ def check_static(static: dict[str, Any], batch: int, unbatched: bool) -> dict[st
 def resized(
     example: dict[str, Any], size: tuple[int, int], static: frozenset[str], batch_first: bool
 ) -> dict[str, Any]:
-    """The example with another batch size and length: its rows and steps, repeated or cut off."""
+    """Change the example's batch size and length, by repeating or dropping rows and steps."""
     batch, time = size
     tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
     sizes = next((leaf.shape[:2] for leaf in tensors if leaf.dim() > 1), tensors[0].shape[:1])
@@ -138,7 +138,7 @@ def _cycle(tensor: Tensor, axis: int, size: int) -> Tensor:
 
 
 def check_inputs(example: dict[str, Tensor], batch_first: bool, unbatched: bool) -> dict[str, Tensor]:
-    """The example inputs as (batch, time, ...); they must share both. Raises ExportError(batch_time | input)."""
+    """Convert the inputs to (batch, time, ...); all must share both. Raises ExportError(batch_time | input)."""
     layout = "(batch, time, ...)" if batch_first else "(time, batch, ...)"
     for name, value in example.items():
         if name in RESERVED_NAMES:

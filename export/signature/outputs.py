@@ -22,7 +22,7 @@ DTYPES: dict[torch.dtype, Dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The `index`-th tensor that forward returns, with its axes as forward returns them (`time` None: no time axis)."""
+    """The `index`-th tensor that forward returns, with its batch and time axes; `time` is None if it has no time."""
 
     index: int
     spec: TensorSpec
@@ -30,14 +30,14 @@ class Output:
     time: int | None
 
     def batch_major(self, tensor: Tensor) -> Tensor:
-        """As the bundle has it: (batch, time, ...) or (batch, ...)."""
+        """Transpose to the bundle's layout: (batch, time, ...) or (batch, ...)."""
         axes = [self.batch] if self.time is None else [self.batch, self.time]
         order = axes + [axis for axis in range(tensor.dim()) if axis not in axes]
         return tensor if order == sorted(order) else tensor.permute(order)
 
 
 def leaves(returned: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor in the result of forward, with a name made of dict keys, field names or positions."""
+    """The tensors in the result of forward, with names built from dict keys, field names and positions."""
     return _walk(returned, "")
 
 
@@ -64,13 +64,13 @@ def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
 
 
 def indices_of(named: list[tuple[str, Tensor]], output: str) -> list[int]:
-    """Which of the tensors are the output of that name, or within it."""
+    """The indices of the tensors in the output of that name."""
     exact = [index for index, (name, _) in enumerate(named) if name == output]
     return exact or [index for index, (name, _) in enumerate(named) if name.startswith(output + "_")]
 
 
 def continuing(named: list[tuple[str, Tensor]], output: str, state: Any) -> list[int]:
-    """Which of the tensors of an output continue which tensor of `state`: by their keys, or else by position."""
+    """The index of the tensor that continues each tensor of `state`, matched by key, or else by position."""
     found = indices_of(named, output)
     by_key = {named[index][0].removeprefix(f"{output}_"): index for index in found}
     keys = [key for key, _ in leaves(state)]
@@ -78,12 +78,12 @@ def continuing(named: list[tuple[str, Tensor]], output: str, state: Any) -> list
 
 
 def is_same(one: Tensor | None, other: Tensor) -> bool:
-    """Equal in shape and in every value; NaN equals NaN."""
+    """Are shape and all values equal? NaN equals NaN."""
     return one is not None and one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
 def first_difference(one: Any, other: Any) -> str | None:
-    """The name of the first tensor in which two results of forward differ, or None.
+    """The name of the first tensor that differs between two results of forward, or None.
 
     Raises:
         ValueError: if they hold different numbers of tensors.
@@ -99,11 +99,11 @@ def plan_outputs(
 
     Args:
         frames: the result of forward by (batch, time); the first one is the base.
-        dropped: indices of tensors that are no outputs.
+        dropped: indices of tensors that are not outputs.
         given_names: names for the outputs, or None.
 
     Raises:
-        ExportError: output, for one that is neither (batch, time, ...) nor (batch, ...) up to the order of its axes.
+        ExportError: output, for an output that is neither (batch, time, ...) nor (batch, ...) in any order of axes.
     """
     (batch, time), *others = frames
     other_batch = next(size for size in others if size[1] == time)

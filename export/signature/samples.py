@@ -1,4 +1,4 @@
-"""Makes inputs of any batch size and length that look like the example's."""
+"""Makes inputs of any batch size and length that resemble the example's."""
 
 from dataclasses import dataclass, field
 
@@ -9,30 +9,33 @@ from torch import Tensor
 from unroll.bundle import Manifest
 from unroll.bundle.golden import Arrays
 
-#: Of the values of an input that may hold NaN.
+#: The share of NaN in an input that allows it.
 _MISSING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """`example`: each (batch, time, ...); `static`: each (batch, ...).
+    """Draws inputs and state rows for trials.
 
-    `limits`: integer inputs are drawn from 0 <= value < limit where known.
+    Attributes:
+        example: the inputs, each (batch, time, ...).
+        limits: the range of integer inputs where known: 0 <= value < limit.
+        reached: state rows (rows, state_size) that sequences end in, since sums and counts cannot hold any number.
+        static: the static inputs, each (batch, ...).
     """
 
     example: Arrays
     limits: dict[str, int] = field(default_factory=dict)
-    #: State rows that sequences end in, (rows, state_size): not any numbers may stand where a sum or a count does.
     reached: np.ndarray | None = None
     static: Arrays = field(default_factory=dict)
 
     def draw(self, batch: int, time: int, seed: int) -> Arrays:
-        """Inputs (batch, time, ...): the example's own time steps in random order, jittered if they are floats."""
+        """Draw inputs (batch, time, ...): the example's time steps in random order, with jitter for floats."""
         rng = np.random.default_rng(seed)
         return {name: self._draw(name, array, (batch, time), rng) for name, array in self.example.items()}
 
     def rows(self, batch: int, manifest: Manifest, seed: int) -> np.ndarray:
-        """(batch, state_size) float32: row 0 is the initial one, the others random, or reached where they must be."""
+        """Draw state rows (batch, state_size) float32: row 0 is initial, others are random or from `reached`."""
         rows = states(batch, manifest.blank_row(), seed)
         if self.reached is not None:
             chosen = np.random.default_rng(seed).integers(0, len(self.reached), batch - 1)
@@ -43,11 +46,11 @@ class Samples:
         return self._with_static(rows, manifest, seed)
 
     def begin(self, batch: int, manifest: Manifest, seed: int) -> np.ndarray:
-        """(batch, state_size) float32: what sequences start from."""
+        """Initial state rows (batch, state_size) float32."""
         return self._with_static(np.repeat(manifest.blank_row()[None], batch, axis=0), manifest, seed)
 
     def draw_static(self, batch: int, seed: int) -> Arrays:
-        """Static inputs (batch, ...), likewise."""
+        """Draw static inputs (batch, ...) likewise."""
         rng = np.random.default_rng(seed)
         drawn = {name: self._draw(name, array[:, None], (batch, 1), rng) for name, array in self.static.items()}
         return {name: array[:, 0] for name, array in drawn.items()}
@@ -70,18 +73,18 @@ class Samples:
             return chosen
         noise = rng.standard_normal(shape)
         if (steps == steps[0]).all():
-            # Nothing to shuffle: spread around the one step there is.
+            # All steps are equal: spread around them.
             jittered = chosen + noise * (float(array.std()) or 1.0)
         else:
-            # Multiplied, not added: zeros stay zero and signs stay, whatever each feature's scale.
+            # Multiplicative noise keeps zeros and signs, whatever a feature's scale.
             jittered = chosen * (1 + 0.1 * noise)
-        if np.isnan(array).any():  # as an input that may hold NaN does
+        if np.isnan(array).any():  # the input allows NaN
             jittered = np.where(rng.random(shape) < _MISSING, np.nan, jittered)
         return jittered.astype(array.dtype)
 
 
 def states(batch: int, initial: np.ndarray, seed: int) -> np.ndarray:
-    """(batch, state_size) float32: row 0 is `initial`, the others are random and not zero."""
+    """State rows (batch, state_size) float32: row 0 is `initial`, the others are random and not zero."""
     rng = np.random.default_rng(seed)
     rows = rng.uniform(-0.9, 0.9, (batch, len(initial))).astype(np.float32)
     rows[0] = initial
@@ -94,7 +97,7 @@ def as_tensors(arrays: Arrays, *, double: bool) -> dict[str, torch.Tensor]:
 
 
 def missing(tensor: Tensor) -> Tensor:
-    """The tensor with NaN at random places, and in its last one."""
+    """Replace random elements, and always the last one, by NaN."""
     places = torch.rand(tensor.shape) < _MISSING
     places.view(-1)[-1] = True
     return tensor.masked_fill(places, torch.nan)

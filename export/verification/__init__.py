@@ -1,1 +1,1 @@
-"""What is asked of a model and of its graph before a bundle is written, and the proof that they agree."""
+"""Probes of a model and its graph before a bundle is written, and the proof that the two agree."""

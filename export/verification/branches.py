@@ -1,7 +1,7 @@
-"""Code of the user's that may do something else later, because of a number that grows with the steps or the length.
+"""Finds user code whose behaviour may change later, because it depends on a number that grows with the steps or length.
 
-A trace of the bytecode shows which numbers each condition reads, and which way it goes. What is made of such numbers
-otherwise than by adding and multiplying, as with `min` or `%`, is computed again from the source.
+A bytecode trace records which numbers each condition reads, and which branch it takes. Results that are not linear in
+such numbers, as of `min` or `%`, are recomputed from the source.
 """
 
 import dis
@@ -19,25 +19,30 @@ from torch import Tensor
 from unroll.export.verification.expressions import COMPUTING, Expression, says_only
 from unroll.export.verification.iterations import is_foreign
 
-#: Code that only raises is no other way to go.
+#: An arm that reaches a raise before any of these only raises, and does not count as a branch.
 _ENDS = ("RETURN", "JUMP", "FOR_ITER", "STORE")
 
-#: A condition begins after one of these at the latest.
+#: An expression starts after the last of these, at the latest.
 _BEFORE = ("RETURN", "JUMP", "FOR_ITER", "STORE", "POP_TOP", "YIELD", "SEND", "RAISE", "RERAISE")
 
-#: Instructions without a meaning of their own.
+#: Instructions that compute nothing.
 _NOTHING = {"CACHE", "PRECALL", "EXTENDED_ARG", "TO_BOOL", "NOT_TAKEN", "NOP", "RESUME"}
 
-#: In a run, times after which only what recurs is seen.
+#: Executions of a site in one run, after which it counts as late: behaviour special to the first steps is over.
 _SETTLED = 5
 
-#: What a variable was, of those that are read.
+#: The values of the variables that a site reads.
 _Values = tuple[Any, ...]
 
 
 @dataclass(slots=True)
 class Site:
-    """A place in the code that reads numbers. read: by run. times: that it ran in the last run."""
+    """A place in the code that reads numbers.
+
+    Attributes:
+        read: the values it read, by run.
+        times: how often it executed in the last run.
+    """
 
     code: CodeType
     line: int
@@ -53,7 +58,7 @@ class Site:
         return self.times > _SETTLED
 
     def grows(self) -> bool:
-        """Did it read other numbers in one run than in another?"""
+        """Did it read different numbers in different runs?"""
         return len({frozenset(values) for values in self.read.values()}) > 1
 
 
@@ -62,10 +67,10 @@ class Branch(Site):
     """One condition.
 
     Attributes:
-        expression: its instructions.
-        names: the variables when it was last evaluated.
-        jumps: of it by their offset, as `while` has two.
-        results, late: what it was, and what it was after the first steps.
+        expression: the instructions that compute the condition.
+        names: the frame of its last evaluation.
+        jumps: its jumps by offset; a `while` has two.
+        results, late: the condition's values, and those after the first steps.
     """
 
     expression: tuple[dis.Instruction, ...] = ()
@@ -75,14 +80,14 @@ class Branch(Site):
     late: set[bool] = field(default_factory=set)
 
     def went(self, jump: dis.Instruction, to: int) -> None:
-        """After `jump` came the instruction at `to`."""
+        """Record that execution continued at offset `to` after `jump`."""
         jumped = abs(to - jump.argval) < abs(to - _after(self.code, jump.offset))
         self.results.add(jumped == _jumps_if(jump))
         if self.is_late:
             self.late.add(jumped == _jumps_if(jump))
 
     def is_undecided(self) -> bool:
-        """Does it read numbers that grow, and go one way only, where the other is another way to go?"""
+        """Does it read growing numbers and always go one way, although the other arm does something else?"""
         whole = self.expression
         recurs = any(_computes(each, whole) for each in whole if each.opname != "COMPARE_OP")
         results = (self.late if recurs else None) or self.results
@@ -100,7 +105,12 @@ class Branch(Site):
 
 @dataclass(slots=True)
 class Use(Site):
-    """A number that is made of others. expression: how; None if not of numbers alone. made: from which, late or not."""
+    """A number computed from other numbers.
+
+    Attributes:
+        expression: the computation; None if it involves more than numbers.
+        made: for each evaluation, the values read, the result, and whether the site was late.
+    """
 
     expression: Expression | None = None
     instructions: tuple[dis.Instruction, ...] = ()
@@ -110,7 +120,7 @@ class Use(Site):
         self.made.append((values, result, self.is_late))
 
     def is_undecided(self) -> bool:
-        """Has it always been the same function of numbers that grow, which it need not stay?"""
+        """Has it followed one rule over growing numbers so far, but might follow another later?"""
         if self.expression is None or not self.grows():
             return False
         if self.expression.code is None:
@@ -119,14 +129,14 @@ class Use(Site):
         pairs = late or [(values, result) for values, result, _ in self.made]
         results = {result for _, result in pairs}
         if not all(isinstance(result, (bool, int, float)) for result in results):
-            return False  # tensors: the log of operations has them
+            return False  # tensors are covered by the log of operations
         if len(results) == 1:
             return not _is_final(self, self.instructions, *results)
         return not self.expression.rounds and _is_even(pairs)
 
 
 def _is_even(pairs: list[tuple[_Values, Any]]) -> bool:
-    """Is the result a straight line over one of the numbers?"""
+    """Is the result linear in one of the numbers?"""
     for index in range(len(pairs[0][0])):
         points = sorted(
             {(values[index], result) for values, result in pairs if isinstance(values[index], (int, float))}
@@ -139,7 +149,7 @@ def _is_even(pairs: list[tuple[_Values, Any]]) -> bool:
 
 
 def _is_final(site: Site, expression: tuple[dis.Instruction, ...], result: bool) -> bool:
-    """Is it `t >= 0` or the like, which stays what it is however large the number becomes?"""
+    """Is it a condition like `t >= 0`, which stays the same as the number grows?"""
     parts = [each for each in expression if each.opname not in _NOTHING]
     columns = iter(zip(*(values for run in site.read.values() for values in run), strict=True))
     sides: list[tuple[Any, ...]] = []
@@ -149,7 +159,7 @@ def _is_final(site: Site, expression: tuple[dis.Instruction, ...], result: bool)
     sign = next(iter(re.findall(r"[<>=!]+", parts[-1].argrepr)), "")
     if not sign or {_kind(each) for each in parts[:-1]} - {"name", "number"} or len(sides) < 2:
         return False
-    sides = sides[-2:]  # an instruction may load two variables, one of them for something else
+    sides = sides[-2:]  # one instruction may load two variables but compare only one
     fixed = next((index for index, side in enumerate(sides) if len(set(side)) == 1), 0)
     (number, *_), values = sides[fixed], sides[1 - fixed]
     if not all(isinstance(value, (int, float)) and value >= max(number, 0) for value in values):
@@ -159,7 +169,7 @@ def _is_final(site: Site, expression: tuple[dis.Instruction, ...], result: bool)
 
 
 class BranchLog:
-    """Logs the branches of all code that is the user's. Each time that it runs is a run."""
+    """Logs the branches of all user code, separately for each `running` block."""
 
     def __init__(self) -> None:
         self._branches: dict[tuple[CodeType, Any], Branch] = {}
@@ -226,7 +236,7 @@ class BranchLog:
 
 @cache
 def is_readable() -> bool:
-    """Is the bytecode of this Python what is expected here? Tried on a loop whose branch may go the other way."""
+    """Does this module understand the bytecode of this Python? Tried on a loop with one undecided branch."""
     names: dict[str, Any] = {}
     exec(compile("def loop(n):\n for t in range(n):\n  if t > 99: n = 0\n", "<loop>", "exec"), names)  # noqa: S102 a constant
     log = BranchLog()
@@ -235,7 +245,7 @@ def is_readable() -> bool:
             with log.running():
                 names["loop"](steps)
         return len(log.undecided()) == 1
-    except Exception:  # noqa: BLE001 whatever another Python makes of it
+    except Exception:  # noqa: BLE001 an unknown Python may fail in any way
         return False
 
 
@@ -243,7 +253,7 @@ def _line(instruction: dis.Instruction, frame: FrameType) -> int:
     return (instruction.positions.lineno if instruction.positions else None) or frame.f_lineno
 
 
-#: A variable, whether its length is meant, and the axis of its shape that is.
+#: A variable, whether the code reads its length, and which axis of its shape it reads.
 _Read = tuple[str, bool, int | None]
 
 
@@ -258,9 +268,9 @@ def _number(frame: FrameType, name: str, length: bool, axis: int | None) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """An instruction before which to look at variables: a conditional jump, or one that makes a number.
+    """An instruction before which variables are read: a conditional jump, or one that computes a number.
 
-    expression: the instructions that it takes its operands from.
+    `expression` holds the instructions that produce its operands.
     """
 
     instruction: dis.Instruction
@@ -271,7 +281,7 @@ class _Watched:
 
 @cache
 def _watched(code: CodeType) -> dict[int, _Watched]:
-    """By their offset. What a condition is computed from is part of the condition."""
+    """The watched instructions by offset. Instructions that compute a condition count as part of that condition."""
     found: dict[int, _Watched] = {}
     before = list[dis.Instruction]()
     for each in dis.get_instructions(code):
@@ -290,7 +300,7 @@ def _watched(code: CodeType) -> dict[int, _Watched]:
 
 
 def _computes(each: dis.Instruction, expression: tuple[dis.Instruction, ...]) -> bool:
-    """Does it make a number that need not grow as its operands do?"""
+    """Does it compute a number that may be non-linear in its operands?"""
     if each.opname == "BINARY_OP":
         return each.argrepr.rstrip("=") in {"%", "//", "&", "|", "^", ">>", "**"}
     if each.opname == "CALL":
@@ -300,7 +310,7 @@ def _computes(each: dis.Instruction, expression: tuple[dis.Instruction, ...]) ->
 
 
 def _expression(before: list[dis.Instruction], wanted: int) -> tuple[dis.Instruction, ...]:
-    """The instructions that leave the last `wanted` values."""
+    """The instructions that push the topmost `wanted` values."""
     start = len(before)
     while wanted > 0 and start and not any(end in before[start - 1].opname for end in _BEFORE):
         start -= 1
@@ -309,7 +319,6 @@ def _expression(before: list[dis.Instruction], wanted: int) -> tuple[dis.Instruc
 
 
 def _reads(expression: tuple[dis.Instruction, ...]) -> tuple[_Read, ...]:
-    """The variables in it."""
     length = any(each.argval == "len" for each in expression)
     reads: list[_Read] = []
     for index, each in enumerate(expression):
@@ -330,7 +339,7 @@ def _kind(each: dis.Instruction) -> str:
 
 
 def _jumps_if(jump: dis.Instruction) -> bool:
-    """The result for which it jumps."""
+    """The value of the condition for which it jumps."""
     return "TRUE" in jump.opname or jump.opname.endswith("IF_NONE")
 
 
@@ -348,7 +357,7 @@ def _raises(code: CodeType, offset: int) -> bool:
 
 
 def _arm(code: CodeType, jump: dis.Instruction) -> list[dis.Instruction] | None:
-    """What is left out by the jump, if that is all that the condition decides; None if there is another arm."""
+    """The instructions that the jump skips, if the condition has no `else`; otherwise None."""
     found: list[dis.Instruction] = []
     for each in dis.get_instructions(code):
         if each.offset <= jump.offset or each.opname in _NOTHING:

@@ -1,8 +1,9 @@
-"""Branches by the value of a tensor of which one way does what both do: `if done.any(): h = h * (1 - done)`.
+"""Data-dependent branches where one arm computes the same as both: `if done.any(): h = h * (1 - done)`.
 
-Forward is run with many inputs, also extreme ones and those around the numbers in its code. If it answers the same
-where a condition always goes one way, it goes that way from then on, and a graph can follow. All conditions must have
-been seen to go both ways: one that never did may hide what the others skip. A way that only raises is never taken.
+`decide` runs forward on many inputs, including extreme ones and values around the constants in its code. If forcing a
+condition to one arm never changes the answers, export keeps that arm, and a graph can represent it. Every condition
+must have been seen to go both ways: one that never did could hide what the other conditions skip. An arm that only
+raises is never kept.
 """
 
 import ast
@@ -26,22 +27,23 @@ from unroll.export.loading.copies import detached_copy
 from unroll.export.signature.outputs import leaves
 from unroll.export.source_lines import is_users, shown, statement_at
 
-#: A condition: the code that it is in, its line, and its instruction, as `a.any() and b.any()` are two.
+#: A condition: its code object, line and instruction offset; `a.any() and b.any()` is two conditions.
 Site = tuple[CodeType, int, int]
 
-#: Of float64: another way may compute in another order. Of the largest number, less: of those beside it.
+#: Tolerances in float64, since the other arm may compute in another order: relative to each element, and (smaller)
+#: relative to the largest element of the tensor.
 _CLOSE, _CLOSE_TO_LARGEST = 1e-9, 1e-13
 
-#: Ways of several conditions that are tried together, and conditions that one call may meet: a way may loop forever.
+#: The most combinations of arms to try, and the most conditions in one call: a forced arm may loop forever.
 _MOST, _MOST_MET = 8, 10_000
 
-#: Trials in which each input is another variant, and numbers in the code that are tried.
+#: The number of trials that mix variants across inputs, and the most constants taken from the code.
 _MIXED, _NUMBERS = 8, 16
 
 _Variant = Callable[[Tensor], Tensor]
 
 
-def _few(x: Tensor) -> Tensor:
+def _every_fifth(x: Tensor) -> Tensor:
     return (torch.arange(x.numel()) % 5 == 2).view(x.shape)
 
 
@@ -50,11 +52,11 @@ def _times(number: float) -> _Variant:
 
 
 def _with(number: float) -> _Variant:
-    return lambda x: torch.where(_few(x), torch.full_like(x, number), x)
+    return lambda x: torch.where(_every_fifth(x), torch.full_like(x, number), x)
 
 
 def _every_other(axis: int) -> _Variant:
-    """Zeros in the other rows, or time steps."""
+    """Zero every other row or time step."""
     return lambda x: x * (torch.arange(x.shape[axis]) % 2).to(x.dtype).view(-1, *[1] * (x.dim() - 1 - axis))
 
 
@@ -62,7 +64,7 @@ _VARIANTS: list[_Variant] = [
     lambda x: x,
     torch.zeros_like,
     torch.ones_like,
-    lambda x: _few(x).to(x.dtype),
+    lambda x: _every_fifth(x).to(x.dtype),
     _every_other(0),
     _every_other(1),
     *map(_times, (-100, *(10.0**power for power in (-6, -2, 1, 2, 3, 4, 6, 9)))),
@@ -71,10 +73,11 @@ _VARIANTS: list[_Variant] = [
 
 @dataclass
 class Others:
-    """The conditions that are not decided.
+    """The conditions that were not decided.
 
-    moved: other inputs than the example make them go another way.
-    unmoved: nothing that was tried does, and so the way that they go.
+    Attributes:
+        moved: conditions that some inputs make go another way than the example does.
+        unmoved: conditions that went one way for every input tried, with that way.
     """
 
     moved: list[Site] = field(default_factory=list)
@@ -82,9 +85,11 @@ class Others:
 
 
 class Decided(Observer):
-    """Within, these conditions go the way that they have here; `seen` are the ways of all others.
+    """A mode that forces the conditions in `ways`, and records in `seen` which ways all other conditions go.
 
-    most: conditions that are met before it raises.
+    Args:
+        ways: the forced conditions.
+        most: how many conditions one call may evaluate before it raises; None for no limit.
     """
 
     _undone = False
@@ -98,7 +103,7 @@ class Decided(Observer):
         if func is not Tensor.__bool__ or self._undone:
             return func(*args, **(kwargs or {}))
         frame = sys._getframe(1)
-        while frame.f_code.co_name == "__torch_function__" and frame.f_back:  # of modes above this one
+        while frame.f_code.co_name == "__torch_function__" and frame.f_back:  # skip the modes above this one
             frame = frame.f_back
         if self._left is not None:
             self._left -= 1
@@ -113,13 +118,13 @@ class Decided(Observer):
         return result
 
     def renew(self) -> None:
-        """For another call."""
+        """Reset the limit before another call."""
         self._left = self._most
 
     @classmethod
     @contextmanager
     def undone(cls) -> Iterator[None]:
-        """Within, conditions go as forward has written them."""
+        """Evaluate conditions as written, without forcing any."""
         before, cls._undone = cls._undone, True
         try:
             yield
@@ -128,10 +133,14 @@ class Decided(Observer):
 
 
 def decide(exact: nn.Module, example: dict[str, Any]) -> tuple[dict[Site, bool], Others]:
-    """The conditions that may go one way whatever the inputs are, and that way; and the others.
+    """Find the conditions that can be forced to one way for all inputs.
 
     Args:
-        exact: the user's own model, in float64; not changed.
+        exact: the user's own model in float64; not modified.
+        example: the example inputs.
+
+    Returns:
+        The forced way of each condition, and the conditions that stay undecided.
     """
     watch = Decided({})
     inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
@@ -162,7 +171,7 @@ def _is_same(exact: nn.Module, given: dict[str, Any], decided: Decided, own: lis
 
 
 def _numbers(watch: Decided) -> list[float]:
-    """Those that may be a threshold: of the code that the conditions are in."""
+    """Possible thresholds: the constants of the code that holds the conditions."""
     found = {
         float(each)
         for code in {site[0] for site in watch.seen}
@@ -173,7 +182,7 @@ def _numbers(watch: Decided) -> list[float]:
 
 
 def _tried(inputs: dict[str, Any], numbers: list[float]) -> Iterator[dict[str, Any]]:
-    """Each input alone as each variant, all as the same, and each as another."""
+    """Trial inputs: one input varied at a time, all inputs varied alike, and random mixtures."""
     names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
     variants = [*_VARIANTS, *(_with(times * n) for n in numbers for times in (1, 1.1, -1.1))]
     rng = random.Random(0)  # noqa: S311 no secret
@@ -205,7 +214,7 @@ def _is_close_to(one: Tensor, other: Tensor) -> bool:
 
 
 def _ways(site: Site, seen: set[bool]) -> list[bool | None]:
-    """The ways that a condition may be made to go; None alone where it was never seen to go the other way."""
+    """The ways to try for a condition; `[None]` if it went only one way and the other does not just raise."""
     if len(seen) == 2:
         return [True, False]
     statement = statement_at(site[0].co_filename, site[1])
@@ -217,7 +226,7 @@ def _ways(site: Site, seen: set[bool]) -> list[bool | None]:
 
 
 def check(others: Others) -> None:
-    """Raises ExportError(not_exportable) if one moved: the trace of a loop may have kept one way of it."""
+    """Raise ExportError(not_exportable) if a condition varied: the trace of a loop may have kept only one arm."""
     for code, line, _ in others.moved:
         raise ExportError(
             "not_exportable",
@@ -227,7 +236,7 @@ def check(others: Others) -> None:
 
 
 def notes_on_ways(ways: dict[Site, bool], others: Others) -> list[str]:
-    """For the report on an export."""
+    """Notes for the export report."""
     found = [
         (ways, "forward answers the same either way, or raises the other way"),
         (others.unmoved, "no input that was tried makes it go another way; use torch.where if one can"),

@@ -10,12 +10,16 @@ from torch import Tensor
 from unroll.bundle.golden import Arrays
 from unroll.export.lifting.streaming import StreamingModule, torch_runner
 
-#: The path of each leaf module that ran, with the tensors that it received and returned, in order.
+#: Each leaf module that ran, in order: its path, its input tensors and its output tensors.
 Trace = list[tuple[str, list[Tensor], list[Tensor]]]
 
 
 def find_divergence(module: StreamingModule, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]) -> str:
-    """A phrase for a message: `at layer 'conv' (Conv1d)`, or between which layers. `module` is in float64."""
+    """Describe where the runs diverge: `at layer 'conv' (Conv1d)`, or between two layers.
+
+    Args:
+        module: the lifted model in float64.
+    """
     whole = _trace(module, inputs, rows, [sum(chunks)])[0]
     pieces = _trace(module, inputs, rows, chunks)
     if any([path for path, _, _ in piece] != [path for path, _, _ in whole] for piece in pieces):
@@ -32,7 +36,7 @@ def find_divergence(module: StreamingModule, inputs: Arrays, rows: np.ndarray, c
 
 
 def _trace(module: StreamingModule, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]) -> list[Trace]:
-    """One trace per chunk, the state carried from one to the next."""
+    """One trace per chunk; each chunk starts from the state of the previous one."""
     trace: Trace = []
 
     def hook(path: str) -> Any:
@@ -63,7 +67,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _joins(whole: list[Tensor], pieces: list[list[Tensor]], chunks: Sequence[int]) -> bool:
-    """True if the pieces, put together along some axis that follows the chunks' lengths, are the whole."""
+    """Do the pieces equal the whole when concatenated along an axis that follows the chunk lengths?"""
     for position, tensor in enumerate(whole):
         parts = [piece[position] for piece in pieces]
         axes = [

@@ -1,4 +1,4 @@
-"""The manifest of a model before anything is proven of it."""
+"""The draft manifest of a model, before anything about it is proven."""
 
 import numpy as np
 import onnx
@@ -13,10 +13,10 @@ from unroll.export.signature.outputs import DTYPES
 
 
 def draft_manifest(name: str, version: str, lifted: LiftedModel, initial_row: np.ndarray) -> Manifest:
-    """The manifest without anything that must be proven; it says that the model does not stream.
+    """Build the manifest without proven properties; the model is marked as not streamable.
 
     Args:
-        initial_row: (state_size,) float32, what every sequence starts from.
+        initial_row: (state_size,) float32, the initial state of every sequence.
     """
     single, samples = lifted.single, lifted.samples
     inputs = tuple(

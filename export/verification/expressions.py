@@ -1,4 +1,4 @@
-"""Parts of the user's code that compute numbers, computed again; and code that does nothing but say something."""
+"""Recomputes number expressions of the user's code from source, and recognises code that only prints, logs or warns."""
 
 import ast
 import builtins
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-#: What may stand in an expression that is computed again: nothing that changes anything.
+#: The nodes allowed in an expression that is recomputed: none has side effects.
 _PURE = (
     *(ast.Expression, ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call),
     *(ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.keyword),
@@ -22,12 +22,12 @@ _PURE = (
 
 _ROUNDING = {"int", "round"}
 
-#: Functions whose result need not grow as a number does.
+#: Functions that may be non-linear in a number.
 COMPUTING = {"min", "max", "bool", "divmod", "pow", *_ROUNDING}
 _FUNCTIONS = {"abs", "float", "len", *COMPUTING}
 _METHODS = {"get", "size", "dim"}
 
-#: Methods of tensors and strings in what is said.
+#: Methods of tensors and strings allowed in printed text.
 _SHOWN = {
     "item",
     "mean",
@@ -45,18 +45,18 @@ _SHOWN = {
     "shape",
 }
 
-#: Instructions of a statement that only calls.
+#: The instructions of a statement that only calls a function.
 _CALLING = ("LOAD_", "PUSH_NULL", "PRECALL", "CALL", "KW_NAMES", "POP_TOP", "FORMAT_", "CONVERT_", "BUILD_", "BINARY_")
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """One that makes a number.
+    """An expression that computes a number.
 
     Attributes:
-        code: compiled; None if there is no source.
-        is_threshold: it compares, or takes the least or the largest: once passed, it stays what it is.
-        rounds: it may be the number itself.
+        code: the compiled expression; None without source.
+        is_threshold: a comparison, `min` or `max`: it follows another rule beyond a threshold.
+        rounds: it rounds; on integers it may be the identity.
     """
 
     code: CodeType | None
@@ -65,7 +65,7 @@ class Expression:
 
     @classmethod
     def of(cls, code: CodeType, instruction: dis.Instruction) -> "Expression | None":
-        """What the instruction computes, from the source; None if more than numbers is computed."""
+        """Parse the source of the instruction; None if it may have side effects."""
         try:
             tree = ast.parse(f"({_source(code, instruction)})", mode="eval")
         except (SyntaxError, ValueError, TypeError):
@@ -80,7 +80,7 @@ class Expression:
         return cls(compile(tree, code.co_filename, "eval"), least or called in {"min", "max"}, rounds)
 
     def value(self, frame: FrameType) -> Any:
-        """Now; the exception, if that is what it is."""
+        """Evaluate the expression in `frame`. Returns an exception instead of raising it."""
         if self.code is None:
             return None
         try:
@@ -90,7 +90,7 @@ class Expression:
 
 
 def is_pure(tree: ast.AST) -> bool:
-    """Does it change nothing when it is computed again?"""
+    """Can it be evaluated again without side effects?"""
     return all(isinstance(node, _PURE) and _is_harmless(node) for node in ast.walk(tree))
 
 
@@ -107,18 +107,18 @@ def _is_harmless(node: ast.AST) -> bool:
 def _source(code: CodeType, instruction: dis.Instruction) -> str:
     place = instruction.positions
     if place is None or None in (place.lineno, place.end_lineno, place.col_offset, place.end_col_offset):
-        raise ValueError("its place is not known")
+        raise ValueError("no position for this instruction")
     first, last = place.lineno or 0, place.end_lineno or 0
     lines = [linecache.getline(code.co_filename, line).encode() for line in range(first, last + 1)]
     lines[-1] = lines[-1][: place.end_col_offset]
     lines[0] = lines[0][place.col_offset :]
     if not (found := b"".join(lines).decode()):
-        raise ValueError("it is not known")
+        raise ValueError("no source for this instruction")
     return found
 
 
 def says_only(arm: list[dis.Instruction], frame: FrameType) -> bool:
-    """Does it nothing but print, log or warn? frame: with the variables."""
+    """Does `arm` only print, log or warn? Names are looked up in `frame`."""
     if not all(each.opname.startswith(_CALLING) or each.opname == "COMPARE_OP" for each in arm):
         return False
     begins = True
@@ -151,7 +151,7 @@ def _looked_up(name: Any, frame: FrameType) -> Any:
 
 
 def _says(value: Any, chain: list[str]) -> bool:
-    """Is it `print`, or a method of a logger?"""
+    """Is it `print`, a method of a logger, or a function of `logging` or `warnings`?"""
     for name in chain[:-1]:
         value = getattr(value, name, None)
     return value is print if not chain else isinstance(value, logging.Logger) or value in (logging, warnings)

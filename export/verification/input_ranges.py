@@ -1,7 +1,7 @@
-"""Finds the values that integer inputs may have: those that the model itself takes.
+"""Finds the valid range of integer inputs: the values that the model itself accepts.
 
 PyTorch raises for an index outside its table. The graph does not: ONNX counts a negative index from the end, and some
-devices take any. So every integer input is tried with ever larger and ever smaller values, wherever forward uses it.
+devices accept any index. So each integer input is tried with ever larger and smaller values.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,20 @@ from unroll.export.errors import ExportError
 from unroll.export.verification import trials
 from unroll.export.verification.trials import Subject
 
-#: The largest value that is tried: a cast to int32 keeps it. And in a static input, which is a float of the state row.
+#: The largest value to try: one that survives a cast to int32; for a static input, stored as a float in the row, one
+#: that float32 holds exactly.
 _LARGEST, _LARGEST_STATIC = 2**31 - 1, 2**24 - 1
 
-#: The least and the largest value of each element of one time step.
+#: The lowest and highest value of each element of one time step.
 Bounds = tuple[Tensor, Tensor]
 
-#: In place of a bound that there is not.
+#: Placeholders for a missing bound.
 NO_BOUNDS = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, slots=True)
 class ValueRange:
-    """The values that the model takes, for each element of one time step: low <= value <= high, both int64."""
+    """The values that the model accepts, for each element of one time step: low <= value <= high, both int64."""
 
     low: np.ndarray
     high: np.ndarray
@@ -39,9 +40,9 @@ class ValueRange:
         return bool((self.low != NO_BOUNDS[0]).any() or (self.high != NO_BOUNDS[1]).any())
 
     def limit(self, example: np.ndarray) -> int | None:
-        """The number of rows of the table that all elements index, if the range says no more than this.
+        """The size of the table that all elements index; None if the range is not of this kind.
 
-        Python also counts a negative index from the end. It is refused unless the example has one.
+        Python counts a negative index from the end; negative values are refused unless the example has one.
         """
         high = int(self.high.flat[0])
         if high == NO_BOUNDS[1] or (self.high != high).any() or example.min() < 0:
@@ -50,11 +51,11 @@ class ValueRange:
 
 
 def find_ranges(reference: Subject) -> dict[str, ValueRange]:
-    """The range of each integer input, static ones included.
+    """Find the range of each integer input, including static ones.
 
     Raises:
-        ExportError: input, where neither forward nor the example gives more than one value to try, or where the values
-            of several inputs are one index together.
+        ExportError: input, if forward accepts every value and the example holds only one, or if forward computes one
+            index from several inputs.
     """
     given = reference.samples.example | reference.samples.static
     integers = {name: array for name, array in given.items() if array.dtype.kind == "i"}
@@ -79,7 +80,7 @@ def find_ranges(reference: Subject) -> dict[str, ValueRange]:
 
 
 def _takes(reference: Subject, values: Arrays) -> bool:
-    """Does forward run with these elements of the inputs in every time step, the others as in the example?"""
+    """Does forward run with these values in every time step? Inputs not named keep their trial values."""
     inputs, rows = reference.inputs(trials.RANGES), reference.begin(trials.RANGES)
     for name, array in values.items():
         if name in inputs:
@@ -117,7 +118,7 @@ def _range(takes: Callable[[Arrays], bool], name: str, example: np.ndarray, stat
 
 
 def _last_taken(takes: Callable[[int], bool], taken: int, refused: int) -> int:
-    """The last value that is taken, on the way from one that is to one that is not."""
+    """Search between an accepted and a refused value for the last accepted one."""
     step = 1 if refused > taken else -1
     while abs(step) < abs(refused - taken) and takes(taken + step):
         taken, step = taken + step, 2 * step
@@ -129,15 +130,15 @@ def _last_taken(takes: Callable[[int], bool], taken: int, refused: int) -> int:
 
 
 def _within(bounds: np.ndarray, example: np.ndarray) -> np.ndarray:
-    """The bounds, and a value of the example where there are none."""
+    """The bounds; where one is missing, a value of the example."""
     return np.where(np.isin(bounds, NO_BOUNDS), example.reshape(-1, *bounds.shape)[0], bounds)
 
 
 def split_ranges(ranges: dict[str, ValueRange], reference: Subject) -> tuple[dict[str, int], dict[str, Bounds]]:
-    """The ranges as limits of the manifest, and the others as bounds that the graph checks itself.
+    """Split the ranges into limits for the manifest and bounds that the graph checks itself.
 
     Returns:
-        The limits by the name of the input; the bounds as in `StreamingModule.ranges`.
+        The limits by input name; the bounds as in `StreamingModule.ranges`.
     """
     given, static = reference.samples.example | reference.samples.static, reference.manifest.static
     limits = {name: limit for name, values in ranges.items() if (limit := values.limit(given[name])) is not None}

@@ -1,7 +1,7 @@
-"""Do all iterations of a lifted loop do the same? From a log of the operations of the user's own module.
+"""Checks, from a log of the user's own module, that all iterations of a lifted loop do the same.
 
-An iteration is one step of all only if its operations, their constants and where their operands come from are those of
-the iterations before it. An integer may grow by the same amount from one iteration to the next, as an index does.
+Two iterations are equal if their operations, constants and sources of operands are equal. An integer may grow by a
+fixed amount per iteration, as an index does.
 """
 
 import linecache
@@ -20,23 +20,26 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-#: An operation, with everything that must be the same in all iterations; and its integers.
+#: An operation: everything that must be equal in all iterations, and its integers.
 Operation = tuple[tuple[Any, ...], tuple[int, ...]]
 
-#: Frames of these are not the user's.
+#: Paths of code that is not the user's.
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(np.__file__).parent), str(Path(__file__).parents[2]), "<frozen")
 _LIBRARY = sysconfig.get_path("stdlib")
 
-#: Functions that make a tensor of numbers.
+#: Functions that make a tensor from numbers.
 _FILLING = {torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.full, torch.full_like, Tensor.new_tensor}
 
-#: Iterations at the beginning that may differ: short sequences are compared with the loop's body number by number.
+#: Leading iterations that may differ: comparing the numeric results of short sequences covers them.
 _SETTLED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in the user's code an operation was called. instructions: of `forward`, of what it calls, and so on."""
+    """Where the user's code called an operation.
+
+    `instructions` holds the instruction offset in each frame, from `forward` down to the call.
+    """
 
     file: str
     line: int
@@ -49,27 +52,28 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one call of a module did. places: where in the user's code, if that was asked for."""
+    """The operations of one call of a module, and where they were called, if places are logged."""
 
     operations: list[Operation]
     places: list[Place]
 
     def signature(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The name of each operation, and where it is called."""
+        """The name of each operation, and the instructions that called it."""
         pairs = zip(self.operations, self.places, strict=True)
         return [(key[0], place.instructions) for (key, _), place in pairs]
 
 
 class OperationLog(TorchFunctionMode):
-    """Logs what some modules do, everything inside them included.
+    """Logs the operations of some modules, including their submodules.
 
-    calls: by path, those since the log began.
+    Attributes:
+        calls: by module path, the calls since the log was created.
     """
 
     def __init__(self, model: nn.Module, paths: list[str], *, places: bool = False) -> None:
         super().__init__()
         self._model, self._paths, self._with_places = model, paths, places
-        # Held here, so that no other tensor gets the identity of a buffer that forward replaces.
+        # Keep the tensors alive: if forward replaced a buffer, a new tensor could reuse its id.
         self._owned = [*model.parameters(), *model.buffers()]
         self._own = {id(tensor): number for number, tensor in enumerate(self._owned)}
         self._made: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
@@ -105,7 +109,7 @@ class OperationLog(TorchFunctionMode):
         if call is None:
             return func(*args, **kwargs)
         key, integers = [getattr(func, "__name__", repr(func))], list[int]()
-        # A number that becomes a tensor is a constant of its step; others are indices and sizes, which may grow.
+        # A number that becomes a tensor is a constant of the step. Indices and sizes may grow.
         self._describe((args, kwargs), key, integers, key if func in _FILLING else integers)
         result = func(*args, **kwargs)
         number = len(call.operations)
@@ -118,7 +122,7 @@ class OperationLog(TorchFunctionMode):
         return result
 
     def _describe(self, value: Any, key: list[Any], origins: list[Any], integers: list[Any]) -> None:
-        """Append what an argument is to the key, where its tensors come from, and its integers."""
+        """Append an argument's description to `key`, its tensors' origins to `origins`, its integers to `integers`."""
         if isinstance(value, Tensor):
             made = self._made.get(id(value))
             key += (tuple(value.shape), self._own.get(id(value)), made is not None and made[0]() is value)
@@ -140,7 +144,7 @@ class OperationLog(TorchFunctionMode):
 
 
 def _place(frame: FrameType | None, forward: Any) -> Place:
-    """forward: the code of the module's own."""
+    """The place of a call; `forward` is the code object of the module's own forward."""
     frames: list[FrameType] = []
     while frame is not None and forward not in {each.f_code for each in frames[-1:]}:
         frames.append(frame)
@@ -150,19 +154,19 @@ def _place(frame: FrameType | None, forward: Any) -> Place:
 
 
 def is_foreign(code: CodeType) -> bool:
-    """Is it not the user's?"""
+    """Does it belong to Python, PyTorch, NumPy or Unroll rather than to the user?"""
     file = code.co_filename
     return file.startswith(_FOREIGN) or (file.startswith(_LIBRARY) and "site-packages" not in file)
 
 
 def irregular(operations: list[Operation], short: tuple[int, int], steps: int, delay: int = 0) -> int | None:
-    """The first operation that is not what the iterations before it say; None if all iterations do the same.
+    """The index of the first operation that breaks the pattern of earlier iterations; None if all iterations are equal.
 
     Args:
-        operations: of a call over `steps` time steps.
-        short: how many a call over 3 and over 5 time steps has.
-        steps: the number of iterations there should be.
-        delay: how many iterations before the oldest value is made that an iteration takes.
+        operations: the operations of a call over `steps` time steps.
+        short: the number of operations of a call over 3 and over 5 time steps.
+        steps: the expected number of iterations.
+        delay: how many iterations back the oldest value that an iteration reads was computed.
     """
     size = (short[1] - short[0]) // 2
     around = short[0] - 3 * size
@@ -174,9 +178,10 @@ def irregular(operations: list[Operation], short: tuple[int, int], steps: int, d
 
 
 def step_of(call: Call, index: int, size: int) -> int:
-    """The iteration of an operation, counted by how often the code goes back to an earlier instruction.
+    """The iteration that an operation belongs to, counted by backward jumps in the code.
 
-    size: of an iteration, in operations.
+    Args:
+        size: operations per iteration.
     """
     found = [place.instructions for place in call.places]
     back = [now for now in range(1, len(found)) if found[now] < found[now - 1]]

@@ -1,7 +1,7 @@
-"""The large numbers in the user's code: what it does may change where a sequence becomes as long as one of them.
+"""Finds large numbers in the user's code: its behaviour may change once a sequence reaches their length.
 
-They are found by running forward: whatever is computed of numbers where the code has run is computed again from the
-source, whether it is written there, an attribute, or the length of a table. Whether it matters, only a run shows.
+Forward runs, and every pure expression of the code that ran is evaluated again from its source. This finds literals,
+attributes and lengths of tables. Only a run over that many steps shows whether a number matters.
 """
 
 import ast
@@ -22,22 +22,25 @@ from torch import Tensor, nn
 from unroll.export.verification.expressions import is_pure
 from unroll.export.verification.iterations import Place, is_foreign
 
-#: Functions that end something after so many steps.
+#: Functions that stop after a given number of steps.
 _ENDING = {"range", "islice", "deque", "zip", "repeat", "narrow", "split", "chunk", "unfold"}
 
 #: Methods that pick from a table.
 _PICKING = {"select", "narrow", "index_select", "gather", "take"}
 
-#: No sequence is longer: such a number stands for the end.
+#: Larger than any sequence: such a number stands for "no limit".
 _LONGEST = 2**46
 
-#: A collection with as many elements may hold numbers of steps.
+#: Collections of at most this size are searched for numbers.
 _FEW = 16
 
 
 @dataclass(frozen=True, slots=True)
 class LargeNumber:
-    """A number, and where it is. ends: the code indexes, cuts or counts with it, and no branch shows the difference."""
+    """A number and its place in the code.
+
+    `ends` is true if the code indexes, cuts or counts with it: then it has an effect without any branch.
+    """
 
     value: int
     place: Place
@@ -45,7 +48,11 @@ class LargeNumber:
 
 
 def find_large_numbers(runs: list[Callable[[], Any]], above: int) -> list[LargeNumber]:
-    """Numbers greater than `above` that are the same in all runs, which are of sequences of different lengths."""
+    """Find numbers greater than `above` that do not depend on the sequence length.
+
+    Args:
+        runs: run forward over sequences of different lengths.
+    """
     found = [_observed(run, above) for run in runs]
     same = set.intersection(*({number.value for number in each} for each in found))
     return sorted(
@@ -70,7 +77,7 @@ def _observed(run: Callable[[], Any], above: int) -> set[LargeNumber]:
         run()
     finally:
         sys.setprofile(before if callable(before) else None)
-        if isinstance(before, cProfile.Profile):  # the caller's, which is no function
+        if isinstance(before, cProfile.Profile):  # a caller's profiler; `setprofile` takes functions only
             before.enable()
     return found
 
@@ -78,14 +85,14 @@ def _observed(run: Callable[[], Any], above: int) -> set[LargeNumber]:
 def _numbers_in(frame: FrameType, above: int) -> Iterator[LargeNumber]:
     code = frame.f_code
     expressions = _expressions(code)
-    if not expressions:  # there is no source
+    if not expressions:  # no source
         for value in _constants(code):
             yield from _large(value, False, above, Place(code.co_filename, code.co_firstlineno, ()), True)
     names = dict(frame.f_locals)
     for line, compiled, is_table, ends in expressions:
         try:
             value = eval(compiled, frame.f_globals, names)  # noqa: S307 the code that export runs anyway
-        except Exception:  # noqa: BLE001, S112 user code; a variable of another time or place
+        except Exception:  # noqa: BLE001, S112 user code; a name may be undefined here
             continue
         yield from _large(value, is_table, above, Place(code.co_filename, line, ()), ends or is_table)
 
@@ -97,7 +104,7 @@ def _large(value: Any, is_table: bool, above: int, place: Place, ends: bool) -> 
 
 
 def _sizes(value: Any, is_table: bool) -> Iterator[float]:
-    """The numbers that a value is, holds, or has room for."""
+    """The numbers in a value: itself, its elements, its length or its capacity."""
     if isinstance(value, (int, float)):
         yield value
     elif isinstance(value, Tensor):
@@ -124,7 +131,7 @@ def _constants(code: CodeType) -> Iterator[Any]:
 
 @cache
 def _expressions(code: CodeType) -> list[tuple[int, CodeType, bool, bool]]:
-    """Those of its source that only compute: line, code, whether it is indexed, and whether it ends something."""
+    """The pure expressions of a code object: line, compiled code, whether it is indexed, whether it ends something."""
     places = [place for place in code.co_positions() if None not in place and place[2:] != (0, 0)]
     if not places:
         return []
@@ -166,7 +173,7 @@ def _pure_expressions(file: str) -> list[tuple[ast.expr, bool, bool]]:
 
 
 def _prints_only(branch: ast.If) -> bool:
-    """Then its numbers decide nothing else. Whether that `print` is Python's is checked with all branches."""
+    """Does the branch only print? `branches.py` checks that the name `print` is the builtin."""
     return not branch.orelse and all(
         isinstance(each, ast.Expr) and isinstance(each.value, ast.Call) and _called(each.value) == "print"
         for each in branch.body

@@ -1,4 +1,4 @@
-"""Checks that the graph is the user's own model over long sequences, too, where its code may do something else."""
+"""Checks that the graph equals the user's own model over long sequences, where the code may behave differently."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,22 +22,22 @@ from unroll.export.verification.large_numbers import LargeNumber, find_large_num
 from unroll.export.verification.original import ask_original
 from unroll.export.verification.trials import Subject, Trial
 
-#: Of float64, and of the graph in float32: more than this is looked at closely.
+#: Relative tolerance in float64, and the error of the float32 graph above which the float64 models are compared.
 _CLOSE, _SUSPICIOUS = 1e-9, 1e-4
 
-#: A change of inputs and states that shows how much a model makes of rounding.
+#: Perturbation of inputs and states that shows how strongly a model amplifies rounding.
 _NUDGE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The operations of a call: before, between and after its loops, and in a step of each loop."""
+    """Operation counts of a call: before, between and after its loops (`gaps`), and per step of each loop (`sizes`)."""
 
     gaps: list[int]
     sizes: list[int]
 
     def loops(self, count: int, steps: int) -> Iterator[tuple[slice, int, int, int]]:
-        """For each loop: its part of `count` operations, how many are before and around it, and those of a step."""
+        """Per loop: its slice of `count` operations, the operations before it, those around it, and those per step."""
         begin = 0
         for which, size in enumerate(self.sizes):
             end = begin + self.gaps[which] + size * steps
@@ -49,13 +49,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class LongSequences:
-    """Checks of one model.
+    """The checks of one model.
 
     Attributes:
-        exact: the user's own, in float64.
+        exact: the user's own model in float64.
         double, reference: the lifted model in float64.
-        is_changed: does a call of `exact` change its attributes?
-        progress: called with a line of text before what may take long.
+        is_changed: whether a call of `exact` modifies its attributes.
+        progress: called with a line of text before a slow check.
     """
 
     exact: nn.Module
@@ -68,16 +68,17 @@ class LongSequences:
         """Check that the lifted loops do the same in every step.
 
         Returns:
-            The largest number in the code that a sequence can be as long as, if that is longer than in other
-            trials.
+            The largest number in the code that is a possible sequence length, if it exceeds the regular trials.
 
         Raises:
-            ExportError: calls_depend_on_time, if a step does something else, or may.
+            ExportError: calls_depend_on_time, if a step behaves differently, or may.
         """
         loops = [path for path, module in self.double.model.named_modules() if _loops_itself(path, module)]
         if not loops:
             return None
-        brief = [replace(trials.ORIGINAL_LONG, time=time) for time in (3, 5)]
+        by_row = any(getattr(self.double.model.get_submodule(path), "unroll_by_row", False) for path in loops)
+        most = 1 if by_row else trials.ORIGINAL_LONG.batch
+        brief = [replace(trials.ORIGINAL_LONG, batch=most, time=time) for time in (3, 5)]
         short = [self._run(trial, loops, places=True)[0].calls for trial in brief]
         shapes = {
             path: [self._shape(path, three, five) for three, five in zip(*(c[path] for c in short), strict=True)]
@@ -89,12 +90,12 @@ class LongSequences:
         far = self._far(numbers, each)
         if far:
             self.progress(f"trying it over {far.value} time steps, a number in {far.place}")
-        for trial in (*_beyond(far), *self._trials(steps)):
+        for trial in (replace(trial, batch=min(trial.batch, most)) for trial in (*_beyond(far), *self._trials(steps))):
             logged = loops if trial.time <= steps or trial.time * each <= trials.FAR_LOGGED else []
             try:
                 log, _ = self._run(trial, logged)
             except ExportError:
-                continue  # it takes no sequence of this length
+                continue  # the model refuses sequences of this length
             for path, calls in log.calls.items():
                 for number, (call, shape) in enumerate(zip(calls, shapes[path], strict=True)):
                     self._check_call(path, number, call, shape, trial, far)
@@ -103,7 +104,7 @@ class LongSequences:
         return far
 
     def _far(self, numbers: list[LargeNumber], each: int) -> LargeNumber | None:
-        """The largest number that can be tried, with `each` operations a step."""
+        """The largest number that can be tried, at `each` operations per step."""
         weights = sum(parameter.numel() for parameter in self.exact.parameters())
         most = min(trials.FAR_STEPS, trials.FAR_OPERATIONS // each, trials.FAR_WEIGHTS // max(weights, 1))
         for number in numbers:
@@ -117,10 +118,10 @@ class LongSequences:
         return next((number for number in reversed(numbers) if number.value <= most), None)
 
     def check_answers(self, served: Subject, far: LargeNumber | None) -> None:
-        """Check that the graph answers as the user's own model does, also over as many steps as `far` is.
+        """Check that the graph answers like the user's own model, including over `far` steps.
 
         Raises:
-            ExportError: parity, if it does not.
+            ExportError: parity, if the answers differ.
         """
         weights = sum(parameter.numel() for parameter in self.exact.parameters())
         fewer = trials.ORIGINAL_WEIGHTS // max(weights, 1)
@@ -133,14 +134,14 @@ class LongSequences:
             self._compare(trial, own, served, far if far and trial.time >= far.value else None)
 
     def _trials(self, time: int) -> Iterator[Trial]:
-        """From long sequences to short ones; at least as long as the example."""
+        """Trials from long to short; the longest is at least as long as the example."""
         time = max(time, *(array.shape[1] for array in self.reference.samples.example.values()))
         while time >= trials.ORIGINAL_SHORTEST:
             yield replace(trials.ORIGINAL_LONG, time=time)
             time //= 2
 
     def _run(self, trial: Trial, loops: list[str], *, places: bool = False) -> tuple[OperationLog, Arrays]:
-        """What the user's own model answers, and what its modules of these paths do."""
+        """Run the user's own model, logging the modules at the paths `loops`. Returns the log and the outputs."""
         inputs, rows = self.reference.inputs(trial), self.reference.begin(trial)
         exact = detached_copy(self.exact) if self.is_changed else self.exact
         log = OperationLog(exact, loops, places=places)
@@ -151,11 +152,11 @@ class LongSequences:
         return log, {o.spec.name: o.batch_major(returned[o.index][1]).numpy() for o in outputs}
 
     def _shape(self, path: str, three: Call, five: Call) -> Shape:
-        """From calls over three and over five time steps."""
+        """Derive the shape from calls over three and five time steps."""
         found: Split | None = getattr(self.double.model.get_submodule(path), "unroll_split", None)
         if found:
             return Shape(found.gaps, found.sizes)
-        # What is one loop to a trace may be several to Python: one that cuts the inputs, and one that takes the parts.
+        # One loop of the trace may be several in Python: one cuts the inputs, another consumes the parts.
         loops = find_loops(three.signature(), five.signature()) or []
         if len(loops) > 1:
             sizes = [size for _, size in loops]
@@ -188,7 +189,7 @@ class LongSequences:
             )
 
     def _check_branches(self, long: Trial) -> None:
-        """Does a branch go the other way after so many steps that no trial has them?"""
+        """Refuse a model if a branch might go the other way after more steps than any trial has."""
         if not is_readable():
             raise ExportError(
                 "calls_depend_on_time",
@@ -245,20 +246,23 @@ class LongSequences:
 
 
 def _beyond(far: LargeNumber | None) -> Iterator[Trial]:
-    """More steps than the number, and as many: a table may end there."""
+    """One trial with more steps than the number, and one with exactly as many, in case a table ends there."""
     for more in (trials.FAR_AFTER, 0) if far else ():
         yield replace(trials.ORIGINAL_LONG, batch=1, time=far.value + more)  # type: ignore[union-attr]
 
 
 def _loops_itself(path: str, module: nn.Module) -> bool:
-    """Does the user's own module of this path loop over time steps?"""
+    """Does the user's own module at this path loop over time steps?"""
     return hasattr(module, "unroll_split") or (hasattr(module, "unroll_loop") and "unroll_loops" not in path.split("."))
 
 
 def _differs(found: np.ndarray, expected: np.ndarray, close: float, noise: np.ndarray | None = None) -> str | None:
-    """Where it differs, for a message; None if it does not.
+    """Describe the difference for a message; None if there is none.
 
-    noise: what `found` is after a nudge, which grows over time.
+    Args:
+        found, expected: the two answers.
+        close: relative tolerance.
+        noise: `found` recomputed from nudged inputs; its deviation is tolerated, and grows over time.
     """
     if found.shape != expected.shape:
         return f" (it has the shape {expected.shape}, and not {found.shape})"

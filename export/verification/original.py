@@ -1,4 +1,4 @@
-"""Checks that the lifted model is still the user's own, both in float64: called once, and called again and again."""
+"""Checks in float64 that the lifted model equals the user's own, both for a single call and for successive calls."""
 
 from functools import partial
 
@@ -17,27 +17,27 @@ from unroll.export.verification import trials
 from unroll.export.verification.decisions import Decided
 from unroll.export.verification.trials import Subject
 
-#: Of float64: a lifted model computes in another order at most.
+#: Tolerance in float64: the lifted model may at most compute in another order.
 _CLOSE = 1e-9
 
 
 def check_same_as_original(
     exact: nn.Module, double: StreamingModule, reference: Subject, attributes: list[Attribute]
 ) -> None:
-    """Check that the lifted model, started from the initial state, answers as the user's own does.
+    """Check that the lifted model, started from the initial state, answers like the user's own.
 
     Args:
-        exact: the user's own model, in float64.
+        exact: the user's own model in float64.
         double, reference: the lifted model in float64.
-        attributes: those in which `exact` keeps a state.
+        attributes: the attributes of `exact` that hold state.
 
     Raises:
-        ExportError: parity, if it does not.
+        ExportError: parity, if the answers differ.
     """
     for trial in trials.ORIGINAL:
         inputs, rows = reference.inputs(trial), reference.begin(trial)
         lifted = reference.whole(inputs, rows)
-        # A call may leave a state in the module.
+        # A call may leave state in the module.
         original = detached_copy(exact) if attributes else exact
         with Decided.undone():
             returned = ask_original("other inputs", original, double, inputs, rows)
@@ -52,7 +52,7 @@ def check_same_as_original(
 
 
 def check_continues(exact: nn.Module, double: StreamingModule, reference: Subject, attributes: list[Attribute]) -> None:
-    """Check that the user's own model, which keeps a state in `attributes`, continues the sequence in its next call.
+    """Check that the user's own model, which keeps state in `attributes`, continues the sequence in its next call.
 
     Raises:
         ExportError: keeps_state, if it does not.
@@ -73,7 +73,7 @@ def check_continues(exact: nn.Module, double: StreamingModule, reference: Subjec
 
 
 def ask_original(what: str, original: nn.Module, double: StreamingModule, inputs: Arrays, rows: np.ndarray) -> Named:
-    """The result of the user's own model. Raises ExportError(forward_failed), saying `what` it was called with."""
+    """Run the user's own model. Raises ExportError(forward_failed); `what` names the inputs in its message."""
     tensors = tuple(as_tensors(inputs, double=True).values())
     with double_precision():
         return attempt(what, partial(double.ask, original, tensors, torch.from_numpy(rows).double()))

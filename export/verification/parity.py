@@ -1,4 +1,4 @@
-"""Proves that onnxruntime gives PyTorch's answers, and keeps the proof as golden vectors."""
+"""Proves that onnxruntime's answers equal PyTorch's, and keeps the proof as golden vectors."""
 
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,7 @@ class Runners:
     served: RunFunction
 
     def subjects(self, samples: Samples, manifest: Manifest) -> tuple[Subject, Subject, Subject]:
-        """Each of the three, in this order, as a subject to ask."""
+        """The three runners as subjects, in this order."""
         return (
             Subject(self.reference, manifest, samples),
             Subject(self.single, manifest, samples),
@@ -38,10 +38,10 @@ class Runners:
 
 
 def make_golden(reference: Subject) -> Golden:
-    """Golden vectors from PyTorch in float64: at most 3 sequences of 24 steps, fewer if they are wide.
+    """Make golden vectors with PyTorch in float64: at most 3 sequences of 24 steps, fewer for wide inputs.
 
     Raises:
-        ExportError: parity, if the answers of a model that streams depend on how a sequence is cut.
+        ExportError: parity, if a streaming model's answers depend on how a sequence is cut.
     """
     for trial in trials.GOLDEN:
         inputs, state = reference.inputs(trial), reference.rows(trial)
@@ -58,7 +58,7 @@ def make_golden(reference: Subject) -> Golden:
 
 
 def _check_cuts(golden: Golden, reference: Subject) -> None:
-    """Not even in float64 may a cut make a difference: it would be taken for rounding."""
+    """A cut must make no difference in float64, where it cannot be mistaken for rounding."""
     for chunks in golden.chunkings:
         found = reference.chunked(golden.inputs, golden.state.astype(np.float64), chunks)
         for name, expected in golden.expected.items():
@@ -74,10 +74,10 @@ def prove(
     The tolerance is 4 times PyTorch's own float32 error plus 1e-7 of the output's scale.
 
     Args:
-        suspects: sizes (batch, time) to try besides those of the golden vectors.
+        suspects: sizes (batch, time) to try in addition to the golden vectors.
 
     Raises:
-        ExportError: parity, if onnxruntime is further off than that.
+        ExportError: parity, if onnxruntime exceeds the tolerance.
     """
     expected = golden.expected
     reference, single, served = runners.subjects(samples, manifest)
@@ -95,7 +95,7 @@ def prove(
 
 
 def _own_error(golden: Golden, reference: Subject, single: Subject) -> Differences:
-    """PyTorch float32's largest error, by output, over the golden inputs and more sequences."""
+    """The largest float32 error of PyTorch by output, over the golden inputs and further sequences."""
     trial = Trial(trials.OWN_ERROR_BATCH, golden.time, trials.OWN_ERROR_INPUT_SEED, trials.OWN_ERROR_ROW_SEED)
     inputs, state = reference.inputs(trial), reference.rows(trial)
     answers = reference.whole(inputs, state)
@@ -115,7 +115,7 @@ def _check_size(
     except ExportError:
         if reference.manifest.streamable:
             raise
-        return  # it needs more steps than these
+        return  # the model needs more time steps
     own, found = single.whole(inputs, state), served.whole(inputs, state)
     for spec in reference.manifest.outputs:
         if found[spec.name].dtype != spec.numpy:
@@ -125,6 +125,11 @@ def _check_size(
     for name, array in found.items():
         allowed = max(tolerance[name], _tolerance(difference(own[name], answers[name]), answers[name]))
         measured = difference(array, answers[name])
+        if not measured <= allowed:  # of a few rows, PyTorch's own error may be small by chance
+            more = replace(trial, batch=trials.OWN_ERROR_BATCH)
+            given, rows = reference.inputs(more), reference.rows(more)
+            exact = reference.whole(given, rows)[name]
+            allowed = max(allowed, _tolerance(difference(single.whole(given, rows)[name], exact), exact))
         if not measured <= allowed:
             raise ExportError(
                 "parity",

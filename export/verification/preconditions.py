@@ -1,4 +1,4 @@
-"""Checks of the user's model before it is lifted: kinds of modules, dtypes, equal answers to equal calls."""
+"""Checks of the user's model before lifting: module types, dtypes, determinism."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -20,7 +20,7 @@ _FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
 def check_modules(model: nn.Module) -> None:
-    """Raises ExportError(quantized | dtype | too_large), naming the module or parameter that cannot be exported."""
+    """Raise ExportError(quantized | dtype | too_large) for a module or parameter that cannot be exported."""
     for path, module in model.named_modules():
         where = f"layer {path or type(module).__name__!r}"
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.quantizable")):
@@ -34,7 +34,7 @@ def check_modules(model: nn.Module) -> None:
 
 
 def precision(model: nn.Module) -> torch.dtype:
-    """The dtype of all parameters. Raises ExportError(dtype) if they have several."""
+    """The common dtype of the parameters. Raises ExportError(dtype) if they have several."""
     dtypes = {parameter.dtype for parameter in model.parameters()} or {torch.float32}
     if len(dtypes) > 1:
         raise ExportError("dtype", f"the parameters have {len(dtypes)} dtypes; convert the model with model.float()")
@@ -42,7 +42,7 @@ def precision(model: nn.Module) -> torch.dtype:
 
 
 def in_its_own_precision(error: ExportError, dtype: torch.dtype) -> ExportError:
-    """`error`, or what to change if forward fails only because it is run in float32."""
+    """`error`, or advice in its place if forward fails only because it runs in float32."""
     if error.code != "forward_failed" or dtype == torch.float32:
         return error
     return ExportError(
@@ -54,7 +54,7 @@ def in_its_own_precision(error: ExportError, dtype: torch.dtype) -> ExportError:
 
 
 def check_example(example: dict[str, Any], allow_nan: Collection[str]) -> None:
-    """Raises ExportError(not_finite) for an input that holds NaN or infinity: a server refuses such values."""
+    """Raise ExportError(not_finite) for an input that holds NaN or infinity: a server refuses such values."""
     for name, value in example.items():
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         if name in allow_nan:
@@ -69,9 +69,14 @@ def check_example(example: dict[str, Any], allow_nan: Collection[str]) -> None:
 
 
 def check_steady(forward: Callable[[], Any], state: list[Attribute]) -> Any:
-    """Call `forward` twice; returns what it returned.
+    """Call `forward` twice and return the second result.
 
-    Raises ExportError(not_deterministic) if the calls differ, (keeps_state) if the model keeps a `state`.
+    Args:
+        forward: calls the model on the example.
+        state: the attributes that hold state.
+
+    Raises:
+        ExportError: keeps_state, if the results differ and the model keeps state; otherwise not_deterministic.
     """
     first, second = forward(), forward()
     name = first_difference(first, second)
@@ -86,7 +91,7 @@ def check_steady(forward: Callable[[], Any], state: list[Attribute]) -> Any:
 
 
 def check_finite(named: list[tuple[str, Tensor]], allow_nan: Collection[str]) -> None:
-    """Raises ExportError(not_finite) for an output that holds NaN or infinity."""
+    """Raise ExportError(not_finite) for an output that holds NaN or infinity."""
     for name, tensor in named:
         if not torch.isfinite(tensor).all():
             where = f", with NaN in {', '.join(sorted(allow_nan))}: choose what to compute with" if allow_nan else ""

@@ -1,4 +1,4 @@
-"""Decides what a model may be used for by running it: streaming, ragged batches, bitwise equality."""
+"""Runs a model to find what it supports: streaming, ragged batches, bitwise reproducibility."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,18 +15,18 @@ from unroll.export.verification import trials
 from unroll.export.verification.divergence import find_divergence
 from unroll.export.verification.trials import Subject, Trial
 
-#: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.
+#: In float64 another order of operations costs about 1e-15; a wrong state costs much more than this.
 _CLOSE = 1e-9
 
-#: Values to be compared bit by bit: some functions round one in hundreds differently, at the end of a vector.
+#: Values to compare bit by bit: some functions round one in hundreds differently, at the end of a vector.
 _MANY = 2**13
 
-#: The most steps that a model is given before it is taken to need that many at a time.
+#: The most steps per call that a model is assumed to need.
 _MOST_STEPS = 13
 
 
 def with_reached(reference: Subject) -> Samples:
-    """The samples with state rows that sequences end in, if the state is more than that of recurrent layers."""
+    """Add state rows that real sequences end in, if the row holds more than the states of recurrent layers."""
     if all(slot.kind in {"h", "c"} for slot in reference.manifest.state):
         return reference.samples
     rows = reference.begin(trials.REACHED[0])
@@ -35,10 +35,10 @@ def with_reached(reference: Subject) -> Samples:
 
 
 def check_rows(reference: Subject) -> None:
-    """Check that a sequence's outputs do not depend on the other sequences of its batch.
+    """Check that a sequence's outputs do not depend on the rest of the batch.
 
     Raises:
-        ExportError: rows_mixed, if they do; not_finite, if an allowed NaN stays in an output or in the state.
+        ExportError: rows_mixed, if they do; not_finite, if an allowed NaN reaches an output or the state.
     """
     missing = ", ".join(spec.name for spec in reference.manifest.inputs if spec.nan)
     for trial in trials.ROWS:
@@ -64,11 +64,14 @@ def check_rows(reference: Subject) -> None:
 
 
 def why_not_streamable(subject: Subject, module: StreamingModule) -> str | None:
-    """Why running in chunks, with the state carried on, differs from running the whole sequence; None if it does not.
+    """Compare a run in chunks with a run of the whole sequence.
 
     Args:
-        subject: in float64.
-        module: the same as a module, to find the layer where it differs.
+        subject: the model in float64.
+        module: the same model as a module, to find the layer that differs.
+
+    Returns:
+        Why the model does not stream, or None if it does.
     """
     most = _rows(subject, trials.STREAMING_VALUES, trials.STREAMING_LEAST)
     for trial in trials.STREAMING:
@@ -91,10 +94,10 @@ def why_not_streamable(subject: Subject, module: StreamingModule) -> str | None:
 
 
 def _why_not_endless(subject: Subject) -> str | None:
-    """Where time steps are counted: does it run after millions of them?"""
+    """Check that a model that counts time steps still runs after 2**23 steps."""
     row = subject.begin(trials.ENDLESS)
     counts = [slot.offset for slot in subject.manifest.state if slot.kind == "count"]
-    row[:, counts] = 1.0  # of 2**23
+    row[:, counts] = 1.0  # in units of 2**23
     try:
         subject.whole(subject.inputs(trials.ENDLESS), row)
     except ExportError as error:
@@ -103,12 +106,12 @@ def _why_not_endless(subject: Subject) -> str | None:
 
 
 def why_not_over_long(served: Subject, counted: bool) -> str | None:
-    """The same question over a long sequence, for what reaches far back.
+    """Compare chunks with the whole over a long sequence, to find dependencies that reach far back.
 
     Args:
-        served: on onnxruntime. It is fast, and repeats a recurrent layer bit for bit however the sequence is cut, so
-            that not even the rounding of a chaotic model is taken for a difference.
-        counted: the model counts time steps, and its row does not.
+        served: the model on onnxruntime. It is fast, and computes a recurrent layer bit for bit the same however the
+            sequence is cut, so a chaotic model's rounding is not mistaken for a difference.
+        counted: whether the model counts time steps without keeping the count in its row.
     """
     least = trials.LONG.time * (trials.LONG_IF_COUNTED if counted else 1)
     time = max(least, *(array.shape[1] for array in served.samples.example.values()))
@@ -140,7 +143,7 @@ def _reason(
 
 
 def _looks_ahead(subject: Subject, inputs: Arrays, rows: np.ndarray) -> str | None:
-    """The name of an output whose past changes when only the future inputs do."""
+    """The name of an output whose past changes when only future inputs change; None if there is none."""
     batch, time = next(iter(inputs.values())).shape[:2]
     other = subject.samples.draw(batch, time, seed=trials.AHEAD_SEED)
     one = subject.whole(inputs, rows)
@@ -154,9 +157,13 @@ def _looks_ahead(subject: Subject, inputs: Arrays, rows: np.ndarray) -> str | No
 
 
 def padding_differs(served: Subject) -> Differences:
-    """By output and `state_out`: how much a padded row differs from the same row alone, whatever the padding holds.
+    """Measure how much a padded row differs from the same row without padding, for any content of the padding.
 
-    All zero: by no bit. `served` is on onnxruntime.
+    Args:
+        served: the model on onnxruntime.
+
+    Returns:
+        The largest difference by output and for `state_out`; all zero if every bit is equal.
     """
     rng = np.random.default_rng(50)
     few = _fewest_steps(served)
@@ -165,13 +172,13 @@ def padding_differs(served: Subject) -> Differences:
     lens = np.concatenate([long, short]).astype(np.int32)
     lens[0] = _MOST_STEPS
     tries = [_padded(served, replace(trial, batch=batch), lens) for trial in trials.PADDED]
-    with suppress(ExportError):  # a table of positions may end before
+    with suppress(ExportError):  # a position table may be shorter
         tries.append(_padded(served, trials.PADDED_LONG, np.array(trials.PADDED_LONG_LENGTHS, np.int32)))
     return {name: max(each[name] for each in tries) for name in tries[0]}
 
 
 def _rows(subject: Subject, values: int, least: int) -> int:
-    """Rows whose states have so many values in all, and at least so many."""
+    """The number of rows with about `values` state values in total, but at least `least`."""
     return max(values // max(subject.manifest.state_size, 1), least)
 
 
@@ -186,7 +193,7 @@ def _padded(served: Subject, trial: Trial, lens: np.ndarray) -> Differences:
 
 
 def _fewest_steps(served: Subject) -> int:
-    """A model that cannot stream may need more than one at a time."""
+    """The fewest steps per call that the model accepts: one that cannot stream may need several."""
     row = served.samples.begin(1, served.manifest, seed=50)
     for count in range(1, _MOST_STEPS):
         try:
@@ -198,7 +205,7 @@ def _fewest_steps(served: Subject) -> int:
 
 
 def is_bit_exact(served: Subject) -> bool:
-    """True if chunking, batch size and neighbours change no bit of any output or state, on onnxruntime."""
+    """Whether every bit of outputs and state on onnxruntime is independent of chunking, batch size and neighbours."""
     time = trials.BITS_TIME
     values = sum(spec.size * (time if spec.time else 1) for spec in served.manifest.outputs)
     batch = min(max(_MANY // values, 32), 1024)

@@ -1,4 +1,4 @@
-"""A graph in reduced precision: its error is measured, and stated as the manifest's tolerance."""
+"""Reduces a graph's precision, measures its error, and states it as the manifest's tolerance."""
 
 import copy
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from unroll.export.signature.samples import as_tensors
 from unroll.export.verification import probes, trials
 from unroll.export.verification.trials import Subject
 
-#: Another processor, or other rows in the batch, may round differently from those that were measured.
+#: Safety factor: another processor, or other rows in the batch, may round differently.
 _MARGIN = 2.0
 
 
@@ -37,10 +37,10 @@ class Candidate:
 def reduce(
     graph: onnx.ModelProto, precision: Precision, candidate: Candidate, streaming: StreamingModule, reference: Subject
 ) -> Candidate:
-    """The candidate with `graph` in `precision`, and with its error in place of float32's.
+    """Rebuild the candidate from `graph` in `precision`, with the error of that precision.
 
-    The bound that the manifest states is twice onnxruntime's error here, and in float16 at least 4 times PyTorch's own
-    error in float16, since a GPU does not compute as the CPU does.
+    The manifest's bound is twice the error of onnxruntime measured here. In float16 it is also at least 4 times
+    PyTorch's own float16 error, since GPU and CPU compute differently.
 
     Raises:
         ExportError: precision, if the model cannot be reduced.
@@ -66,10 +66,10 @@ def reduce(
 
 
 def limit(manifest: Manifest, most: float | None) -> Manifest:
-    """The manifest with no output's tolerance above `most`.
+    """Cap every output's tolerance at `most`.
 
     Raises:
-        ExportError: max_error, if an output differs by more.
+        ExportError: max_error, if the error of an output is larger.
     """
     if most is None:
         return manifest
@@ -95,7 +95,7 @@ def _entry(entry: Parity, measured: float, bound: float) -> Parity:
 
 
 def _half_runner(streaming: StreamingModule) -> RunFunction:
-    """PyTorch itself in float16."""
+    """Run PyTorch itself in float16."""
     module = copy.deepcopy(streaming).half()
 
     def run(inputs: Arrays, state: np.ndarray, sequence_lens: np.ndarray) -> tuple[Arrays, np.ndarray]:
@@ -125,10 +125,10 @@ def _default(dtype: torch.dtype) -> Any:
 
 
 def _error(found: Subject, reference: Subject, golden: Golden) -> Differences:
-    """Largest absolute difference of `found` from `reference` by output and `state_out`.
+    """The largest absolute difference of `found` from `reference`, by output and for `state_out`.
 
-    Over the golden sequences however they are cut, others in a large batch and each alone, since integers are scaled by
-    what the whole batch holds, and long ones.
+    Measured over the golden sequences with every chunking, and over further and longer sequences, each in a batch and
+    by itself: quantized graphs scale integers by the range of the whole batch.
     """
     worst = dict.fromkeys([*golden.outputs, "state_out"], 0.0)
 

@@ -1,4 +1,4 @@
-"""The trials of each probe in one table: sizes, scales, seeds and cuts. And the subject of a trial: a model to run."""
+"""The trials of each probe: sizes, scales, seeds and cuts. `Subject` is the model that a trial runs."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from unroll.export.signature.samples import Samples
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Inputs and state rows for one try.
+    """The inputs and state rows of one run.
 
     Attributes:
         batch: number of sequences.
-        time: time steps of each.
-        input_seed, row_seed: what the inputs and the state rows are drawn with.
-        scale: of inputs that are floats, times what the example holds.
+        time: time steps per sequence.
+        input_seed, row_seed: seeds of the inputs and the state rows.
+        scale: factor on float inputs, relative to the example.
         chunkings: ways to cut the sequence, each summing to `time`.
     """
 
@@ -31,11 +31,11 @@ class Trial:
 
 _CUTS_OF_24 = ((1,) * 24, (5, 1, 9, 2, 7), (23, 1))
 
-#: Is each row's answer its own? Also far outside the example's range, where a maximum over rows shows.
+#: Are the rows of a batch independent? Also tried far outside the example's range, where a maximum over rows shows.
 ROWS = tuple(Trial(6, 7, 31, 32, scale) for scale in (1, -2, 4))
 
-#: Does the model stream? Single steps and uneven chunks; many rows, also with inputs outside the example's range, since
-#: the largest value so far is often the last one.
+#: Does the model stream? Single steps and uneven chunks; many rows, also with inputs outside the example's range,
+#: because a running maximum is often just the latest value.
 STREAMING = (
     Trial(3, 11, 44, 43, 1, ((1,) * 11, (4, 1, 6))),
     Trial(1, 17, 42, 43, 1, ((1,) * 17, (2, 1, 1, 9, 4))),
@@ -43,94 +43,94 @@ STREAMING = (
     Trial(32, 24, 73, 43, -2, _CUTS_OF_24[1:]),
 )
 
-#: The most rows of a trial of streaming, fewer where the state of one has many values to compare.
+#: Limits the rows of a streaming trial: so many state values in total, but at least so many rows.
 STREAMING_VALUES, STREAMING_LEAST = 2**16, 8
 
-#: Does it over a long sequence? At least so many steps; 16 times as many if it counts steps and its row does not.
+#: Does it stream over a long sequence? 16 times as many steps if the model counts them outside its row.
 LONG = Trial(1, 1024, 53, 54)
 LONG_IF_COUNTED = 16
 
-#: Does it after 2**23 steps, where it counts them?
+#: Does a model that counts steps still run after 2**23 steps?
 ENDLESS = Trial(1, 1, 46, 45)
 
-#: Does an output depend on later steps? Other inputs to put there.
+#: Does an output depend on later steps? The seed of the changed future inputs.
 AHEAD_SEED = 47
 
-#: State rows that sequences end in, where not any numbers may stand.
+#: State rows that sequences end in, for states that cannot hold arbitrary numbers.
 REACHED = tuple(Trial(4, time, 81, 82) for time in (4, 7, 19))
 
-#: Does padding make a difference? Long rows, and many short ones: a maximum over time hides the padding
-#: unless that is the largest. Fewer rows, down to the least, where the state of one has many values to compare.
+#: Does padding make a difference? A few long rows and many short ones: a maximum over time hides padding unless the
+#: padding holds the largest value. The number of rows is limited as for streaming.
 PADDED = tuple(Trial(248, 13, 51, 52, scale) for scale in (1, -1, 3, -3))
 PADDED_VALUES, PADDED_LEAST = 2**17, 62
 PADDED_LONG = Trial(4, 300, 51, 52)
 PADDED_LONG_LENGTHS = (300, 40, 150, 283)
 PADDED_START_SEED = 53
 
-#: Do cuts, batch size and neighbours change a bit? At least 32 rows, at most 1024. Small batches so many times, fewer
-#: where a state has thousands of values.
+#: Do cuts, batch size or neighbours change any bit? BITS_MOST and BITS_LEAST bound the repetitions of small batches,
+#: which are fewer for large states.
 BITS_TIME, BITS_INPUT_SEED, BITS_ROW_SEED = 24, 62, 63
 BITS_MOST, BITS_LEAST = 8, 2
 
-#: Golden vectors: the first that fits into the file.
+#: Golden vectors: the first trial that fits into the file is used.
 GOLDEN = tuple(Trial(batch, time, 71, 72) for batch, time in ((3, 24), (3, 16), (2, 16), (2, 12), (2, 8)))
 
-#: How far off is PyTorch in float32? More rows than the golden ones, since the largest of a few errors is often small.
+#: How large is PyTorch's float32 error? More rows than the golden vectors, since the maximum of few errors is too low.
 OWN_ERROR_BATCH, OWN_ERROR_INPUT_SEED, OWN_ERROR_ROW_SEED = 32, 77, 78
 
-#: Is anything fixed to the batch and the length that were traced?
+#: Does the graph depend on the batch size or length it was traced with?
 SIZES = ((1, 1), (5, 3), (1, 37))
 SIZES_INPUT_SEED, SIZES_ROW_SEED = 75, 76
 
-#: What does a reduced precision cost? Also in a large batch, and over a sequence where errors add up.
+#: How large is the error in reduced precision? Also in a large batch, and over a sequence where errors add up.
 REDUCED_BATCH, REDUCED_LONG = 32, Trial(2, 256, 81, 82)
 
-#: Which values does an integer input take?
+#: Which values does an integer input accept?
 RANGES = Trial(2, 9, 35, 36)
 
-#: Is the lifted model still the user's own, called once, and called again and again?
+#: Does the lifted model equal the user's own, for a single call and for successive calls?
 ORIGINAL = (Trial(3, 10, 25, 26), Trial(2, 23, 25, 26))
 CONTINUED = Trial(2, 10, 27, 28, 1, ((4, 1, 5),))
 
-#: Is it over long sequences? Over so many steps, half as many, and so on, down to the shortest. Fewer where steps times
-#: weights exceed the next number, but not below the last.
+#: And over long sequences? Lengths are halved from ORIGINAL_LONG down to ORIGINAL_SHORTEST. The longest is reduced, but
+#: not below ORIGINAL_LEAST, where steps times weights exceed ORIGINAL_WEIGHTS.
 ORIGINAL_LONG = Trial(2, 1024, 29, 30)
 ORIGINAL_SHORTEST = 32
 ORIGINAL_WEIGHTS, ORIGINAL_LEAST = 2**30, 128
 
-#: Do all steps of a loop do the same? So many, unless that takes more operations, and at least as many as above.
+#: Do all steps of a loop do the same? Limits on steps and operations, but never fewer steps than ORIGINAL_LONG.
 LOOP_STEPS, LOOP_OPERATIONS = 4096, 40_000
 
-#: And where the code has larger numbers? So many steps after the number, if it is not more than so many steps,
-#: operations, and steps times weights in all.
+#: And beyond a larger number in the code? The steps to run after it, and limits on the number itself, on operations,
+#: and on steps times weights.
 FAR_AFTER, FAR_STEPS, FAR_OPERATIONS, FAR_WEIGHTS = 5, 2**17, 2**21, 2**35
 
-#: The most operations of which a log is kept.
+#: The most operations to log in such a run.
 FAR_LOGGED = 2**18
 
-#: Which numbers in its conditions grow? Over so many steps.
+#: Which numbers in conditions grow with the length? The lengths to compare.
 BRANCHES = (1, 2, 12, 17)
 
 
 @dataclass(frozen=True, slots=True)
 class Subject(Verifier):
-    """A model to try, and inputs for it."""
+    """A model under trial, and its inputs."""
 
     samples: Samples
 
     def inputs(self, trial: Trial) -> Arrays:
-        """Each (batch, time, ...)."""
+        """The inputs, each (batch, time, ...)."""
         return scaled(self.samples.draw(trial.batch, trial.time, seed=trial.input_seed), trial.scale)
 
     def rows(self, trial: Trial) -> np.ndarray:
-        """(batch, state_size): row 0 is the initial one."""
+        """State rows (batch, state_size); row 0 is the initial row."""
         return self.samples.rows(trial.batch, self.manifest, seed=trial.row_seed)
 
     def begin(self, trial: Trial) -> np.ndarray:
-        """(batch, state_size): what sequences start from."""
+        """Initial state rows (batch, state_size)."""
         return self.samples.begin(trial.batch, self.manifest, seed=trial.row_seed)
 
 
 def scaled(inputs: Arrays, scale: float) -> Arrays:
-    """The inputs with those that are floats times `scale`."""
+    """Multiply the float inputs by `scale`."""
     return {n: (a * scale).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in inputs.items()}

@@ -1,1 +1,1 @@
-"""The commands that trained the checkpoints, and measure them against naive baselines."""
+"""Commands that train the checkpoints, and compare them with naive baselines."""

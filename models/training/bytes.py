@@ -3,8 +3,8 @@
     python -m unroll.models.training.bytes              train (seven minutes on one core), save, measure
     python -m unroll.models.training.bytes --evaluate   measure the checkpoint only
 
-The library of the running Python is split by file; held-out files are those whose path hashes to a
-multiple of ten, so the split stays the same from one Python version to the next.
+The library of the running Python is split by file. A file is held out if its path hashes to a multiple of ten, so the
+split is stable across Python versions.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from unroll.models.training.ngram import NGram
 SEED = 1
 STEPS, BATCH, WINDOW = 9000, 32, 128
 LEARNING_RATE, WARM_UP = 4e-3, 200
-#: Chance, per row and window, to start again from a zero state, as every stream does once.
+#: The probability, per row and window, of restarting from a zero state, as every stream does once.
 RESTART = 1 / 64
 
-#: Excluded: tests (absent from some installs), tables of numbers, and third-party files.
+#: Excluded folders: tests (absent from some installations), tables of numbers, third-party files.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
-#: Unscored bytes at the start of a file: enough context for every compared model.
+#: Unscored bytes at the start of a file, so that every compared model has enough context.
 CONTEXT = 4
 
 
 def library_source() -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(training files, held-out files), each (length,) uint8, in the order of their paths."""
+    """Read training files and held-out files, each (length,) uint8, in the order of their paths."""
     root = Path(sysconfig.get_path("stdlib"))
     training: list[np.ndarray] = []
     held_out: list[np.ndarray] = []
@@ -77,12 +77,12 @@ def train(files: Sequence[np.ndarray]) -> StackedRNN:
 
 
 def _learning_rate(step: int) -> float:
-    """Share of the peak: a linear warm-up, then half a cosine down to nothing."""
+    """The factor on the peak rate: a linear warm-up, then a half cosine down to zero."""
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
 def _windows(files: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
-    """Endless (BATCH, WINDOW + 1) int64: each row reads on where it stopped, one byte shared for the target."""
+    """Yield (BATCH, WINDOW + 1) int64 endlessly; each row continues where it stopped, overlapping by one byte."""
     generator = np.random.default_rng(SEED)
     while True:
         text = np.concatenate([files[i] for i in generator.permutation(len(files))])
@@ -92,14 +92,14 @@ def _windows(files: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
 
 
 def bits_per_byte(probabilities: Iterable[np.ndarray]) -> float:
-    """Mean of -log2 p over the bytes after each file's first CONTEXT."""
+    """The mean of -log2 p over each file, without its first CONTEXT bytes."""
     scored = np.concatenate([p[CONTEXT:] for p in probabilities])
     return float(-np.log2(scored).mean())
 
 
 @torch.inference_mode()
 def probabilities(model: StackedRNN, text: np.ndarray) -> np.ndarray:
-    """What the model gave each byte of `text`, streamed from a zero state: (length,) float64; the first is 1/256."""
+    """The model's probability of each byte of `text`, (length,) float64; the first is 1/256."""
     p = np.full(len(text), 1 / 256)
     tokens = torch.from_numpy(text.astype(np.int64))
     state = None
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m unroll.models.training.bytes", description=__doc__.split("\n")[0])
     parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint, do not train")
     arguments = parser.parse_args()
-    # One thread: the sums are then the same in every run on a machine, and no other core is taken.
+    # One thread makes sums reproducible on a machine, and leaves the other cores free.
     torch.set_num_threads(1)
     training, held_out = library_source()
     print(f"Python {platform.python_version()}: {_size(training)} to train on, {_size(held_out)} held out")

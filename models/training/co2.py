@@ -1,8 +1,8 @@
-"""Train the CO₂ forecaster on the years to 1990, or measure it on those after.
+"""Train the CO₂ forecaster on the years up to 1990, or measure it on later years.
 
 python -m unroll.models.training.co2                    train (one minute on one core), save, measure
 python -m unroll.models.training.co2 --evaluate         measure the checkpoint only
-python -m unroll.models.training.co2 --write-expected   write PyTorch's forecast of every week, to compare a server with
+python -m unroll.models.training.co2 --write-expected   write PyTorch's forecasts, for comparison with a server
 """
 
 import argparse
@@ -15,27 +15,27 @@ import torch
 from safetensors.numpy import save
 
 from unroll.models import checkpoint, mauna_loa
-from unroll.models.co2 import CHECKPOINT, CO2Forecaster, forecaster, load
+from unroll.models.co2 import CHECKPOINT, CO2Forecaster, load
 from unroll.models.mauna_loa import Series
 from unroll.models.training.descent import descend
 
-#: What a served model is compared with where PyTorch is not installed.
+#: PyTorch's forecasts, for comparison with a served model where PyTorch is not installed.
 EXPECTED = mauna_loa.PATH.with_name("expected.safetensors")
 
 LAST_TRAINING_YEAR = 1990
 SEED = 1
 STEPS, BATCH, WEEKS = 1000, 32, 260
 LEARNING_RATE, WARM_UP = 1e-2, 50
-#: Training windows are moved up or down by an amount (ppm) drawn from here: the change to come depends on the
-#: season and the last weeks, and the level will rise beyond what the training years have seen.
+#: Training windows are shifted by a random amount from this range, in ppm: the next change depends on the season and
+#: the last weeks, and the level will rise beyond that of the training years.
 SHIFT = (-20.0, 40.0)
-#: Weekly changes that the linear baseline looks back on: a year and a little.
+#: The number of weekly changes that the linear baseline uses: slightly more than a year.
 LAGS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Of one forecaster on held-out weeks, in ppm."""
+    """The error of a forecaster on held-out weeks, in ppm."""
 
     mean_absolute: float
     root_mean_square: float
@@ -43,7 +43,7 @@ class Error:
 
 def train(series: Series) -> CO2Forecaster:
     torch.manual_seed(SEED)
-    model = forecaster().train()
+    model = CO2Forecaster().train()
     ppm = torch.from_numpy(series.ppm[: _first_held_out(series)])
     measured = torch.from_numpy(scored(series)[: len(ppm)])
     model.level.fill_(ppm.mean())
@@ -61,12 +61,12 @@ def train(series: Series) -> CO2Forecaster:
 
 
 def _learning_rate(step: int) -> float:
-    """Share of the peak: a linear warm-up, then half a cosine down to nothing."""
+    """The factor on the peak rate: a linear warm-up, then a half cosine down to zero."""
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
 def _windows(ppm: torch.Tensor, measured: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (BATCH, WEEKS + 1, 1): shifted stretches of the series, and where they count."""
+    """Yield shifted parts of the series (BATCH, WEEKS + 1, 1) endlessly, with masks of scored weeks."""
     generator = np.random.default_rng(SEED)
     while True:
         starts = generator.integers(0, len(ppm) - WEEKS, (BATCH, 1))
@@ -76,9 +76,9 @@ def _windows(ppm: torch.Tensor, measured: torch.Tensor) -> Iterator[tuple[torch.
 
 
 def scored(series: Series) -> np.ndarray:
-    """Weeks whose forecast is fair to judge: (weeks,) bool.
+    """The weeks to score, (weeks,) bool.
 
-    The week was measured, and so was the one before, since an interpolated value knows the next measurement.
+    Both the week and the previous one must be measured, because an interpolated value depends on the next measurement.
     """
     measured = ~series.interpolated
     fair = measured.copy()
@@ -93,13 +93,13 @@ def _first_held_out(series: Series) -> int:
 
 @torch.inference_mode()
 def forecasts(model: CO2Forecaster, series: Series) -> np.ndarray:
-    """The model's output over the whole series, from a zero state: (weeks, 1), in the dtype of its weights."""
+    """The model's forecasts for the whole series from a zero state, (weeks, 1), in the dtype of its weights."""
     ppm = torch.from_numpy(series.ppm).to(next(model.parameters()).dtype)
     return model(ppm[None, :, None])[0].numpy()
 
 
 def evaluate(model: CO2Forecaster, series: Series) -> dict[str, Error]:
-    """Errors on the held-out weeks, by forecaster, each knowing all weeks before the one it forecasts."""
+    """Errors on the held-out weeks, by forecaster; each one knows all weeks before the one it forecasts."""
     x = series.ppm.astype(np.float64)
     weeks = np.flatnonzero(scored(series))
     weeks = weeks[weeks >= _first_held_out(series)]
@@ -117,7 +117,7 @@ def evaluate(model: CO2Forecaster, series: Series) -> dict[str, Error]:
 
 
 def _linear(series: Series, weeks: np.ndarray) -> np.ndarray:
-    """The change to each of `weeks` by least squares on the LAGS changes before it, fitted on the training years."""
+    """Forecast the change to each of `weeks` from the previous LAGS changes, by least squares on the training years."""
     changes = np.diff(series.ppm.astype(np.float64))  # changes[i]: from week i to week i + 1
 
     def features(of: np.ndarray) -> np.ndarray:
@@ -131,7 +131,7 @@ def _linear(series: Series, weeks: np.ndarray) -> np.ndarray:
 
 
 def write_expected(series: Series) -> None:
-    """`input`, and the forecasts for it in PyTorch's `float32` and `float64`; each (weeks, 1)."""
+    """Write `input` and PyTorch's forecasts in `float32` and `float64`, each (weeks, 1)."""
     single, double = forecasts(load(), series), forecasts(load().double(), series)
     EXPECTED.write_bytes(save({"input": series.ppm[:, None].copy(), "float32": single, "float64": double}))
     print(f"{EXPECTED}: float32 differs from float64 by {np.abs(single - double).max():.1e} ppm at most")
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint, do not train")
     parser.add_argument("--write-expected", action="store_true", help="write the checkpoint's forecasts, do not train")
     arguments = parser.parse_args()
-    # One thread: the sums are then the same in every run on a machine, and no other core is taken.
+    # One thread makes sums reproducible on a machine, and leaves the other cores free.
     torch.set_num_threads(1)
     series = mauna_loa.read()
     if arguments.write_expected:

@@ -1,10 +1,10 @@
-"""One step of gradient descent, the same in every training."""
+"""One step of gradient descent, shared by all training commands."""
 
 import torch
 from torch import Tensor, nn
 
-#: Norm of a gradient; those of recurrent models explode now and then (Pascanu et al., 2013, "On the difficulty of
-#: training recurrent neural networks").
+#: The largest gradient norm: gradients of recurrent models occasionally explode (Pascanu et al., 2013, "On the
+#: difficulty of training recurrent neural networks").
 _MOST_NORM = 1.0
 
 
@@ -14,7 +14,7 @@ def descend(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
-    """Change the parameters against the gradient of the loss."""
+    """Update the parameters by one step."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), _MOST_NORM)

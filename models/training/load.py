@@ -1,4 +1,4 @@
-"""Train the forecaster of processor load on synthesised curves, and measure it on others.
+"""Train the forecaster of processor load on synthetic curves, or measure it on held-out ones.
 
 python -m unroll.models.training.load              train (half a minute on an idle core), save, measure
 python -m unroll.models.training.load --evaluate   measure the checkpoint only
@@ -16,7 +16,7 @@ from unroll.models.training.descent import descend
 
 SEED, HELD_OUT_SEED = 1, 2
 STEPS, BATCH, READINGS = 700, 32, 64
-#: The first forecasts know too little of the machine to be judged.
+#: The first forecasts, which are not scored: the model knows too little about the machine.
 WARM_UP = 30
 CONFIG = StackedRNNConfig(cell="gru", input_size=1, hidden_size=24, layers=1, output_size=1)
 
@@ -26,7 +26,7 @@ def train() -> StackedRNN:
     generator = np.random.default_rng(SEED)
     model = StackedRNN(CONFIG).train()
     with torch.no_grad():
-        model.rnn.weight_ih_l0 *= 10  # a share is small: the gates would hardly see it
+        model.rnn.weight_ih_l0 *= 10  # loads are small numbers, which would hardly affect the gates
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(1, STEPS + 1):
@@ -39,13 +39,13 @@ def train() -> StackedRNN:
 
 
 def batch(generator: np.random.Generator, curves: int) -> torch.Tensor:
-    """(curves, READINGS, 1)."""
+    """A batch of curves, (curves, READINGS, 1)."""
     return torch.from_numpy(np.stack([load.curve(generator, READINGS) for _ in range(curves)]))[..., None]
 
 
 @torch.inference_mode()
 def evaluate(model: StackedRNN, curves: int = 200) -> tuple[float, float]:
-    """Mean error of the forecasts, and of the last reading as a forecast, over held-out curves."""
+    """The mean error on held-out curves: of the forecasts, and of the last reading used as a forecast."""
     x = batch(np.random.default_rng(HELD_OUT_SEED), curves)
     following = x[:, WARM_UP + 1 :]
     forecast, last = model(x)[:, WARM_UP:-1], x[:, WARM_UP:-1]
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m unroll.models.training.load", description=__doc__.split("\n")[0])
     parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint, do not train")
     arguments = parser.parse_args()
-    # One thread: the sums are then the same in every run on a machine, and no other core is taken.
+    # One thread makes sums reproducible on a machine, and leaves the other cores free.
     torch.set_num_threads(1)
     if not arguments.evaluate:
         train().save(load.CHECKPOINT)

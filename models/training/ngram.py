@@ -1,12 +1,12 @@
 """An n-gram model of bytes, the baseline for the next-byte model.
 
-Interpolated absolute discounting (Ney, Essen and Kneser 1994; compared with others by Chen and Goodman
-1999): each order takes a discount D off every count it has seen and gives what it saved to the order below,
+Interpolated absolute discounting (Ney, Essen and Kneser 1994; evaluated by Chen and Goodman 1999): each order subtracts
+a discount D from every count, and gives the saved mass to the next lower order,
 
     p(b | context) = (max(count(context b) - D, 0) + D * kinds(context) * p(b | shorter context)) / total(context)
 
-down to the uniform distribution. `kinds` is how many different bytes followed the context, and
-D = n1 / (n1 + 2 n2), from how many n-grams were seen once and twice.
+down to the uniform distribution. `kinds` is the number of distinct bytes that followed the context. D = n1 / (n1 + 2
+n2), where n1 and n2 are the numbers of n-grams that occurred once and twice.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """Counts of one order; sorted keys, looked up by binary search."""
+    """The counts of one order, with sorted keys for binary search."""
 
     grams: np.ndarray
     counts: np.ndarray
@@ -28,7 +28,7 @@ class _Order:
 
 
 class NGram:
-    """Fit on `texts`, each (length,) uint8; `order` 3 is a trigram: two bytes of context. At most 7."""
+    """An n-gram model fitted on `texts`, each (length,) uint8. Order 3 has two bytes of context; 7 is the maximum."""
 
     def __init__(self, texts: Sequence[np.ndarray], order: int) -> None:
         if not 1 <= order <= 7:
@@ -36,7 +36,7 @@ class NGram:
         self._orders = [_count(texts, n) for n in range(1, order + 1)]
 
     def probabilities(self, text: np.ndarray) -> np.ndarray:
-        """What the model gave each byte of `text` that then came: (length,) float64."""
+        """The model's probability of each byte of `text`, (length,) float64."""
         p = np.full(len(text), 1 / 256)
         for n, order in enumerate(self._orders, start=1):
             grams = _pack(text, n)
@@ -58,7 +58,7 @@ def _count(texts: Sequence[np.ndarray], n: int) -> _Order:
 
 
 def _pack(text: np.ndarray, n: int) -> np.ndarray:
-    """Every n-gram of `text` as one integer, its last byte lowest: (length - n + 1,) int64."""
+    """Pack every n-gram of `text` into an integer, last byte lowest, (length - n + 1,) int64."""
     grams = np.zeros(max(len(text) - n + 1, 0), np.int64)
     for i in range(n):
         grams = (grams << 8) | text[i : i + len(grams)]
@@ -66,6 +66,6 @@ def _pack(text: np.ndarray, n: int) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 if it is not there."""
+    """The value of each wanted key, or 0 if it is missing."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)

@@ -1,4 +1,4 @@
-"""Train the policy of the maze to imitate a controller that knows the way, and send it through other mazes.
+"""Train the maze policy to imitate a controller that knows the way, or measure it on held-out mazes.
 
 python -m unroll.models.training.policy              train (ten seconds on an idle core), save, measure
 python -m unroll.models.training.policy --evaluate   measure the checkpoint only
@@ -18,7 +18,7 @@ SEED, HELD_OUT_SEED = 1, 2
 STEPS, BATCH = 400, 32
 #: The longest way out: two signs, two corridors, two junctions.
 PLACES = 2 * (LONGEST + 2)
-#: After the end of a way, where nothing is learnt.
+#: The label after the end of a way, ignored in training.
 ENDED = -1
 CONFIG = StackedRNNConfig(cell="gru", input_size=3, hidden_size=24, layers=1, output_size=3)
 
@@ -29,7 +29,7 @@ def train() -> StackedRNN:
     model = StackedRNN(CONFIG).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    # A turn counts more: the ways are mostly corridor.
+    # Turns count more, since most places are corridors.
     weight = torch.tensor([1.0, 5.0, 5.0])
     for step in range(1, STEPS + 1):
         observations, actions = batch(generator, BATCH)
@@ -54,7 +54,7 @@ def batch(generator: np.random.Generator, mazes: int) -> tuple[torch.Tensor, tor
 
 @torch.inference_mode()
 def evaluate(model: StackedRNN, mazes: int = 1000) -> tuple[float, float]:
-    """The share of held-out mazes that it leaves: with its state, and with zeros in its place at each step."""
+    """The share of held-out mazes that the policy solves: with its state, and with a zero state at each step."""
     observations, actions = batch(np.random.default_rng(HELD_OUT_SEED), mazes)
     forgetful = model(observations.flatten(0, 1)[:, None]).unflatten(0, actions.shape).squeeze(2)
     shares = []
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m unroll.models.training.policy", description=__doc__.split("\n")[0])
     parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint, do not train")
     arguments = parser.parse_args()
-    # One thread: the sums are then the same in every run on a machine, and no other core is taken.
+    # One thread makes sums reproducible on a machine, and leaves the other cores free.
     torch.set_num_threads(1)
     if not arguments.evaluate:
         train().save(CHECKPOINT)

@@ -1,4 +1,4 @@
-"""Train the sound detector on synthesised clips, or measure it on others.
+"""Train the sound detector on synthesised clips, or measure it on held-out ones.
 
 python -m unroll.models.training.sound              train (two minutes on an idle core), save, measure
 python -m unroll.models.training.sound --evaluate   measure the checkpoint only
@@ -19,18 +19,18 @@ from unroll.models.training.descent import descend
 SEED, HELD_OUT_SEED = 1, 2
 STEPS, BATCH = 500, 16
 LEARNING_RATE, WARM_UP = 1e-2, 40
-#: A frame with an event counts more: most frames have none, and two claps are rare and short.
+#: Frames with an event count more: most frames have none, and double claps are rare and short.
 WEIGHTS = torch.tensor([2.0, 10.0, 2.0])
-#: An event is detected where its probability is above.
+#: An event is detected where its probability exceeds this.
 THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of one event, over the judged frames of held-out clips."""
+    """The score of one event, over the judged frames of held-out clips."""
 
-    found: float  # of the frames that have the event
-    false: float  # of the frames that have not
+    found: float  # detected share of the frames with the event
+    false: float  # detected share of the frames without it
 
 
 def train() -> SoundDetector:
@@ -52,12 +52,12 @@ def train() -> SoundDetector:
 
 
 def _learning_rate(step: int) -> float:
-    """Share of the peak: a linear warm-up, then half a cosine down to nothing."""
+    """The factor on the peak rate: a linear warm-up, then a half cosine down to zero."""
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
 def batch(generator: np.random.Generator, clips: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Samples (clips, frames, 256), which events are present (clips, frames, 3), and which of that is judged."""
+    """A batch of clips: samples (clips, frames, 256), and `present` and `judged` (clips, frames, 3)."""
     made = [synthesis.clip(generator) for _ in range(clips)]
     samples, present, judged = (
         torch.from_numpy(np.stack([getattr(clip, name) for clip in made])) for name in ("samples", "present", "judged")
@@ -71,8 +71,8 @@ def evaluate(model: SoundDetector, clips: int = 200) -> dict[str, Score]:
     detected = model(samples) > THRESHOLD
     scores = {}
     for event, name in enumerate(EVENTS):
-        said, there = (tensor[..., event][judged[..., event]] for tensor in (detected, present > 0))
-        scores[name] = Score(said[there].float().mean().item(), said[~there].float().mean().item())
+        found, there = (tensor[..., event][judged[..., event]] for tensor in (detected, present > 0))
+        scores[name] = Score(found[there].float().mean().item(), found[~there].float().mean().item())
     return scores
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m unroll.models.training.sound", description=__doc__.split("\n")[0])
     parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint, do not train")
     arguments = parser.parse_args()
-    # One thread: the sums are then the same in every run on a machine, and no other core is taken.
+    # One thread makes sums reproducible on a machine, and leaves the other cores free.
     torch.set_num_threads(1)
     if not arguments.evaluate:
         model = train()

@@ -1,1 +1,1 @@
-"""Who may do what: API keys, each of one tenant; whose a session is; which hosts and web pages are answered."""
+"""Access control: API keys and JWTs of tenants, tickets, TLS, quotas, and the allowed hosts and web pages."""

@@ -1,4 +1,4 @@
-"""The server's certificate, and the clients that it takes by theirs."""
+"""TLS: the server's certificate, and the verification of client certificates."""
 
 import ssl
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _log = structlog.get_logger(__name__)
 
 
 class TlsRefused(ValueError):
-    """The certificate, its key or the CA cannot be used; the message says why, and what to do."""
+    """The certificate, its key or the CA cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +18,16 @@ class TlsFiles:
     """PEM files.
 
     Attributes:
-        cert: The server's certificate, and those between it and its CA.
-        key: Of the certificate; None if it is in the same file.
-        password: What the key is encrypted with.
-        client_ca: Clients need a certificate of one of these CAs.
-        takes_itself: The server's own certificate will do for a client: workers ask each other for metrics.
+        cert: The server's certificate chain.
+        key: The certificate's private key; None if it is in the same file.
+        password: File with the password of the key.
+        client_ca: CAs that must have issued the clients' certificates.
     """
 
     cert: Path
     key: Path | None = None
     password: Path | None = None
     client_ca: Path | None = None
-    takes_itself: bool = False
 
     def load(self) -> ssl.SSLContext:
         """Raises TlsRefused."""
@@ -40,30 +38,14 @@ class TlsFiles:
             context.load_cert_chain(self.cert, self.key, self._read_password)
         except OSError as error:  # ssl.SSLError is one
             files = f"--tls-cert {self.cert}" + ("" if self.key is None else f", --tls-key {self.key}")
-            how = "; if the key has a file of its own, name it by --tls-key" if self.key is None else ""
+            how = "; if the key is in a separate file, use --tls-key" if self.key is None else ""
             raise TlsRefused(f"{files}: no certificate with its key in PEM ({_reason(error)}){how}") from error
         if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
             try:
                 context.load_verify_locations(self.client_ca)
-                if self.takes_itself:
-                    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-                    context.load_verify_locations(cadata=self.own_certificate())
             except OSError as error:
                 raise TlsRefused(f"--tls-client-ca {self.client_ca}: no CAs in PEM ({_reason(error)})") from error
-        return context
-
-    def own_certificate(self) -> str:
-        """Without those between it and its CA, whose other certificates are not those of clients."""
-        begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-        return begin + self.cert.read_text().partition(begin)[2].partition(end)[0] + end
-
-    def client_context(self) -> ssl.SSLContext:
-        """For a process of the same server: it is reached by an address, which its certificate need not have."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        context.load_cert_chain(self.cert, self.key, self._read_password)
         return context
 
     def _read_password(self) -> bytes:
@@ -83,7 +65,7 @@ class Tls:
         self._stale = False
 
     def request_reload(self) -> None:
-        """Read the files again for new connections. May be called by a signal."""
+        """Reload the files for new connections. May be called from a signal handler."""
         self._stale = True
 
     def context(self) -> ssl.SSLContext:

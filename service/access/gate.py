@@ -1,4 +1,4 @@
-"""Decides whether a request may come in, from its headers, before anything of it is decoded."""
+"""Decides from the headers whether to admit a request, before its body is decoded."""
 
 import asyncio
 import ipaddress
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from unroll.service.access.jwt_config import JwtConfig
-from unroll.service.access.keys import JwtKey, Key, KeyRing, KeysRefused, Quota, Scope
+from unroll.service.access.keys import INFER, JwtKey, Key, KeyRing, KeysRefused, Quota, Scope
 from unroll.service.access.tickets import Tickets
 from unroll.service.core.errors import Forbidden, HostRefused, OriginRefused, Unauthenticated
 
@@ -25,22 +25,23 @@ Headers = Mapping[bytes, bytes]
 
 _BRACKETED = re.compile(r"\[([0-9A-Fa-f:.]+)\](:\d*)?")
 _BEARER = b"bearer "
-#: Host headers and keys that were good; a client repeats its own.
+#: Maximum number of accepted Host headers and keys to remember; clients repeat theirs.
 _MOST_REMEMBERED = 4096
-#: The clock of the machine may be set: look again at least so often.
+#: Maximum interval between expiry checks, because the machine's clock may be changed.
 _MOST_SECONDS = 3600.0
 
 
 class Gate:
-    """Without keys every request may come in, if its host is allowed, and there are no tenants.
+    """Authenticates and authorises requests. Without keys, every request to an allowed host is admitted.
 
     Args:
-        keys: The file of keys; None for a server without keys.
-        hosts: The names that clients may use for this server; None for any. Addresses are always allowed: a name can
-            be made to point here by whoever owns it, and the pages of that name would then be of the same origin.
-        origins: Of the pages on other hosts that may use this server; `*`: of all.
-        ticket_secret: Signs tickets. Servers that take each other's tickets have the same; None for a random one.
-        jwts: Of which provider JWTs are taken, as keys are; None: of none.
+        keys: The keys file; None for a server without keys.
+        hosts: Host names that clients may use for this server; None for any. This prevents DNS rebinding, in which an
+            attacker's name resolves to this server, so that the attacker's pages have the same origin. Addresses are
+            always allowed.
+        origins: Origins of other hosts' pages that may use this server; `*` for all.
+        ticket_secret: Signs tickets. Servers with the same secret accept each other's tickets; None for a random one.
+        jwts: The provider whose JWTs are accepted in place of keys; None for none.
 
     Raises:
         KeysRefused: A file cannot be used, or JWTs cannot be verified here.
@@ -61,7 +62,7 @@ class Gate:
         self.origins = origins
         self._good_origins = {origin.encode() for origin in origins}
         self._good_hosts: set[bytes] = set()
-        self._good_keys: dict[tuple[bytes, bytes], Key] = {}  # by the header that they came in
+        self._good_keys: dict[tuple[bytes, bytes], Key] = {}  # by header name and value
         self._asked = asyncio.Event()
         self._tickets = Tickets(ticket_secret)
         self._watches: set[KeyWatch] = set()
@@ -71,11 +72,11 @@ class Gate:
         return self._ring is not None
 
     def request_reload(self) -> None:
-        """Read the file of keys, and the JWK set, again soon."""
+        """Schedule a reload of the keys file and the JWK set."""
         self._asked.set()
 
     async def run(self) -> None:
-        """Read them whenever that is asked for, until cancelled."""
+        """Reload on request, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             if self._jwts is not None:
                 tasks.create_task(self._jwts.run(self._look_again))
@@ -85,12 +86,12 @@ class Gate:
                 self.reload()
 
     def reload(self) -> None:
-        """Read the files again. One that cannot be used changes nothing."""
+        """Reload the files. A file that cannot be used changes nothing."""
         if self._path is not None:
             try:
                 self._ring = self._read()
             except KeysRefused as error:
-                _log.error("keys not read, the earlier ones stay", reason=str(error))
+                _log.error("keys not read, the previous ones stay", reason=str(error))
             else:
                 _log.info("keys read", keys=len(self._ring.keys))
         if self._jwts is not None:
@@ -102,14 +103,14 @@ class Gate:
         return KeyRing.read(self._path, only_keys=self._jwts is None)
 
     def _look_again(self) -> None:
-        """What was good may be good no longer."""
+        """Discard remembered keys, and recheck the watched ones, after a change."""
         self._good_keys.clear()
         for watch in [*self._watches]:
             watch.check()
 
     @contextmanager
     def watching(self, key: Key | None, on_end: Callable[[], None]) -> Iterator[None]:
-        """Inside the block, call `on_end` once the key is good no longer, or permits less than before."""
+        """Inside the block, call `on_end` when the key becomes invalid or loses a permission."""
         if key is None:
             yield
             return
@@ -133,26 +134,28 @@ class Gate:
         return None if self._ring is None else self._ring.quotas.get(tenant)
 
     def admit(self, headers: Headers, scope: Scope, *, changes: bool) -> str:
-        """The tenant of a request that may come in; empty without keys.
+        """Admit a request, and return its tenant; empty without keys.
 
         Args:
-            changes: Whether it may change anything, or only asks.
+            headers: By lower-case name.
+            scope: The scope that it needs.
+            changes: Whether the request may change anything.
 
         Raises:
-            HostRefused: It is for a host that this server is not known by.
-            OriginRefused: A page of another origin wants to change something.
-            Unauthenticated: It has no key, or one that is unknown or has expired.
-            Forbidden: Its key has another scope.
+            HostRefused: The Host header is not an allowed name.
+            OriginRefused: A page of another origin tries to change something.
+            Unauthenticated: The key is missing, unknown or expired.
+            Forbidden: The key lacks the scope.
         """
         if self._hosts is not None:
             self.check_host(headers)
-        if changes and b"origin" in headers and not self.accepts_page(headers):
+        if changes and b"origin" in headers and not self.accepts_page(headers, scope):
             origin = headers[b"origin"].decode("latin-1")
             raise OriginRefused(f"pages of {origin} may not use this server; see --allowed-origins")
         return "" if self._ring is None else self._permitted(self.key_of(headers), scope)
 
     def admit_ticket(self, ticket: str, scope: Scope) -> Key | None:
-        """The key of a ticket, of a request whose host was checked. Raises Unauthenticated, Forbidden."""
+        """The key of a ticket. Check the host first. Raises Unauthenticated, Forbidden."""
         if self._ring is None:
             return None
         key = self._key_of_ticket(self._ring, ticket)
@@ -169,19 +172,19 @@ class Gate:
             raise HostRefused(f"this server is not known as {name!r}; if it should be, add it to --allowed-hosts")
         _remember(self._good_hosts, host)
 
-    def accepts_page(self, headers: Headers) -> bool:
-        """Whether the page that sent a request, if one did, may use this server.
+    def accepts_page(self, headers: Headers, scope: Scope = INFER) -> bool:
+        """Whether the page that sent the request may use this server; true if no page sent it.
 
-        A browser lets any page send some requests, and open WebSockets, to any host, and says which page it was. Other
-        clients say nothing.
+        Browsers let any page send some requests and open WebSockets to any host, but name the page's origin. Without
+        keys, pages of other origins may not operate the server.
         """
         origin = headers.get(b"origin")
-        if origin is None or origin.partition(b"://")[2] == headers.get(b"host"):
+        if origin is None or origin.partition(b"://")[1:] == (b"://", headers.get(b"host")):
             return True
-        return origin in self._good_origins or b"*" in self._good_origins
+        return (scope == INFER or self.has_keys) and bool(self._good_origins & {origin, b"*"})
 
     def key_of(self, headers: Headers) -> Key:
-        """The key of a request. Raises Unauthenticated."""
+        """The key of the request. Raises Unauthenticated."""
         assert self._ring is not None
         name = b"x-api-key" if b"x-api-key" in headers else b"authorization"
         sent = name, headers.get(name, b"")
@@ -202,7 +205,7 @@ class Gate:
         return key
 
     def ticket(self, key: Key) -> tuple[str, float]:
-        """Lets its bearer open streams with this key, for so many seconds."""
+        """Issue a ticket that opens streams with this key. Returns it and its lifetime in seconds."""
         return self._tickets.issue(key)
 
     def _key_of_ticket(self, ring: KeyRing, ticket: str) -> Key:
@@ -210,20 +213,20 @@ class Gate:
         for key in ring.keys.values() if of_jwt is None else (of_jwt,):
             if bytes.fromhex(key.sha256).startswith(digest) and self._current(key) is not None:
                 return key
-        raise Unauthenticated("the ticket's API key is unknown by now, or has expired")
+        raise Unauthenticated("the ticket's API key is no longer known, or has expired")
 
     @staticmethod
     def _permitted(key: Key, scope: Scope) -> str:
         if scope not in key.scopes:
-            raise Forbidden(f"the API key {key.name!r} has not the scope {scope!r}, which this needs")
+            raise Forbidden(f"the API key {key.name!r} lacks the required scope {scope!r}")
         return key.tenant
 
 
 class KeyWatch:
-    """Calls `on_end` when the key is good no longer, until `stop`.
+    """Calls `on_end` when the key becomes invalid, until `stop`.
 
     Args:
-        current: The key as it is permitted now, with its expiry; None if it is good no longer.
+        current: Returns the key in its current state; None if it is no longer valid.
     """
 
     def __init__(self, key: Key, current: Callable[[Key], Key | None], on_end: Callable[[], None]) -> None:
@@ -234,14 +237,14 @@ class KeyWatch:
         self.check()
 
     def check(self) -> None:
-        """Look now, and again when the key expires."""
+        """Check now, and again when the key expires."""
         self.stop()
         key = self._current(self._key)
         if key is None:
             self._on_end()
         elif key.expires is not None:
-            left = (key.expires - datetime.now(UTC)).total_seconds()
-            self._timer = asyncio.get_running_loop().call_later(min(left, _MOST_SECONDS), self.check)
+            remaining = (key.expires - datetime.now(UTC)).total_seconds()
+            self._timer = asyncio.get_running_loop().call_later(min(remaining, _MOST_SECONDS), self.check)
 
     def stop(self) -> None:
         if self._timer is not None:
@@ -262,7 +265,7 @@ def _secret(name: bytes, value: bytes) -> bytes:
     if name == b"x-api-key":
         return value
     if value[: len(_BEARER)].lower() != _BEARER:
-        raise Unauthenticated("this server needs an API key: send it as Authorization: Bearer, or as X-API-Key")
+        raise Unauthenticated("this server requires an API key: send it as Authorization: Bearer, or as X-API-Key")
     return value[len(_BEARER) :].strip()
 
 

@@ -1,4 +1,4 @@
-"""What requests and answers take of the memory beside the arena: limited in all, and for each tenant."""
+"""Held bytes: the memory of requests and answers outside the arena, limited in total and per tenant."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,20 +6,19 @@ from collections.abc import Callable
 from unroll.service.access.keys import Quota
 from unroll.service.core.errors import Overloaded, QueueFull, QuotaExceeded
 
-#: Of what: bodies of requests until they are answered, parts of a stream's messages, answers that are not read, events
-#: of rollouts that are not read.
+#: Kinds: bodies of unanswered requests, incomplete messages of streams, unread answers, unread events of rollouts.
 REQUESTS, MESSAGES, ANSWERS, EVENTS = KINDS = ("requests", "messages", "answers", "events")
-#: Less of one connection is not counted.
+#: Smaller amounts are not counted.
 SMALL = 16_384
 _RETRY_SECONDS = 1.0
 
 
 class HeldBytes:
-    """The account.
+    """Counts all held bytes.
 
     Attributes:
-        by_kind: Bytes that are held now.
-        of_tenants: The same, of each tenant that holds any.
+        by_kind: Held bytes per kind.
+        of_tenants: Held bytes per tenant.
     """
 
     def __init__(self, limit: int, quota_of: Callable[[str], Quota | None]) -> None:
@@ -40,20 +39,19 @@ class HeldBytes:
     def refusal(self, tenant: str, size: int) -> Overloaded | None:
         if self._total + size > self._limit:
             return QueueFull(
-                f"requests and answers hold {self._total} bytes here, and {self._limit} are allowed "
-                "(--max-held-bytes): try again",
+                f"requests and answers hold {self._total} bytes; the limit is {self._limit} (--max-held-bytes): retry",
                 _RETRY_SECONDS,
             )
         quota = self._quota_of(tenant) if tenant else None
         if quota is not None and quota.bytes is not None and self.of_tenants[tenant] + size > quota.bytes:
             return QuotaExceeded(
-                f"the requests and answers of the tenant {tenant!r} may hold {quota.bytes} bytes here", _RETRY_SECONDS
+                f"requests and answers of tenant {tenant!r} exceed its limit of {quota.bytes} bytes", _RETRY_SECONDS
             )
         return None
 
 
 class Holding:
-    """What one connection, or one rollout, holds of a kind."""
+    """The bytes of one kind that one connection or rollout holds."""
 
     __slots__ = ("_account", "_kind", "_tenant", "size")
 
@@ -64,7 +62,7 @@ class Holding:
         self.size = 0
 
     def resize(self, size: int, tenant: str | None = None) -> None:
-        """It holds so much now, whatever the limit is. tenant: None if it is the same as before."""
+        """Set the size regardless of limits. tenant: None if unchanged."""
         if tenant is not None and tenant != self._tenant:
             self._account.add(self._kind, self._tenant, -self.size)
             self._tenant, self.size = tenant, 0
@@ -72,7 +70,7 @@ class Holding:
         self.size = size
 
     def grow(self, size: int, tenant: str | None = None) -> Overloaded | None:
-        """It is about to hold more; returns why it may not, and then it holds as much as before."""
+        """Set a larger size if the limits allow; otherwise change nothing, and return the error."""
         if tenant is not None:
             self.resize(self.size, tenant)
         more = size - self.size

@@ -1,11 +1,11 @@
-"""What the server takes JWTs of, apart from what needs PyJWT."""
+"""The settings for JWTs, in a module that does not need PyJWT."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class JwtConfig:
-    """keys: the JWK set, a file's path or a URL. tenant, scope: the claims that have them."""
+    """keys: path or URL of the JWK set. tenant, scope: names of the claims."""
 
     keys: str
     issuer: str

@@ -1,4 +1,4 @@
-"""JWTs with the JWK set of their provider, from a file or from a URL that is asked again and again."""
+"""JWTs, verified with the provider's JWK set from a file or from a URL that is fetched periodically."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from unroll.service.core.errors import KeysUnavailable, Unauthenticated
 
 _log = structlog.get_logger(__name__)
 
-#: Between two questions while nothing is amiss, and the least between two.
+#: Interval between fetches, and the minimum interval after an unknown key or a failure.
 REFRESH_SECONDS = 300.0
 LEAST_SECONDS = 10.0
 _TIMEOUT_SECONDS = 5.0
@@ -23,49 +23,54 @@ _MOST_BYTES = 2**18
 
 
 class Jwts:
-    """A set that cannot be had or used leaves the earlier one as it is, and the log says why.
+    """Keeps the JWK set current. If a new set cannot be read, the previous one stays, and the log says why.
 
     Raises:
-        KeysRefused: The file cannot be used. A URL need not answer yet.
+        KeysRefused: The file cannot be used. A URL may be unreachable at first.
     """
 
     def __init__(self, config: JwtConfig) -> None:
         self._config = config
         self._verifier = JwtVerifier(config)
         self._asked_at = float("-inf")
+        self._asking = False
         self._unknown = asyncio.Event()
         if not config.is_url:
             self._verifier.keys = self._read_file()
 
     def find(self, token: bytes) -> JwtKey:
-        """What the token permits. Raises Unauthenticated, Forbidden, KeysUnavailable: see `JwtVerifier.verify`."""
+        """Verify a token. Raises Unauthenticated, Forbidden, KeysUnavailable: see `JwtVerifier.verify`."""
         try:
             return self._verifier.verify(token)
         except UnknownKid:
-            if not self._config.is_url or time.monotonic() - self._asked_at < LEAST_SECONDS:
-                raise Unauthenticated("the JWT is signed by a key that this server does not know") from None
-            self._unknown.set()
+            if not self._asking:
+                if not self._config.is_url or time.monotonic() - self._asked_at < LEAST_SECONDS:
+                    raise Unauthenticated("the JWT is signed by an unknown key") from None
+                self._unknown.set()
             raise KeysUnavailable("the JWT is signed by a new key: the JWK set is being read again") from None
 
     def is_good(self, key: JwtKey) -> bool:
         """Whether the set still has the key that signed it."""
-        return self._verifier.keys is not None and key.signed_by in self._verifier.keys
+        return self._verifier.keys is not None and key.signed_by in self._verifier.keys.thumbprints
 
     def reload(self) -> None:
-        """Read the set again; one behind a URL, soon."""
+        """Reload a file now; schedule a fetch of a URL."""
         if self._config.is_url:
             self._unknown.set()
             return
         try:
             self._verifier.keys = self._read_file()
         except KeysRefused as error:
-            _log.error("JWK set not read, the earlier one stays", reason=str(error))
+            _log.error("JWK set not read, the previous one stays", reason=str(error))
 
     async def run(self, on_change: Callable[[], None]) -> None:
-        """Ask the URL until cancelled. on_change: Called with each new set."""
+        """Fetch the URL periodically, until cancelled. on_change: called after each new set."""
         while self._config.is_url:
             self._unknown.clear()
-            if (keys := await self._fetch()) is not None:
+            self._asked_at, self._asking = time.monotonic(), True
+            keys = await self._fetch()
+            self._asking = False
+            if keys is not None:
                 self._verifier.keys = keys
                 on_change()
             with suppress(TimeoutError):
@@ -81,7 +86,6 @@ class Jwts:
     async def _fetch(self) -> KeySet | None:
         import aiohttp
 
-        self._asked_at = time.monotonic()
         try:
             timeout = aiohttp.ClientTimeout(_TIMEOUT_SECONDS)
             async with (
@@ -98,5 +102,5 @@ class Jwts:
             return KeySet.read(bytes(content))
         except (aiohttp.ClientError, TimeoutError, OSError, KeysRefused) as error:
             reason = str(error) or type(error).__name__
-            _log.error("JWK set not read, the earlier one stays", url=self._config.keys, reason=reason)
+            _log.error("JWK set not read, the previous one stays", url=self._config.keys, reason=reason)
             return None

@@ -1,10 +1,10 @@
-"""The file of API keys: whose each is, what it permits, and how much each tenant may use.
+"""The keys file: API keys with their tenants and scopes, and quotas of tenants.
 
     [[keys]]
     name = "edge"                    # appears in the log
     tenant = "acme"
     scopes = ["infer"]
-    sha256 = "9f86d0818…"            # of the key; the key itself is nowhere
+    sha256 = "9f86d0818…"            # digest of the key, which is not stored
     expires = 2027-06-30T00:00:00Z   # optional
 
     [tenants.acme]                   # optional; per server process
@@ -13,8 +13,8 @@
     steps_per_second = 5000
     bytes = 100_000_000
 
-A key is 32 random bytes, so that its plain SHA-256 cannot be reversed by guessing. A slow hash is for passwords, which
-people choose.
+A key is 32 random bytes, so its plain SHA-256 cannot be reversed by guessing. Only passwords, which people choose, need
+a slow hash.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, V
 
 Scope = Literal["infer", "metrics", "sessions:admin", "models:admin", "server:admin"]
 
-#: What a key may permit.
+#: The scopes of keys.
 INFER: Scope = "infer"
 METRICS: Scope = "metrics"
 SESSIONS_ADMIN: Scope = "sessions:admin"
@@ -46,7 +46,7 @@ _Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,32}$")]
 
 
 class KeysRefused(ValueError):
-    """The file of keys cannot be used; the message says why."""
+    """The keys file cannot be used; the message says why."""
 
 
 class Key(BaseModel):
@@ -63,13 +63,13 @@ class Key(BaseModel):
 
 
 class JwtKey(Key):
-    """What a JWT permits. signed_by: names the key in the JWK set."""
+    """The permissions of a JWT. signed_by: thumbprint of the key in the JWK set."""
 
     signed_by: str
 
 
 class Quota(BaseModel):
-    """What a tenant may use of one server process; None: no limit of its own."""
+    """A tenant's limits in one server process; None for no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -92,14 +92,14 @@ class _FileBesideJwts(_File):
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """The keys by their digest, and the quotas by tenant."""
+    """Keys by digest, and quotas by tenant."""
 
     keys: dict[bytes, Key]
     quotas: dict[str, Quota]
 
     @classmethod
     def read(cls, path: Path, *, only_keys: bool = True) -> "KeyRing":
-        """only_keys: Nobody comes in by JWTs; else the file may have nothing but quotas. Raises KeysRefused."""
+        """Read a keys file. only_keys: JWTs are not accepted, so there must be a key. Raises KeysRefused."""
         kind = _File if only_keys else _FileBesideJwts
         try:
             file = kind.model_validate(tomllib.loads(path.read_text("utf-8")))
@@ -112,13 +112,13 @@ class KeyRing:
         keys = {bytes.fromhex(key.sha256): key for key in file.keys}
         if len(keys) < len(file.keys):
             raise KeysRefused(f"{path}: two keys have the same sha256")
-        strangers = file.tenants.keys() - {key.tenant for key in file.keys}
-        if only_keys and strangers:
-            raise KeysRefused(f"{path}: no key is of the tenant {sorted(strangers)[0]!r}")
+        without_key = file.tenants.keys() - {key.tenant for key in file.keys}
+        if only_keys and without_key:
+            raise KeysRefused(f"{path}: no key belongs to the tenant {sorted(without_key)[0]!r}")
         return cls(keys, file.tenants)
 
     def find(self, secret: bytes) -> Key | None:
-        """The key, unless it is unknown or has expired. It is found by its digest: time tells nothing of other keys."""
+        """The key, or None if it is unknown or expired. The lookup by digest leaks no timing about other keys."""
         digest = hashlib.sha256(secret).digest()
         key = self.keys.get(digest)
         if key is None or not hmac.compare_digest(bytes.fromhex(key.sha256), digest):
@@ -127,7 +127,7 @@ class KeyRing:
 
 
 def new_key(name: str, tenant: str, scopes: Sequence[str]) -> tuple[str, str]:
-    """A new key, and its entry for the file. Raises KeysRefused."""
+    """Create a key, and its entry for the file. Raises KeysRefused."""
     secret = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     digest = hashlib.sha256(secret.encode()).hexdigest()
     try:
@@ -141,7 +141,7 @@ def new_key(name: str, tenant: str, scopes: Sequence[str]) -> tuple[str, str]:
 
 
 def add_key(path: Path, name: str, tenant: str, scopes: Sequence[str]) -> str:
-    """Add an entry to the file, which is made if it is not there. Returns the key. Raises KeysRefused, OSError."""
+    """Add a new key to the file, creating it if necessary. Returns the key. Raises KeysRefused, OSError."""
     secret, entry = new_key(name, tenant, scopes)
     before = ""
     if path.exists():

@@ -1,4 +1,4 @@
-"""How fast each tenant may step."""
+"""Step rate limits of tenants."""
 
 import time
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from unroll.service.core.errors import QuotaExceeded
 
 @dataclass(slots=True)
 class _Bucket:
-    """steps: that may be taken now; negative while a request that was larger than a second's worth is paid off."""
+    """steps: available steps; negative after a request for more than one second's worth."""
 
     steps: float
     at: float
 
 
 class Meter:
-    """A token bucket for each tenant that has a limit. It holds one second's worth of steps."""
+    """A token bucket per tenant with a limit. It holds one second's worth of steps."""
 
     def __init__(self, quota_of: Callable[[str], Quota | None], now: Callable[[], float] = time.monotonic) -> None:
         self._quota_of = quota_of
@@ -25,15 +25,15 @@ class Meter:
         self._buckets: dict[str, _Bucket] = {}
 
     def limits(self, tenant: str) -> bool:
-        """Whether the tenant may take only so many steps a second."""
+        """Whether the tenant's step rate is limited."""
         quota = self._quota_of(tenant)
         return quota is not None and quota.steps_per_second is not None
 
     def take(self, tenant: str, steps: int) -> None:
-        """Count steps that are about to be queued. A request that is larger than the bucket waits for a full one.
+        """Take steps that are about to be queued. A request larger than the bucket needs a full bucket.
 
         Raises:
-            QuotaExceeded: The tenant has taken too many lately; it may take these after `retry_after`.
+            QuotaExceeded: The tenant has exceeded its rate; `retry_after` is when it may take these steps.
         """
         if not tenant or (quota := self._quota_of(tenant)) is None or quota.steps_per_second is None:
             return
@@ -43,5 +43,5 @@ class Meter:
         bucket.at = now
         missing = min(steps, rate) - bucket.steps
         if missing > 1e-9 * rate:
-            raise QuotaExceeded(f"the tenant {tenant!r} may take {rate:g} steps a second", missing / rate)
+            raise QuotaExceeded(f"tenant {tenant!r} exceeds its limit of {rate:g} steps per second", missing / rate)
         bucket.steps -= steps

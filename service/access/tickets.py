@@ -1,7 +1,6 @@
-"""Tickets: what a web page, which cannot send a header with a WebSocket, opens streams with."""
+"""Tickets let web pages open streams, because pages cannot send headers with a WebSocket."""
 
 import base64
-import binascii
 import hmac
 import secrets
 import struct
@@ -11,38 +10,38 @@ from datetime import UTC, datetime
 from unroll.service.access.keys import JwtKey, Key
 from unroll.service.core.errors import Unauthenticated
 
-#: A browser offers this protocol, followed by a ticket.
+#: Prefix of the subprotocol in which a browser offers a ticket.
 TICKET_PROTOCOL = "unroll.ticket."
 TICKET_SECONDS = 30.0
-#: First bytes of the digest of the key, nonce, end in Unix time; then, of a JWT, the key as JSON; then the signature.
+#: Prefix of the key's digest, nonce, expiry in Unix time; then, for a JWT, the key as JSON; then the signature.
 _TICKET = struct.Struct("<16s8sd")
 _DIGEST = 16
 _SIGNATURE = 16
 
 
 class Tickets:
-    """Makes and reads them. secret: Servers that take each other's tickets have the same; None for a random one."""
+    """Issues and opens tickets. secret: shared by servers that accept each other's tickets; None for a random one."""
 
     def __init__(self, secret: bytes | None) -> None:
         self._secret = hmac.digest(secret or secrets.token_bytes(32), b"tickets", "sha256")
 
     def issue(self, key: Key) -> tuple[str, float]:
-        """A ticket that opens streams with this key, and for how many seconds: no longer than the key is good."""
+        """Issue a ticket for this key. Returns it and its lifetime in seconds, limited by the key's own."""
         seconds = TICKET_SECONDS
         if key.expires is not None:
             seconds = max(0.0, min(seconds, (key.expires - datetime.now(UTC)).total_seconds()))
         digest = bytes.fromhex(key.sha256)[:_DIGEST]
-        whole = key.model_dump_json().encode() if isinstance(key, JwtKey) else b""  # another server has not seen it
+        whole = key.model_dump_json().encode() if isinstance(key, JwtKey) else b""  # another server may not know it
         body = _TICKET.pack(digest, secrets.token_bytes(8), time.time() + seconds) + whole
         return base64.urlsafe_b64encode(body + self._signature(body)).decode().rstrip("="), seconds
 
     def open(self, ticket: str) -> tuple[bytes, JwtKey | None]:
-        """The first bytes of the digest of its key; the key itself if it is a JWT's. Raises Unauthenticated."""
+        """The prefix of its key's digest; also the key itself if that is a JWT's. Raises Unauthenticated."""
         try:
             content = base64.urlsafe_b64decode(ticket + "=" * (-len(ticket) % 4))
             body, signature = content[:-_SIGNATURE], content[-_SIGNATURE:]
             digest, _, expires = _TICKET.unpack_from(body)
-        except (binascii.Error, ValueError, struct.error):
+        except (ValueError, struct.error):
             raise Unauthenticated("the ticket is damaged") from None
         if not hmac.compare_digest(signature, self._signature(body)) or expires <= time.time():
             raise Unauthenticated("the ticket is unknown, or has expired: get another with POST /v1/tickets")

@@ -1,21 +1,21 @@
-"""Extensions of Triton that are not offered say so: a 404 would read as if the model were missing."""
+"""Triton extensions that are not implemented answer 501, because a 404 would suggest that the model is missing."""
 
 from collections.abc import Awaitable, Callable, Collection
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
-_SHARED = "shared memory is not offered, since clients are on other machines; send and receive tensors in the body"
+_SHARED = "shared memory is not supported, because clients run on other machines; send tensors in the body"
 _LOADING = (
-    "loading by request is not offered here; put the bundle in the repository, or remove it, and send the server "
-    "SIGHUP; see --admin and --admin-port"
+    "loading by request is disabled; add the bundle to the repository or remove it, and send the server SIGHUP; "
+    "see --admin and --admin-port"
 )
-_GENERATE = "generate is not offered; use infer with a sequence_id, or a stream: /v1/models/{model}/stream"
-_TRACE = "traces are not offered; /metrics and /v2/models/{model}/stats have times by stage"
-_LOGGING = "log settings are not offered here; start the server with --log-level and --log-requests"
-#: Of models, which an operator may have; see `operator_routes.py`.
+_GENERATE = "generate is not supported; use infer with a sequence_id, or a stream: /v1/models/{model}/stream"
+_TRACE = "traces are not supported; /metrics and /v2/models/{model}/stats have times by stage"
+_LOGGING = "log settings are not supported here; start the server with --log-level and --log-requests"
+#: Loading and unloading, which are available to operators; see `operator_routes.py`.
 LOADING = ("/repository/models/{model}/load", "/repository/models/{model}/unload")
-#: Extensions that are not offered, by path below /v2.
+#: Reasons by path below /v2.
 _ABSENT = {
     "/systemsharedmemory/{rest:path}": _SHARED,
     "/cudasharedmemory/{rest:path}": _SHARED,
@@ -31,7 +31,7 @@ _ABSENT = {
 
 
 def router(offered: Collection[str]) -> APIRouter:
-    """offered: those that there are, by path below /v2."""
+    """offered: paths below /v2 that are implemented."""
     api = APIRouter(prefix="/v2", include_in_schema=False)
     for path, why in _ABSENT.items():
         if path in offered:

@@ -1,4 +1,4 @@
-"""The sessions of a server, for its operators: with keys, those of the tenant of the key. Off by default."""
+"""Lists sessions for operators; with keys, those of the key's tenant. Off by default."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ _PARAMETERS = [
 
 
 def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None) -> APIRouter:
-    """pages: by durability."""
+    """pages: lists the sessions of each durability."""
     api = APIRouter(prefix="/v1/admin", tags=["administration"])
 
     @api.get(
@@ -34,7 +34,7 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
         description="`DELETE /v1/models/{model}/sessions/{session_id}` closes one.",
         responses=problem_responses(
             {
-                400: "malformed_request: a parameter has no such value",
+                400: "malformed_request: a parameter is unknown or invalid",
                 422: "durability_unavailable",
                 503: "store_unavailable",
             }
@@ -42,19 +42,19 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
         openapi_extra={"parameters": _PARAMETERS},
     )
     async def sessions(http: Request) -> Any:
-        asked = _parse(http)
-        durability = app.durability_of(asked.get("durability"))
+        query = _parse(http)
+        durability = app.durability_of(query.get("durability"))
         selection = Selection(
-            asked.get("model"),
-            asked.get("min_idle"),
-            asked.get("min_position", 0),
-            asked.get("max_position"),
+            query.get("model"),
+            query.get("min_idle"),
+            query.get("min_position", 0),
+            query.get("max_position"),
             idle_timeout,
             tenant_of(http),
         )
-        limit, after = asked.get("limit", 100), asked.get("after", "")
+        limit, after = query.get("limit", 100), query.get("after", "")
         if not 1 <= limit <= _MOST:
-            raise InvalidRequest(f"limit is from 1 to {_MOST}; use `after` for more")
+            raise InvalidRequest(f"limit must be from 1 to {_MOST}; use `after` for more")
         found, after = await select(pages[durability], selection, after, limit)
         return Response(json.dump(found.document(after)), media_type="application/json")
 
@@ -62,16 +62,16 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
 
 
 def _parse(http: Request) -> dict[str, Any]:
-    """The query. Raises InvalidRequest."""
+    """Parse the query string. Raises InvalidRequest."""
     parsed: dict[str, Any] = {}
     for name, value in http.query_params.items():
         if name in _TEXTS:
             parsed[name] = value
             continue
         if name not in _NUMBERS:
-            raise InvalidRequest(f"no parameter {name!r}; there are {', '.join((*_NUMBERS, *_TEXTS))}")
+            raise InvalidRequest(f"unknown parameter {name!r}; use {', '.join((*_NUMBERS, *_TEXTS))}")
         try:
             parsed[name] = _NUMBERS[name](value)
         except ValueError:
-            raise InvalidRequest(f"{name} is a number, not {value!r}") from None
+            raise InvalidRequest(f"{name} must be a number, not {value!r}") from None
     return parsed

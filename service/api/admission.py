@@ -1,4 +1,4 @@
-"""Lets requests in that FastAPI routes. Those that the transport answers itself ask the gate there."""
+"""Authenticates the requests that FastAPI handles. The transport does so itself for those that it handles."""
 
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from unroll.service.api.request import TENANT, Headers
 from unroll.service.core.errors import UnrollError
 from unroll.service.core.session_ids import owned
 
-#: What anybody may ask: whether the server runs, and how its API looks.
+#: Public paths: health, and the documentation of the API.
 _PUBLIC = ("/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs", "/redoc")
 _PUBLIC_FOLDERS = ("/docs/", "/page/")
 #: Methods that change nothing.
@@ -32,7 +32,7 @@ _SCOPES_OF_FOLDERS = {"/v2/repository/models/": keys.MODELS_ADMIN, "/v1/admin/":
 
 
 def scope_of(path: str) -> keys.Scope | None:
-    """What a key must permit for a request to this path; None: it needs no key."""
+    """The scope that a key needs for this path; None if it needs no key."""
     if path in _PUBLIC or path.startswith(_PUBLIC_FOLDERS):
         return None
     if path in _SCOPES:
@@ -43,13 +43,13 @@ def scope_of(path: str) -> keys.Scope | None:
 
 
 def refusals(path: str) -> dict[str, Any]:
-    """The answers of a path to what may not come in, for the OpenAPI document."""
+    """The refusals of a path, for the OpenAPI document."""
     if (scope := scope_of(path)) is None:
         return {}
     meanings = {
-        401: "unauthenticated: the server has keys, and the request has none of them",
-        403: f"forbidden: the key has not the scope {scope}; or host_refused, origin_refused",
-        503: "keys_unavailable: the key of a JWT's signature is not known yet; retry after Retry-After seconds",
+        401: "unauthenticated: the server requires a key, and the request has none or an unknown one",
+        403: f"forbidden: the key lacks the scope {scope}; or host_refused, origin_refused",
+        503: "keys_unavailable: the key that signed the JWT is not known yet; retry after Retry-After seconds",
     }
     responses = open_inference_responses if path.startswith("/v2") else problem_responses
     return {
@@ -59,7 +59,7 @@ def refusals(path: str) -> dict[str, Any]:
 
 
 class Admission:
-    """Middleware for HTTP; a stream asks `admit_stream`."""
+    """Middleware for HTTP. Streams use `admit_stream`."""
 
     def __init__(self, app: ASGIApp, state: AppState) -> None:
         self._app = app
@@ -84,7 +84,7 @@ class Admission:
 
 
 def admit_stream(app: AppState, connection: HTTPConnection) -> Key | None:
-    """The key of a stream, or that of a ticket among the protocols that it offers; None without keys.
+    """The API key of a stream, or of a ticket among its offered subprotocols; None if the server has no keys.
 
     Raises:
         HostRefused, Unauthenticated, Forbidden: See `Gate.admit`.
@@ -99,14 +99,14 @@ def admit_stream(app: AppState, connection: HTTPConnection) -> Key | None:
 
 
 def tenant_of(http: HttpRequest) -> str:
-    """The tenant of a request that was let in; empty without keys."""
+    """The tenant of an admitted request; empty without keys."""
     tenant: str = http.scope.get(TENANT, "")
     return tenant
 
 
-def _own_id(http: HttpRequest, session_id: str) -> str:
+async def _own_id(http: HttpRequest, session_id: str) -> str:
     return owned(tenant_of(http), session_id)
 
 
-#: The session in the path of a route, by its id inside the server.
+#: The session id from a route's path, as the server's internal id.
 OwnId = Annotated[str, Depends(_own_id)]

@@ -1,4 +1,4 @@
-"""Hands what is known of an answered request to the log of requests."""
+"""Writes answered requests to the request log."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +11,17 @@ from unroll.service.api.parameters import split_reference
 from unroll.service.core.errors import UnrollError
 from unroll.service.telemetry.request_log import RequestLog
 
-#: Member of an ASGI scope: the error that the request was answered with, or None once the request is logged.
+#: Key in an ASGI scope: the error that the request was answered with; None if the request is already logged.
 ERROR = "unroll.error"
 
 
 def log_error(log: RequestLog, route: str, error: UnrollError, **known: str | int | None) -> None:
-    """Log a refusal that is no HTTP response of its own, such as that of an entry of a frame."""
+    """Log a refusal without an HTTP response of its own, such as that of a frame's entry."""
     log_answer(log, route, STATUS[type(error)], error, **known)
 
 
 def log_answer(log: RequestLog, route: str, status: int, error: UnrollError | None, **known: str | int | None) -> None:
-    """Log an answer, if such are logged. known: What the request named: `model`, `session`, `position`."""
+    """Log an answer if its status reaches the log's minimum. known: the request's `model`, `session`, `position`."""
     if status < log.least_status:
         return
     code = error.code if error is not None else reason(status) if status >= 400 else None
@@ -30,7 +30,7 @@ def log_answer(log: RequestLog, route: str, status: int, error: UnrollError | No
 
 
 class LogAnswers:
-    """Middleware: logs the requests that the transport does not answer itself."""
+    """Middleware that logs the requests handled by FastAPI."""
 
     def __init__(self, app: ASGIApp, state: AppState) -> None:
         self._app = app

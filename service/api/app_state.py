@@ -1,4 +1,4 @@
-"""What every route needs: models, sessions, limits, figures."""
+"""The state shared by all routes: models, sessions, limits, figures."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -6,6 +6,7 @@ from typing import Protocol
 from unroll.service.access.gate import Gate
 from unroll.service.access.held_bytes import HeldBytes
 from unroll.service.access.quotas import Meter
+from unroll.service.api.all_workers import AllWorkers
 from unroll.service.core.errors import Draining, DurabilityUnavailable, QuotaExceeded
 from unroll.service.core.turns import Turns
 from unroll.service.models.repository import ModelRepository
@@ -18,7 +19,7 @@ from unroll.service.telemetry.request_log import RequestLog
 
 @dataclass(frozen=True, slots=True)
 class ApiLimits:
-    """request_timeout: seconds until a request must have begun to run, unless it brings its own."""
+    """request_timeout: seconds within which a request must start to run, unless it specifies its own."""
 
     request_timeout: float = 30.0
     max_body_bytes: int = 16 * 2**20
@@ -31,23 +32,23 @@ class Drainable(Protocol):
     tenant: str
 
     def drain(self) -> None:
-        """End in order."""
+        """Shut down gracefully."""
 
 
 @dataclass(slots=True)
 class AppState:
-    """What all routes share.
+    """The state shared by all routes.
 
     Attributes:
-        sessions: Where sessions are, and what can be done to them besides steps.
-        durability: The default of new sessions.
+        sessions: Finds sessions and runs their operations other than steps.
+        durability: Default durability of new sessions.
         snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
-        shared_port: The port that other worker processes listen on, too; None: there is one process only.
+        workers: All worker processes; None with a single process.
         requests: Figures by inference route.
-        ready: Every model is loaded, its loop runs, and the store, if any, has answered once.
-        draining: The process is about to end. It finishes its work and opens no sessions.
-        crashed: A loop ended with an error, and the process ends because of it.
-        failed: Something went wrong while the process ended, such as the loss of sessions.
+        ready: Every model is loaded, its loop is running, and the store, if any, has answered once.
+        draining: The process is shutting down: it finishes its work and opens no sessions.
+        crashed: A loop ended with an error, and the process is shutting down because of it.
+        failed: The shutdown failed in part, for example sessions were lost.
     """
 
     models: ModelVersions
@@ -56,7 +57,7 @@ class AppState:
     limits: ApiLimits
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
-    shared_port: int | None = None
+    workers: AllWorkers | None = None
     gate: Gate = field(default_factory=Gate)
     meter: Meter = field(init=False)
     held: HeldBytes = field(init=False)
@@ -76,44 +77,34 @@ class AppState:
 
     @property
     def in_flight(self) -> int:
-        """Chunks accepted and not yet answered, of all models."""
+        """Chunks of all models that are accepted and not yet answered."""
         return sum(model.scheduler.in_flight for model in self.models)
 
     def drain(self) -> None:
-        """Not ready any more, and nothing new from now on."""
+        """Become not ready, and refuse new sessions and streams."""
         self.ready, self.draining = False, True
 
     def refuse_if_draining(self) -> None:
-        """Raises Draining: sessions are opened, forked and resumed on another server, or here after a restart."""
+        """Raises Draining for operations that another server, or this one after its restart, should take."""
         if self.draining:
             raise Draining("the server is shutting down; retry, and another server will answer")
 
-    def refuse_another_session(self, tenant: str) -> None:
-        """Raises QuotaExceeded if the tenant has as many sessions in this process as it may."""
-        quota = self.gate.quota(tenant)
-        if quota is None or quota.sessions is None:
-            return
-        tables = [model.scheduler.sessions.of_tenants for model in self.models]
-        count = sum(table[tenant] for table in (*tables, self.sessions.directory.spilled.of_tenants))
-        if count >= quota.sessions:
-            raise QuotaExceeded(f"the tenant {tenant!r} may have {quota.sessions} sessions here: close some")
-
     def refuse_another_stream(self, tenant: str) -> None:
-        """Raises QuotaExceeded if the tenant has as many streams as it may."""
+        """Raises QuotaExceeded if the tenant has reached its limit of streams in this process."""
         quota = self.gate.quota(tenant)
         if quota is not None and quota.streams is not None:
             count = sum(stream.tenant == tenant for stream in self.streams)
             if count >= quota.streams:
-                raise QuotaExceeded(f"the tenant {tenant!r} may have {quota.streams} streams here: close some")
+                raise QuotaExceeded(f"tenant {tenant!r} has reached its limit of {quota.streams} streams: close some")
 
     def durability_of(self, requested: str | None) -> str:
         """The durability of a new session. Raises DurabilityUnavailable."""
         durability = requested or self.durability
         if durability not in self.sessions.durabilities:
             raise DurabilityUnavailable(f"durability {durability} needs a store: start the server with --store")
-        if durability == "memory" and self.shared_port is not None:
+        if durability == "memory" and self.workers is not None:
             raise DurabilityUnavailable(
-                "durability memory is unavailable with several workers: a session of one is unknown to the others"
+                "durability memory is unavailable with several workers, because each knows only its own sessions"
             )
         return durability
 

@@ -1,4 +1,4 @@
-"""Compressed bodies of requests: gzip and deflate."""
+"""Compressed request bodies: gzip and deflate."""
 
 import asyncio
 import zlib
@@ -6,24 +6,24 @@ from functools import partial
 
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
-#: Bytes that are decompressed at once. More are in a thread, which zlib lets run beside the event loop.
+#: Larger bodies are decompressed in a thread; zlib releases the GIL, so the event loop keeps running.
 _AT_ONCE = 2**18
 _GZIP, _ZLIB, _DEFLATE = 31, 15, -15  # zlib's `wbits`
 
 
 def check_coding(coding: bytes) -> None:
-    """Raises UnsupportedMediaType. coding: the header Content-Encoding."""
+    """Raises UnsupportedMediaType for an unsupported Content-Encoding header."""
     if coding.strip().lower() not in (b"", b"identity", b"gzip", b"x-gzip", b"deflate"):
         name = coding[:40].decode("ascii", "replace")
-        raise UnsupportedMediaType(f"Content-Encoding {name!r} is not taken: send gzip, deflate, or the body as it is")
+        raise UnsupportedMediaType(f"Content-Encoding {name!r} is not supported: use gzip, deflate or none")
 
 
 def decoded(body: bytes, coding: bytes, limit: int) -> bytes | asyncio.Future[bytes]:
-    """The body as it was before its coding, which `check_coding` accepted; a long one is made in a thread.
+    """Decompress a body after `check_coding`; a long one in a thread.
 
     Raises:
         InvalidRequest: The body is damaged.
-        BodyTooLarge: It would have more than `limit` bytes; no more are made.
+        BodyTooLarge: The result exceeds `limit` bytes; decompression stops there.
     """
     coding = coding.strip().lower()
     try:
@@ -42,16 +42,16 @@ def _decompressed(body: bytes, coding: bytes, limit: int) -> bytes:
     try:
         content = decompressor.decompress(body, limit + 1)
     except zlib.error as error:
-        raise InvalidRequest(f"the body is no valid {coding.decode()}") from error
+        raise InvalidRequest(f"the body is not valid {coding.decode()}") from error
     if len(content) > limit:
         raise BodyTooLarge(f"the decompressed body exceeds the limit of {limit} bytes")
     if not decompressor.eof or decompressor.unused_data:
-        where = "continues behind the end of" if decompressor.eof else "ends before"
+        where = "continues after the end of" if decompressor.eof else "ends before"
         raise InvalidRequest(f"the body {where} its {coding.decode()} data")
     return content
 
 
 def _window(body: bytes) -> int:
-    """HTTP's deflate is zlib's format; some clients send the bare data without its two bytes in front."""
+    """HTTP's deflate is the zlib format, but some clients send raw deflate data without its two-byte header."""
     has_header = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
     return _ZLIB if has_header else _DEFLATE

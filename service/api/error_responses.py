@@ -1,11 +1,10 @@
-"""The HTTP status of every error. `_MEANING` in `native_routes.py` repeats them for the OpenAPI document."""
+"""The HTTP status and response of every error. `_MEANING` in `native_routes.py` has the statuses for OpenAPI."""
 
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from unroll.service.api.bodies import Problem
 from unroll.service.api.request import JSON, Answer
 from unroll.service.core import errors as e
 from unroll.service.protocol import json
@@ -57,18 +56,16 @@ _PROBLEM = b"application/problem+json"
 
 
 def problem(error: e.UnrollError) -> Answer:
-    """RFC 9457 problem details, with the stable `code` as an extension member."""
+    """RFC 9457 problem details with the stable `code` as an extension member."""
     answer = problem_of(STATUS[type(error)], error.code, error.message, error.details, _fields(error))
     answer.error = error
     return answer
 
 
 def problem_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
-    """The problems that a route may answer with, by status, for the OpenAPI document."""
+    """A route's problem responses by status, for the OpenAPI document."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {
-        status: {"description": meaning, "content": content, "model": Problem} for status, meaning in meanings.items()
-    }
+    return {status: {"description": meaning, "content": content} for status, meaning in meanings.items()}
 
 
 def problem_of(status: int, code: str, detail: str, members: dict | None = None, fields: bytes = b"") -> Answer:
@@ -84,10 +81,10 @@ def problem_of(status: int, code: str, detail: str, members: dict | None = None,
 
 
 def open_inference_error(error: e.UnrollError) -> Answer:
-    """The protocol's `{"error": text}`, with the stable `code` as a further member."""
-    status = 400 if isinstance(error, e.SessionUnknown) else STATUS[type(error)]  # as Triton answers
+    """The protocol's `{"error": text}`, plus the stable `code`."""
+    status = 400 if isinstance(error, e.SessionUnknown) else STATUS[type(error)]  # as Triton does
     message = error.message
-    if isinstance(error, e.SessionUnknown | e.SessionGone):  # in Triton's words, which its clients look for
+    if isinstance(error, e.SessionUnknown | e.SessionGone):  # Triton's wording, which its clients parse
         message = f"{message}; must specify the START flag on the first request of the sequence"
     document = {"error": message, "code": error.code, **error.details}
     return Answer(status, JSON, json.dump(document), _fields(error), error)
@@ -107,17 +104,17 @@ def open_inference_responses(meanings: Mapping[int, str]) -> dict[int | str, dic
 
 
 def http_error(status: int, detail: str, is_v2: bool) -> Answer:
-    """A request that HTTP or its routes refuse, in the form of the API that it was for."""
+    """The response to a request that HTTP or the router refuses, in the format of the API that it addresses."""
     code = reason(status)
     return (
         Answer(status, JSON, json.dump({"error": detail, "code": code})) if is_v2 else problem_of(status, code, detail)
     )
 
 
-#: Where Python's phrases would not do, or change from version to version.
+#: Codes of statuses for which Python's phrase is unsuitable or differs between versions.
 _CODES = {400: e.InvalidRequest.code, 414: "uri_too_long", 499: e.Cancelled.code}
 
 
 def reason(status: int) -> str:
-    """A code for statuses that come from the framework, such as `method_not_allowed`."""
+    """The code of a status that comes from the framework, such as `method_not_allowed`."""
     return _CODES.get(status) or HTTPStatus(status).phrase.lower().replace(" ", "_")

@@ -1,16 +1,16 @@
-"""The map of a rollout: how the inputs of a time step are made of the outputs before it.
+"""Rollout maps compute the inputs of a time step from the previous outputs.
 
-Every map is exact, so that a client can repeat it bit for bit:
+Every map is exact, so that a client can reproduce it bit for bit:
 
 - `identity`: the output is the input.
-- `argmax`: the index of the largest of an output's values, of equal ones the first.
+- `argmax`: the index of the output's largest value; the first one among equals.
 - `sample`: an index drawn from softmax(output / temperature), in float64, among the `top_k` largest. The draw u is a
-  number of SplitMix64 that depends on the seed and on the position of the step that gets it, see `draw`. The index is
-  the first whose cumulative sum of exp((logit - largest) / temperature) exceeds u times the sum of all, else the last.
-- `columns`: the input's values one by one: a value of the output times `scale` plus `offset`, computed in float64 and
-  rounded once; a constant; or a value that the request gives for each step.
+  SplitMix64 number that depends on the seed and on the position of the step that receives it, see `draw`. The index is
+  the first whose cumulative sum of exp((logit - largest) / temperature) exceeds u times the total, else the last.
+- `columns`: each value of the input separately: a value of the output times `scale` plus `offset`, computed in float64
+  and rounded once; a constant; or a value per step from the request.
 
-An index becomes the value of an integer input, or a row of zeros with a one of a float input.
+An index becomes the value of an integer input, or a one-hot row of a float input.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,12 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import Codec, numbers
 
 _MASK = 2**64 - 1
-#: Seeds are whole numbers that every JSON parser reads exactly.
+#: Larger integers are not read exactly by every JSON parser.
 MAX_SEED = 2**53 - 1
 
 
 def draw(seed: int, position: int) -> float:
-    """The number in [0, 1) for the step at `position`: the `position`-th of SplitMix64 from `seed`, its top 53 bits."""
+    """A number in [0, 1) for the step at `position`: the top 53 bits of SplitMix64's output number `position`."""
     z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -41,7 +41,7 @@ def draw(seed: int, position: int) -> float:
 
 
 class _Source(Strict):
-    output: str | None = Field(None, description="name of the output; may be left out if the model has one")
+    output: str | None = Field(None, description="name of the output; optional if the model has only one")
 
 
 class Identity(_Source):
@@ -55,7 +55,7 @@ class Argmax(_Source):
 class Sample(_Source):
     kind: Literal["sample"]
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=1, description="draw among so many of the largest; default: all")
+    top_k: int | None = Field(None, ge=1, description="draw from this many of the largest; default: all")
     seed: int = Field(ge=0, le=MAX_SEED)
 
 
@@ -70,7 +70,7 @@ class ConstantColumn(Strict):
 
 
 def _only_numbers(values: list[Any]) -> list[Any]:
-    """A union would look at each value several times."""
+    """Faster than a union of types, which pydantic tries one after another for each value."""
     if not {int, float, bool}.issuperset(map(type, values)):
         raise PydanticCustomError("numbers", "Input should be a list of numbers, true and false")
     return values
@@ -83,7 +83,7 @@ class FutureColumn(Strict):
     )
 
 
-#: Each has a member that the others have not, so the first that fits is the one.
+#: Each alternative has a member that no other has, so at most one fits.
 Column = Annotated[FromColumn | ConstantColumn | FutureColumn, Field(union_mode="left_to_right")]
 
 
@@ -102,18 +102,18 @@ def _form(value: Any) -> str:
     return "input" if is_one else "inputs"
 
 
-#: Of a model with one input: its source; of any model: {input: source}.
+#: Either the source of a model's only input, or {input: source}.
 FeedbackSpec = Annotated[
     Annotated[Source, Tag("input")] | Annotated[dict[str, Source], Tag("inputs")], Discriminator(_form)
 ]
 
-#: Makes the values of one input, of the flat output, the step's position, and the number of steps fed back before.
+#: Computes the values of one input from the flat output, the step's position, and the number of steps fed back before.
 _Fill = Callable[[np.ndarray, int, int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """A source that fits: the input it fills, and the index of the output it reads."""
+    """A validated source: the input that it fills, and the index of the output that it reads."""
 
     spec: TensorSpec
     output: int
@@ -121,14 +121,15 @@ class _Bound:
 
 
 class Feedback:
-    """A map that fits a model.
+    """A map bound to a model.
 
     Args:
-        steps: that are fed back.
-        begin: position of the first of them.
+        spec: The map.
+        steps: Number of steps that are fed back.
+        begin: Position of the first of these steps.
 
     Raises:
-        MapInvalid: it does not fit.
+        MapInvalid: The map does not fit the model.
     """
 
     def __init__(self, spec: Any, codec: Codec, manifest: Manifest, steps: int, begin: int) -> None:
@@ -143,11 +144,11 @@ class Feedback:
         self._bound = [_bind(by_name[tensor.name], tensor, manifest.outputs, steps) for tensor in manifest.inputs]
 
     def __call__(self, outputs: Tensors, position: int) -> Tensors:
-        """The inputs of the step at `position`, each (1, *shape), of the outputs of the piece before it.
+        """Compute the inputs of the step at `position`, each (1, *shape), from the previous piece's outputs.
 
         Raises:
-            NonFiniteInput, OutOfRange: a value is none that the model takes.
-            EngineFailed: another error, which must not reach the scheduler.
+            NonFiniteInput, OutOfRange: The model does not accept a value.
+            EngineFailed: Any other error, because only an UnrollError may reach the scheduler.
         """
         try:
             last = [array[-1] if spec.time else array for spec, array in zip(self._outputs, outputs, strict=True)]
@@ -175,7 +176,7 @@ def _bind(source: Any, spec: TensorSpec, outputs: tuple[TensorSpec, ...], steps:
         return _Bound(spec, index, _columns(source, spec, output, steps))
     choose = _argmax if isinstance(source, Argmax) else _sampler(source, output)
     if len(output.shape) != 1 or output.dtype != "float32":
-        raise _misfit(spec, output, f"{source.kind} needs an output of the shape (n,) of float32")
+        raise _misfit(spec, output, f"{source.kind} needs a float32 output of shape (n,)")
     count = output.size
     if spec.numpy.kind == "i" and spec.size == 1:
         if spec.limit is not None and count > spec.limit:
@@ -186,7 +187,7 @@ def _bind(source: Any, spec: TensorSpec, outputs: tuple[TensorSpec, ...], steps:
     if spec.dtype == "float32" and spec.shape == output.shape:
         places = np.arange(count)
         return _Bound(spec, index, lambda values, position, step: places == choose(values, position, step))
-    raise _misfit(spec, output, f"{source.kind} needs an input of one integer, or of the output's shape of float32")
+    raise _misfit(spec, output, f"{source.kind} needs an input of one integer, or float32 of the output's shape")
 
 
 def _output_of(source: Any, outputs: tuple[TensorSpec, ...]) -> int:

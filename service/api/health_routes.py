@@ -1,18 +1,15 @@
-"""Liveness, readiness, and metrics in a router of their own."""
+"""Liveness and readiness, and in a separate router, metrics."""
 
 from typing import Any
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Response
 
+from unroll.service.api.all_workers import METRICS_TEXT, metrics_of_all, route_class
 from unroll.service.api.app_state import AppState
 from unroll.service.api.http_methods import add_probe
-from unroll.service.api.worker_metrics import WorkerMetrics
 from unroll.service.telemetry.metrics import Collector
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: starting or stopping"}}
-
-#: Of Prometheus's text format.
-_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def router(app: AppState) -> APIRouter:
@@ -34,9 +31,8 @@ def router(app: AppState) -> APIRouter:
     return api
 
 
-def metrics_router(app: AppState, workers: WorkerMetrics | None) -> APIRouter:
-    """workers: all of them, if each has a port of its own."""
-    api = APIRouter(tags=["health"])
+def metrics_router(app: AppState) -> APIRouter:
+    api = APIRouter(tags=["health"], route_class=route_class(app.workers, metrics_of_all))
     collector = Collector(
         lambda: [model.current_figures() for model in app.models],
         app.requests,
@@ -52,18 +48,9 @@ def metrics_router(app: AppState, workers: WorkerMetrics | None) -> APIRouter:
         "/metrics",
         summary="Prometheus metrics",
         response_class=Response,
-        responses={
-            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-            404: {"description": "several workers share this port, without --worker-port"},
-        },
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
-    async def metrics(request: Request) -> Response:
-        if app.shared_port is not None and request.scope["server"][1] == app.shared_port:
-            if workers is None:
-                raise HTTPException(404, "several workers share this port: add --worker-port, and it has those of all")
-            names = (b"authorization", b"x-api-key")
-            keys = [b"%b: %b\r\n" % header for header in request.scope["headers"] if header[0] in names]
-            return Response(await workers.exposition(b"".join(keys)), media_type=_TEXT)
-        return Response(b"".join(await app.turns.make(collector.exposition())), media_type=_TEXT)
+    async def metrics() -> Response:
+        return Response(b"".join(await app.turns.make(collector.exposition())), media_type=METRICS_TEXT)
 
     return api

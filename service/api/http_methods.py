@@ -1,4 +1,4 @@
-"""What every path answers besides its own methods: HEAD as GET without the body, OPTIONS and 405 with the methods."""
+"""HTTP methods common to all paths: HEAD as GET without the body, OPTIONS, and 405 with the allowed methods."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class HeadAsGet:
-    """Middleware; the server drops the body."""
+    """Middleware that treats HEAD as GET; the server drops the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -21,7 +21,7 @@ class HeadAsGet:
 
 
 def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> str:
-    """The header `Allow` of the request's path."""
+    """The value of the header `Allow` for the request's path."""
     methods = {
         method
         for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
@@ -31,7 +31,7 @@ def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> str:
 
 
 def add_probe(api: APIRouter, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-    """A GET for load balancers. Some ask by OPTIONS, and take only its status for an answer."""
+    """Add a GET route for load balancers. Some probe with OPTIONS and check only the status."""
     api.add_api_route(path, endpoint, methods=["GET"], **options)
     api.add_api_route(path, endpoint, methods=["OPTIONS"], dependencies=[Depends(_allow)], include_in_schema=False)
 

@@ -1,10 +1,11 @@
-"""The Open Inference Protocol's infer call: from a request to an answer, without a framework.
+"""The infer call of the Open Inference Protocol, from request to answer, independent of the web framework.
 
-A sequence of the protocol is a session. Its `sequence_id` is the session id, an integer as its decimal digits.
+A sequence of the protocol is a session. Its `sequence_id` is the session id; integers are written in decimal.
 """
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import structlog
@@ -34,33 +35,32 @@ from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import Session
 
-#: Of a reply: its plan, and the id of the request.
+#: The plan of a reply, and the id of the request.
 _Form = tuple[ReplyPlan, str | None]
 
 _log = structlog.get_logger(__name__)
 
 
 class RepeatedInferStep(RepeatedStep):
-    """A step of a sequence, whose session was found for the step before."""
+    """A step of a sequence; a previous step has found its session."""
 
-    __slots__ = ("_id", "_name", "_plan", "_request_id", "_text")
+    __slots__ = ("_id", "_name", "_plan", "_request_id")
 
     failure = staticmethod(open_inference_error)
 
-    def __init__(
-        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond, name: str
-    ) -> None:
-        super().__init__(app, served, session, request, respond)
+    def __init__(self, name: str, app: AppState, served: ServedModel, session: Session, *args: Any) -> None:
+        super().__init__(app, served, session, *args)
         self._name = name
         self._id = shown(session.id)
-        self._text = RepeatedText()
 
     def read(self, request: Request) -> bytes | None:
+        assert request.text is not None  # it was read when this was made
         try:
-            length = request.whole_number(HEADER_LENGTH)
-            parsed = self._text.parse(request.body, length, self._app.limits.max_json_bytes)
+            parsed = request.text.parse(
+                request.body, request.whole_number(HEADER_LENGTH), self._app.limits.max_json_bytes
+            )
             sequence = parsed.sequence
-            if sequence is None or sequence.id != self._id or sequence.start or sequence.end or parsed.header.timeout:
+            if sequence is None or sequence.id != self._id or sequence.start or sequence.end:
                 return None
             step = open_inference.read_step(parsed, self._served.manifest.inputs)
             if step is None:
@@ -69,18 +69,19 @@ class RepeatedInferStep(RepeatedStep):
                     return None
                 step = self._served.codec.to_raw(batch[0])
             self._plan, self._request_id = _plan(self._served, self._name, parsed), parsed.id
+            self._timeout = parsed.header.timeout or self._app.limits.request_timeout
         except UnrollError:
             return None
         self.write = self._plan.rows
         request.session, request.position = sequence.id, sequence.position
         return step
 
-    def encode(self, written: tuple[bytes, ...], position: int) -> Answer:
-        return self._plan.encode_row(self._request_id, written, position)
+    def complete(self, written: tuple[bytes, ...], position: int) -> None:
+        self._respond(self._plan.encode_row(self._request_id, written, position))
 
 
 def _plan(served: ServedModel, name: str, parsed: InferRequest) -> ReplyPlan:
-    """The plan is kept with the header, which the parser keeps for requests that repeat it."""
+    """The reply plan, cached in the header, which the parser caches for requests that repeat it."""
     plan: ReplyPlan | None = parsed.header.plan
     if plan is None or plan.manifest is not served.manifest:
         plan = parsed.header.plan = ReplyPlan(served, name, parsed.header)
@@ -92,11 +93,8 @@ def _form(served: ServedModel, name: str, parsed: InferRequest) -> _Form:
 
 
 def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
-    """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
-    if request.document is not None:
-        parsed = open_inference.read(request.document, memoryview(b""))
-    else:
-        parsed = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
+    """Run whole sequences, or the next steps of one sequence if the request has a `sequence_id`."""
+    parsed = _parse(app, request)
     if parsed.sequence is not None:
         return _sequence_steps(app, name, version, parsed, parsed.sequence, request, respond)
     served = app.models.resolve(name, version)
@@ -105,6 +103,17 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
     batch = _batch(served, parsed)
     app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
     return served.loop.submit_sequences(batch, _timeout(app, parsed), settled, tenant=request.tenant)
+
+
+def _parse(app: AppState, request: Request) -> InferRequest:
+    if request.document is not None:
+        return open_inference.read(request.document, memoryview(b""))
+    length, limit = request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes
+    if not request.repeats:
+        return open_inference.parse(request.body, length, limit)
+    if request.text is None:
+        request.text = RepeatedText()
+    return request.text.parse(request.body, length, limit)
 
 
 def _timeout(app: AppState, parsed: InferRequest) -> float:
@@ -158,13 +167,14 @@ def _sequence_steps(
             app.sessions.directory.check_closing_chunk(name, sequence.id, chunk)
         if not sequence.start:
             raise served.scheduler.sessions.closed.error(sequence.id, now)
-        if request.tenant and app.sessions.directory.living(name, sequence.id) is None:  # else it takes its place
-            app.refuse_another_session(request.tenant)
-        chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
+        if request.tenant and app.sessions.directory.living(name, sequence.id) is None:  # a restart adds no session
+            app.sessions.refuse_another(request.tenant)
     app.meter.take(request.tenant, len(batch[0][0]))
+    if session is None:
+        chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     accepted = served.loop.submit(chunk, timeout, settled)
     if request.repeats and chunk.length == 1 and chunk.session is not None:
-        request.repeat = RepeatedInferStep(app, served, chunk.session, request, respond, name)
+        request.repeat = RepeatedInferStep(name, app, served, chunk.session, request, respond, timeout)
     return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 
 
@@ -183,9 +193,10 @@ def _find(
     sequence: SequenceParameters,
     parsed: InferRequest,
 ) -> tuple[ServedModel, Session | None]:
-    """The version of a sequence, and its session; None if there is none, or if the request restarts it.
+    """The version that serves a sequence, and its session; None if there is none, or if the request restarts it.
 
-    An open sequence, or one that a retry opens or closes again, stays with its version; a new one gets the newest.
+    An open sequence keeps its version, and so does a retry of a request that opened or closed one. A new sequence gets
+    the current version.
     """
     check_id(sequence.id)
     if not sequence.start:
@@ -215,8 +226,8 @@ def _opening_after_restart(
 ) -> Opening:
     """The session that a request with START opens.
 
-    Without a position, START on an open sequence closes the old one, as in Triton; with position 0 it is a retry. A
-    durable session takes the place of the old one in the store.
+    Without a position, START on an open sequence closes the old one, as in Triton; with position 0 it is a retry. A new
+    durable session replaces the old one in the store.
     """
     durability, token = app.durability, b""
     if sequence.position is None and (found := app.sessions.directory.living(name, sequence.id)) is not None:
@@ -228,7 +239,7 @@ def _opening_after_restart(
         if session.durable is not None and session.origin is not None:
             durability, token = session.origin.durability, session.durable.token
     elif sequence.position is None and (record := app.sessions.directory.find_stranded(name, sequence.id)) is not None:
-        if record.token and record.origin.durability == "memory":  # another replica's, which alone can take it back
+        if record.token and record.origin.durability == "memory":  # only the replica that spilled it can restore it
             app.models.home(name, record.origin.model, f"sequence {shown(sequence.id)!r} runs on")
         now = served.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, sequence.id)
@@ -241,7 +252,7 @@ def _opening_after_restart(
 
 
 def _batch(served: ServedModel, parsed: InferRequest) -> list[Tensors]:
-    """The request's rows, each input (time, *shape)."""
+    """The request's rows; each input is (time, *shape)."""
     specs = served.manifest.inputs
     arrays = open_inference.read_inputs(parsed, specs)
     served.codec.check_sequences(len(arrays[0]))

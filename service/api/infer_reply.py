@@ -1,4 +1,4 @@
-"""Encodes the replies to infer calls; what depends on the request's header alone is computed once."""
+"""Encodes replies to infer calls; the parts that depend only on the request's header are computed once."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from unroll.service.protocol.tensors import Codec
 
 
 class ReplyPlan:
-    """The form of the replies to requests with one header, on one version of a model.
+    """Encodes the replies to requests with the same header, on one version of a model.
 
     Raises InvalidRequest if the header requests an output that the model does not have.
     """
@@ -29,15 +29,15 @@ class ReplyPlan:
         self._head: dict[str, Any] = {"model_name": name, "model_version": served.version}
         self._binary = all(binary for _, _, binary in self._selected)
         self._shapes: list[tuple[int, ...]] = []
-        self._form = b""  # of the JSON of a reply to a sequence, with outputs of these shapes
+        self._form = b""  # JSON template of replies to sequences, with outputs of these shapes
 
     def encode(self, request_id: str | None, outputs: Tensors, position: int | None = None) -> Answer:
-        """The reply.
+        """Encode a reply.
 
         Args:
-            request_id: The client's.
-            outputs: All of the model's, each (batch, time, *shape), or (batch, *shape) without time.
-            position: Of the sequence after the step; None for whole sequences.
+            request_id: The client's id of the request, if any.
+            outputs: All outputs of the model, each (batch, time, *shape), or (batch, *shape) without time.
+            position: Position of the sequence after the step; None for whole sequences.
         """
         if position is not None and self._binary:
             return self.encode_row(request_id, self.rows(outputs)[0], position)
@@ -47,7 +47,7 @@ class ReplyPlan:
         return _answer(head, [(spec, outputs[i], binary) for i, spec, binary in self._selected])
 
     def rows(self, outputs: Tensors) -> list[tuple[bytes, ...]]:
-        """What replies to sequences have of these outputs, one row each."""
+        """Encode the outputs once for several replies, one per row; `encode_row` completes each."""
         shapes = [(1, *outputs[i].shape[1:]) for i, _, _ in self._selected]
         if shapes != self._shapes:
             self._shapes, self._form = shapes, self._form_of(shapes)
@@ -57,7 +57,7 @@ class ReplyPlan:
         return [*zip(repeat(self._form, len(outputs[0])), contents, *map(json.dump_rows, data), strict=False)]
 
     def encode_row(self, request_id: str | None, row: tuple[bytes, ...], position: int) -> Answer:
-        """The reply to such a sequence. row: what `rows` wrote for it."""
+        """Encode the reply to a step of a sequence. row: its element of `rows`."""
         form, tensors, *data = row
         own = b"" if request_id is None else b',"id":' + json.dump(request_id)
         answer = Answer(200, RAW if tensors else JSON, tensors)
@@ -65,7 +65,7 @@ class ReplyPlan:
         return answer
 
     def _form_of(self, shapes: Sequence[tuple[int, ...]]) -> bytes:
-        """JSON with places for the id, the position and the data; without data, the position is the last."""
+        """A JSON template with placeholders for the id, the position and the data."""
         entries = []
         for (_, spec, binary), shape in zip(self._selected, shapes, strict=True):
             entry = _opened({"name": spec.name, "datatype": open_inference.DATATYPES[spec.dtype], "shape": shape})
@@ -77,7 +77,7 @@ class ReplyPlan:
 
 
 def _opened(document: dict[str, Any]) -> bytes:
-    """An object in a form, before further members."""
+    """The start of a JSON object in a template, to which members can be added."""
     return json.dump(document)[:-1].replace(b"%", b"%%")
 
 
@@ -87,7 +87,7 @@ def _answer(head: dict, outputs: list[tuple[TensorSpec, np.ndarray, bool]]) -> A
 
 
 def _selected_outputs(served: ServedModel, header: InferHeader) -> list[tuple[int, TensorSpec, bool]]:
-    """Of each its place among the model's, its spec, and whether it is sent as binary."""
+    """Per selected output: its index in the model's outputs, its spec, and whether to send it as binary."""
     available = {spec.name: (i, spec) for i, spec in enumerate(served.manifest.outputs)}
     selected = header.outputs or tuple((name, header.binary_output) for name in available)
     if unknown := {name for name, _ in selected} - available.keys():

@@ -1,4 +1,4 @@
-"""The inference routes: what each path begins, and how its errors look. Called by the transport, and by FastAPI."""
+"""The inference routes: the handler and the error format of each path. Called by the transport and by FastAPI."""
 
 import asyncio
 from collections.abc import Callable
@@ -29,9 +29,14 @@ Path = list[str]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """name: as metrics have it. fixed: the parts of its paths that are always the same, by their place.
+    """An inference route.
 
-    begin: starts the work on a request; raises UnrollError. failure: the error's form.
+    Attributes:
+        name: Its name in metrics and logs.
+        parts: Number of segments in its paths.
+        fixed: The constant segments, by index.
+        begin: Starts the work on a request; may raise UnrollError.
+        failure: Converts an error to an answer.
     """
 
     name: str
@@ -44,9 +49,9 @@ class Route:
         return len(path) == self.parts and all(path[i] == part for i, part in self.fixed.items())
 
     def handle(self, app: AppState, path: Path, request: Request, respond: Respond) -> None:
-        """Begin the work, which `request.cancel` cancels; `respond` is called once, whatever happens.
+        """Start the work; `request.cancel` cancels it. `respond` is always called exactly once.
 
-        With a store, the request may be handled again until then: it keeps its headers and its body.
+        With a store, the request may be handled again before that, so it keeps its headers and body.
         """
         request.cancel = nothing_to_cancel
         if app.sessions.has_store:
@@ -64,14 +69,14 @@ class Route:
             respond(self.failure(error))
         except NeedsStoreLookup:
             raise
-        except Exception as error:  # noqa: BLE001 every request gets an answer
+        except Exception as error:  # noqa: BLE001 every request must be answered
             _log.error("unexpected error", route=self.name, exc_info=error)
             respond(self.failure(EngineFailed("the server failed on this request; its log has the reason")))
         return nothing_to_cancel
 
 
 class _DurableCall(Request):
-    """A request that is handled again: after a look into the store, or because another replica updated its session."""
+    """A request that is handled again, after a store lookup or because another replica updated its session."""
 
     __slots__ = ("_app", "_begun", "_original", "_over", "_path", "_respond", "_route")
 
@@ -109,7 +114,7 @@ class _DurableCall(Request):
             self._finish(self._route.failure(error))
 
     def _finish(self, answer: Answer) -> None:
-        """Answer, and release what would keep this alive until the garbage is collected."""
+        """Answer, and break the reference cycles, which would otherwise live until garbage collection."""
         self._over = True
         self._begun, self.again = nothing_to_cancel, None
         self._original.session, self._original.position = self.session, self.position
@@ -149,12 +154,12 @@ _INFER_VERSION = Route(
     open_inference_error,
 )
 
-#: By the last part of the path.
+#: Routes by the last segment of the path.
 _ROUTES = {"steps": (_STEPS,), "sequences": (_SEQUENCES,), "infer": (_INFER, _INFER_VERSION)}
 
 
 def find(path: Path) -> Route | None:
-    """The inference route of a POST to this path, if it is one."""
+    """The inference route for a POST to this path, if there is one."""
     for route in _ROUTES.get(path[-1], ()):
         if route.matches(path):
             return route
@@ -168,9 +173,9 @@ def log(app: AppState, route: Route, path: Path, request: Request, answer: Answe
 
 
 async def respond(app: AppState, http: HttpRequest) -> Response:
-    """The response to a POST to an inference route; cancelling the caller cancels the work."""
+    """Handle a POST to an inference route; cancelling the caller cancels the work."""
     request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
-    http.scope[ERROR] = None  # it is logged here
+    http.scope[ERROR] = None  # logged below, not by the middleware
     parts = split(http.url.path)
     route = find(parts)
     assert route is not None, parts
@@ -181,7 +186,7 @@ async def respond(app: AppState, http: HttpRequest) -> Response:
         return lambda: request.cancel()
 
     found = await answered(begin)
-    request.again = None  # which would keep it alive until the garbage is collected
+    request.again = None  # a reference cycle, which would otherwise live until garbage collection
     while found.pieces is not None:
         found.encode_slice()
         await asyncio.sleep(0)

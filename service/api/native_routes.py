@@ -1,4 +1,4 @@
-"""The native API, v1, as FastAPI routes. The transport answers most steps and sequences before they come here."""
+"""The native API, v1, as FastAPI routes. The transport answers most steps and sequences, which bypass them."""
 
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -84,7 +84,7 @@ def _header(name: str, description: str) -> dict[str, Any]:
 
 TIMEOUT_HEADER = _header("Unroll-Timeout-Ms", "milliseconds within which the work must start")
 POSITION_HEADER = _header(
-    "Unroll-Position", "the position that the client expects the session at; JSON bodies may have it as `position`"
+    "Unroll-Position", "the session's position as the client expects it; JSON bodies may have it as `position`"
 )
 _STEPS = _header(
     "Unroll-Steps", "time steps in a raw body: required for a sequence; 1 if absent for the steps of a session"
@@ -138,7 +138,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
 
     @api.post(
         "/models/{model}/sessions",
-        summary="Open a session; a raw body is a snapshot to begin from",
+        summary="Open a session; a raw body is its initial snapshot",
         status_code=201,
         responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
         openapi_extra=_bodies("OpenSession"),
@@ -214,12 +214,12 @@ def _add_states(api: APIRouter, app: AppState) -> None:
         return _info(*await app.sessions.restore(*split_reference(model), own_id, request.body))
 
 
-#: Bodies that only the OpenAPI document refers to.
+#: Bodies that only the OpenAPI document references.
 DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, RolloutRequest, Problem)
 
 
 def parse_body(kind: type[Body], request: Request, limit: int) -> Body:
-    """A JSON body, or the defaults if there is none."""
+    """Parse a JSON body; an empty body has the defaults."""
     json.check_size(request.body, limit)
     if request.body and request.media_type != JSON:
         raise UnsupportedMediaType("send the body as application/json")

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, v2, as FastAPI routes. The transport answers most infer calls before they come here."""
+"""The Open Inference Protocol, v2, as FastAPI routes. The transport answers most infer calls, which bypass them."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ _PARAMETERS = {
         "sequence_id": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
         "sequence_start": {"type": "boolean"},
         "sequence_end": {"type": "boolean"},
-        "sequence_position": {"type": "integer", "description": "the position that the client expects the sequence at"},
+        "sequence_position": {"type": "integer", "description": "the sequence's position as the client expects it"},
         "binary_data_output": {"type": "boolean"},
         "timeout": {"type": "integer", "description": "microseconds within which the work must start"},
     },
@@ -80,7 +80,7 @@ _ANSWER = {
 _INFER: dict[str, Any] = {
     "responses": {
         200: {
-            "description": "The outputs; tensors asked for as binary follow the JSON.",
+            "description": "The outputs; binary tensors follow the JSON.",
             "content": {"application/json": {"schema": _ANSWER}, "application/octet-stream": {}},
         },
         **_ERRORS,

@@ -1,24 +1,24 @@
-"""What an operator may do to a running server: load and unload models, drain it, set what it logs. Off by default."""
+"""Operations on a running server: load and unload models, drain, set the log level. Off by default."""
 
 import logging
 from typing import Any, Literal
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from unroll.service.api.all_workers import MOST_BYTES, done_by_all, route_class
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_responses, problem_responses
 from unroll.service.api.request import read_request
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.protocol import json
 
-_MOST_BYTES = 2**16
-_WORKERS = {501: "not_implemented: several workers share the port, and this would reach one of them"}
+_WORKERS = {504: "gateway_timeout: a worker does not answer; the others are done; send the request again"}
 _DONE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "it is done"},
+    200: {"description": "done"},
     **open_inference_responses(
         {
-            400: "the body has more than the protocol's `unload_dependents`: models come from the repository",
+            400: "the body has parameters other than `unload_dependents`; models come only from the repository",
             404: "model_unknown: the repository has no such model",
             413: "body_too_large",
             503: "model_unavailable: its bundle is refused, for the reason given",
@@ -29,7 +29,7 @@ _DONE: dict[int | str, dict[str, Any]] = {
 
 
 class LogLevel(BaseModel):
-    """level: The least of the lines that are written."""
+    """level: Minimum level of log lines."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,13 +37,13 @@ class LogLevel(BaseModel):
 
 
 class Readiness(BaseModel):
-    """ready: What `/readyz` says."""
+    """ready: As in `/readyz`."""
 
     ready: bool
 
 
 def router(app: AppState) -> APIRouter:
-    api = APIRouter()
+    api = APIRouter(route_class=route_class(app.workers, done_by_all))
 
     @api.post(
         "/v2/repository/models/{model}/load",
@@ -53,7 +53,7 @@ def router(app: AppState) -> APIRouter:
         responses=_DONE,
     )
     async def load(http: Request, model: str) -> Response:
-        _refuse_contents(await _members(app, http))
+        _refuse_contents(await _members(http))
         await app.repository.load(model)
         return Response()
 
@@ -65,7 +65,7 @@ def router(app: AppState) -> APIRouter:
         responses=_DONE,
     )
     async def unload(http: Request, model: str) -> Response:
-        _refuse_contents(await _members(app, http))
+        _refuse_contents(await _members(http))
         await app.repository.unload(model)
         return Response()
 
@@ -73,10 +73,10 @@ def router(app: AppState) -> APIRouter:
         "/v1/admin/drain",
         tags=["administration"],
         summary="Become not ready and accept no new sessions; open ones continue until the process ends",
-        responses=problem_responses({400: "malformed_request: it takes no members", 413: "body_too_large"} | _WORKERS),
+        responses=problem_responses({400: "malformed_request: the body has members", 413: "body_too_large"} | _WORKERS),
     )
     async def drain(http: Request) -> Readiness:
-        if await _members(app, http):
+        if await _members(http):
             raise InvalidRequest("a drain takes no members; it lasts until the process ends")
         app.drain()
         return Readiness(ready=app.ready)
@@ -94,25 +94,23 @@ def router(app: AppState) -> APIRouter:
     )
     async def log_level(http: Request) -> LogLevel:
         try:
-            asked = LogLevel.model_validate(await _members(app, http))
+            body = LogLevel.model_validate(await _members(http))
         except ValidationError:
-            raise InvalidRequest('the body is {"level": …}: debug, info, warning or error') from None
-        logging.getLogger().setLevel(asked.level.upper())
-        return asked
+            raise InvalidRequest('the body must be {"level": …}, with debug, info, warning or error') from None
+        logging.getLogger().setLevel(body.level.upper())
+        return body
 
     return api
 
 
-async def _members(app: AppState, http: Request) -> dict[str, Any]:
-    """The members of the body, which may be missing."""
-    if app.shared_port is not None:
-        raise HTTPException(501, "several workers share this port: send their supervisor SIGHUP or SIGTERM instead")
-    body = (await read_request(http.scope, http.receive, _MOST_BYTES)).body
-    return json.parse_object(body, _MOST_BYTES) if body else {}
+async def _members(http: Request) -> dict[str, Any]:
+    """The members of the body; an empty body has none."""
+    body = (await read_request(http.scope, http.receive, MOST_BYTES)).body
+    return json.parse_object(body, MOST_BYTES) if body else {}
 
 
 def _refuse_contents(body: dict[str, Any]) -> None:
-    """Raises InvalidRequest for what would make a model of a request, as Triton's clients can send it."""
+    """Raises InvalidRequest if the request contains model files or a configuration, as Triton's clients can send."""
     given = body.get("parameters", {})
     if body.keys() - {"parameters"} or not isinstance(given, dict) or given.keys() - {"unload_dependents"}:
-        raise InvalidRequest("models come from the repository alone: a request can bring neither files nor a config")
+        raise InvalidRequest("models come only from the repository; a request may contain neither files nor a config")

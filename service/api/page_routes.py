@@ -1,4 +1,4 @@
-"""The page at `/`: its files, read once, with headers that keep it to this server."""
+"""The page at `/`. Its files are read once, and its headers restrict it to this server."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 import unroll
 
 _PACKAGE = Path(unroll.__file__).parent
-#: The files below `/page/`, besides the page's own: the client that it uses, and measurements to try a model with.
+#: Further files below `/page/`: the client library, and measurements for trying a model.
 _OTHERS = (_PACKAGE / "client" / "unroll.mjs", _PACKAGE / "examples" / "co2" / "co2.csv")
 _INDEX = "index.html"
 _MEDIA_TYPES = {
@@ -18,7 +18,7 @@ _MEDIA_TYPES = {
     ".mjs": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-#: Nothing inline, and nothing from or to another host.
+#: No inline code or styles, and no other hosts.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "object-src 'none'",

@@ -1,4 +1,4 @@
-"""Parameters of a native request: model, position, timeout, and the members of its JSON."""
+"""Parameters of native requests: model, position, timeout, and the members of a JSON body."""
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.request import JSON, Request
@@ -12,7 +12,7 @@ TIMEOUT = b"unroll-timeout-ms"
 
 
 def position_of(document: dict, header: int | None) -> int | None:
-    """The position that the client expects the session at, from the body or the header. Raises InvalidRequest."""
+    """The position that the client specified in the body or the header. Raises InvalidRequest."""
     position = document.get("position")
     if position is None:
         return header
@@ -24,7 +24,7 @@ def position_of(document: dict, header: int | None) -> int | None:
 
 
 def split_reference(model: str) -> tuple[str, str | None]:
-    """`name` or `name:version`."""
+    """Split `name` or `name:version`."""
     name, colon, version = model.partition(":")
     return name, version if colon else None
 

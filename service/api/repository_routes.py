@@ -1,4 +1,4 @@
-"""What Triton's tools read of a model before they send requests: its configuration, and the index of the repository."""
+"""Model configurations and the repository index, which Triton's tools read before they send requests."""
 
 from typing import Any
 
@@ -41,14 +41,14 @@ def router(app: AppState) -> APIRouter:
     @api.post(
         "/repository/index",
         summary="The models of the repository, refused ones included",
-        responses=open_inference_responses({400: "the body is no such object", 413: "the body is too large"}),
+        responses=open_inference_responses({400: "the body is invalid", 413: "the body is too large"}),
         openapi_extra=_INDEX_BODY,
     )
     async def index(http: Request) -> list[dict[str, str]]:
         body = (await read_request(http.scope, http.receive, app.limits.max_json_bytes)).body
         only_ready = json.parse_object(body, app.limits.max_json_bytes).get("ready", False) if body else False
         if not isinstance(only_ready, bool):
-            raise InvalidRequest("ready is true or false")
+            raise InvalidRequest("ready must be true or false")
         served = [(model.name, model.version) for name in app.models.names() for model in app.models.available(name)]
         ready = [{"name": name, "version": version, "state": "READY", "reason": ""} for name, version in served]
         refused = [

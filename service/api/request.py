@@ -1,4 +1,4 @@
-"""A request and its answer, with no more than the inference routes need."""
+"""Minimal request and answer types for the inference routes."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
@@ -19,6 +19,7 @@ from unroll.service.core.errors import (
 )
 from unroll.service.core.session_ids import owned
 from unroll.service.protocol import json
+from unroll.service.protocol.open_inference import RepeatedText
 
 _log = structlog.get_logger(__name__)
 
@@ -33,27 +34,27 @@ JSON = b"application/json"
 RAW = b"application/octet-stream"
 CONTENT_ENCODING = b"content-encoding"
 HEADER_LENGTH = b"inference-header-content-length"
-#: Member of an ASGI scope: the tenant of a request that was let in.
+#: Key in an ASGI scope: the tenant of an admitted request.
 TENANT = "unroll.tenant"
 
-#: The header line of a reply that was too large to keep: a retry of its chunk is refused.
+#: Header of a reply that was too large to keep, so that a retry of its chunk is refused.
 NOT_KEPT = b"unroll-reply-kept: false\r\n"
 
-#: Values of an answer in JSON that are encoded at once. More take several turns of the event loop, so long in each.
+#: Larger JSON answers are encoded over several turns of the event loop, in slices of this duration.
 _MOST_AT_ONCE = 32_768
 _SLICE_SECONDS = 0.001
 
-#: Of a number in a header: every such number fits into 64 bits.
+#: Maximum digits of a number in a header; every such number fits in 64 bits.
 _MAX_DIGITS = 18
 
 
 def has_fixed_length(headers: Headers) -> bool:
-    """Are all bodies behind a head with these headers as long as the first? Of other heads, the length may differ."""
+    """Whether all requests that repeat these headers have bodies of the same length, as raw steps do."""
     return headers.get(b"content-type") == RAW and HEADER_LENGTH not in headers
 
 
 class Disconnected(Exception):
-    """The client went away before its request was complete."""
+    """The client disconnected before its request was complete."""
 
 
 class Request:
@@ -61,16 +62,29 @@ class Request:
 
     Attributes:
         headers: By lower-case name.
-        document: A long body in JSON, if it is parsed already.
-        tenant: Whose it is; empty without keys.
-        session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
-        again: Handles the request again, because another replica updated its session; None without a store.
-        cancel: Cancels the work on it.
-        repeats: Its connection had a request with the same headers before, but for the position.
-        repeat: Begins the next of them; see `repeated_steps.py`.
+        document: The parsed body, if it is long JSON that was parsed early.
+        tenant: The tenant; empty without keys.
+        session, position: Id of the session and the specified position, if any, for the log.
+        again: Handles the request again after another replica updated its session; None without a store.
+        cancel: Cancels the work.
+        repeats: The next request on the connection may have the same headers, except for numbers.
+        repeat: Handles such a request; see `repeated_steps.py`.
+        text: The text of the last small Open Inference request on the connection.
     """
 
-    __slots__ = ("again", "body", "cancel", "document", "headers", "position", "repeat", "repeats", "session", "tenant")
+    __slots__ = (
+        "again",
+        "body",
+        "cancel",
+        "document",
+        "headers",
+        "position",
+        "repeat",
+        "repeats",
+        "session",
+        "tenant",
+        "text",
+    )
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
@@ -81,11 +95,12 @@ class Request:
         self.cancel: Cancel = nothing_to_cancel
         self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
+        self.text: RepeatedText | None = None
         self.session: str | None = None
         self.position: int | None = None
 
     def own(self, session_id: str) -> str:
-        """The id inside the server of a session that the client names. Raises InvalidRequest."""
+        """The server's internal id for the client's session id. Raises InvalidRequest."""
         return owned(self.tenant, session_id)
 
     @property
@@ -94,7 +109,7 @@ class Request:
         return sent if sent in (JSON, RAW) else sent.partition(b";")[0].strip().lower()
 
     def whole_number(self, header: bytes) -> int | None:
-        """The value of a header that holds a whole number, None if it was not sent. Raises InvalidRequest."""
+        """The value of a header that is a whole number; None if it is absent. Raises InvalidRequest."""
         text = self.headers.get(header)
         if text is None:
             return None
@@ -105,9 +120,12 @@ class Request:
 
 @dataclass(slots=True)
 class Answer:
-    """fields: further header lines, each ended by CR LF; names and values are ours, never a client's.
+    """The answer to a request.
 
-    error: what the request was answered with, for the log. pieces: JSON that is not encoded yet, and precedes `body`.
+    Attributes:
+        fields: Further header lines, each ending in CR LF. They never contain client data.
+        error: The error, if this is one, for the log.
+        pieces: JSON that is not encoded yet; it precedes `body`.
     """
 
     status: int
@@ -119,7 +137,7 @@ class Answer:
     _encoded: list[bytes] = field(default_factory=list)
 
     def encode_slice(self) -> None:
-        """Encode some of the pieces; they are None after the last."""
+        """Encode some of the pieces. `pieces` is None after the last."""
         assert self.pieces is not None
         until = perf_counter() + _SLICE_SECONDS
         for piece in self.pieces:
@@ -131,7 +149,7 @@ class Answer:
         self._encoded.clear()
 
     def put_first(self, text: bytes) -> None:
-        """Put JSON before the tensors, if there are any."""
+        """Prepend JSON to the body, which contains tensors or nothing."""
         if self.body:
             self.fields += b"inference-header-content-length: %d\r\n" % len(text)
         self.body = text + self.body
@@ -142,7 +160,7 @@ class Answer:
 
 
 def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tensors: bytes = b"") -> Answer:
-    """values: in the arrays of the document. tensors: that follow it."""
+    """A JSON answer. values: number of values in its arrays. tensors: binary data that follows the JSON."""
     answer = Answer(200, RAW if tensors else JSON, tensors, fields)
     if values > _MOST_AT_ONCE:
         answer.pieces = json.pieces(document)
@@ -151,21 +169,21 @@ def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tens
     return answer
 
 
-#: Takes the answer to a request, once.
+#: Called once with the answer to a request.
 Respond = Callable[[Answer], None]
-#: Cancels the work on a request whose client disconnected.
+#: Cancels the work on a request after its client disconnected.
 Cancel = Callable[[], object]
 
 
 def nothing_to_cancel() -> None:
-    """The request was answered at once."""
+    """The `Cancel` of a request that was answered immediately."""
 
 
 @dataclass(slots=True, eq=False)
 class Answering(Generic[C, T]):
-    """Called by the scheduler with the outcome of a request's work; answers the request, and never raises.
+    """Answers a request with the outcome that the scheduler passes to it. Never raises.
 
-    again: handles the request again if another replica updated its session; returns False if it gave up.
+    again: handles the request again if another replica updated its session; returns False after too many attempts.
     """
 
     respond: Respond
@@ -189,7 +207,7 @@ class Answering(Generic[C, T]):
 
 
 async def answered(begin: Callable[[Respond], Cancel]) -> Answer:
-    """The answer to what `begin` begins; cancelling the caller cancels it."""
+    """Await the answer to the work that `begin` starts; cancelling the caller cancels the work."""
     future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
     cancel = begin(lambda answer: None if future.done() else future.set_result(answer))
     try:
@@ -200,19 +218,19 @@ async def answered(begin: Callable[[Respond], Cancel]) -> Answer:
 
 
 def _refuse_repeated(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Of two different positions or lengths, neither can be believed."""
+    """Raises InvalidRequest for a repeated position or length, which would be ambiguous."""
     names = [name for name, _ in headers if name.startswith((b"unroll-", b"inference-", b"content-"))]
     if len(set(names)) < len(names):
-        raise InvalidRequest("a header that is allowed once was sent twice")
+        raise InvalidRequest("a header that may occur only once was repeated")
 
 
 def check_headers(fields: Sequence[tuple[bytes, bytes]], headers: Headers, limit: int) -> None:
     """Raises InvalidRequest, UnsupportedMediaType, or BodyTooLarge for a body declared longer than `limit`.
 
     Args:
-        fields: As received; names are lower case.
-        headers: The same by name.
-        limit: Bytes that a body may have.
+        fields: The header fields as received, with lower-case names.
+        headers: The same fields by name.
+        limit: Maximum size of a body in bytes.
     """
     if len(headers) < len(fields):
         _refuse_repeated(fields)
@@ -220,7 +238,7 @@ def check_headers(fields: Sequence[tuple[bytes, bytes]], headers: Headers, limit
         check_coding(coding)
     declared = _declared_length(headers)
     if declared is not None and declared > limit:
-        raise BodyTooLarge(f"the body has {declared} bytes, and the limit is {limit}")
+        raise BodyTooLarge(f"the body has {declared} bytes; the limit is {limit}")
 
 
 def _declared_length(headers: Headers) -> int | None:
@@ -233,7 +251,7 @@ def _declared_length(headers: Headers) -> int | None:
 
 
 async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
-    """Raises BodyTooLarge before more than `limit` bytes are held, Disconnected if the body never ends."""
+    """Read the body. Raises BodyTooLarge beyond `limit` bytes, and Disconnected if the client disconnects first."""
     headers: Headers = dict(scope["headers"])
     check_headers(scope["headers"], headers, limit)
     parts: list[bytes] = []

@@ -1,7 +1,7 @@
-"""Rollouts: from a request to the outputs of each step. Both HTTP and streams use it.
+"""Rollouts, from the request to the outputs of each step, for both HTTP and streams.
 
-A rollout on a fork runs on a copy of the session's state that nobody else can see. A rollout on the session is one
-chunk of it: applied as a whole at its end, once, and a retry gets the same outputs.
+A rollout on a fork runs on a private copy of the session's state. A rollout on the session is a chunk: it is applied
+once, as a whole, at its end, and a retry gets the same outputs.
 """
 
 import asyncio
@@ -42,33 +42,31 @@ from unroll.service.state.snapshot import Snapshot
 
 _log = structlog.get_logger(__name__)
 
-#: What is sent of each step: the inputs, which the map made, or the outputs.
+#: Which tensors to send per step: the inputs that the map computed, the outputs, or both.
 Send = Literal["both", "inputs", "outputs"]
-#: Values in an event, which is encoded in one turn of the event loop, unless one time step has more.
+#: Maximum number of values per event, which is encoded in one turn of the event loop. A single step may exceed it.
 _EVENT_VALUES = 8192
 
 
 class RolloutSpec(Strict):
-    """A rollout, as HTTP and streams ask for it."""
+    """The parameters of a rollout, for HTTP and streams."""
 
-    steps: int = Field(ge=1, description="time steps whose inputs are made of the outputs before them")
-    map: FeedbackSpec = Field(description="how; of a model with several inputs, {input: how}")
+    steps: int = Field(ge=1, description="number of time steps whose inputs are computed from previous outputs")
+    map: FeedbackSpec = Field(description="how to compute them; {input: map} for a model with several inputs")
     on: Literal["fork", "session"] = Field(
         "fork",
-        description="fork: on a copy of the session, which stays as it is; session: on the session, as one chunk",
+        description="fork: on a copy, so that the session does not change; session: on the session, as one chunk",
     )
     inputs: list[Any] | dict[str, list[Any]] | None = Field(
-        None, description="[step, ...] as of steps: given time steps that come first, before those that are fed back"
+        None, description="[step, ...], as for steps: time steps to run before those that are fed back"
     )
     outputs: Any = Field(
         None,
-        description="without inputs: the outputs of the session's last time step, of which the first inputs are made; "
-        "on a fork, they may be left out if the server has kept them",
+        description="without inputs: the outputs of the session's last time step, to compute the first inputs from; "
+        "optional on a fork if the server has kept them",
     )
-    position: int | None = Field(
-        None, ge=0, lt=2**63, description="the position that the client expects the session at"
-    )
-    steps_per_event: int = Field(1, ge=1, description="time steps that are sent together")
+    position: int | None = Field(None, ge=0, lt=2**63, description="the session's position as the client expects it")
+    steps_per_event: int = Field(1, ge=1, description="time steps to send together")
     send: Send = "both"
 
 
@@ -79,16 +77,16 @@ class RolloutRequest(RolloutSpec):
 
 
 class Sink(Protocol):
-    """Gets what a rollout brings; called by the scheduler, and never raises, except for `check`."""
+    """Receives the results of a rollout from the scheduler. Only `check` may raise."""
 
     def check(self, session: Session) -> None:
-        """Raises UnrollError if this is not the session that is meant."""
+        """Raises UnrollError if this is not the session that the client meant."""
 
     def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
-        """Time steps that have run, as of a chunk. position: reached."""
+        """Called with completed time steps, in the form of a chunk. position: after these steps."""
 
     def on_end(self, position: int, kept: bool) -> None:
-        """All have run; kept: as of a reply."""
+        """Called after the last step. kept: as in `Reply`."""
 
     def on_error(self, error: UnrollError) -> None: ...
 
@@ -97,9 +95,10 @@ class RolloutCall:
     """One rollout, from its request to its end.
 
     Args:
-        name, version, session_id: whose session it begins from.
-        timeout: seconds until it must have begun.
-        sink: gets the outputs, and the end or an error.
+        name, version, session_id: The session to start from.
+        wanted: The parameters.
+        timeout: Seconds within which it must start.
+        sink: Receives the outputs, then the end or an error.
     """
 
     def __init__(
@@ -119,17 +118,17 @@ class RolloutCall:
         self._sink = sink
         self._attempts = Attempts(app.sessions, name, self._begin_on_session, self._fail)
         self._served: ServedModel | None = None
-        self._running: Rollout | None = None  # what was asked for, or the same of an earlier request
+        self._running: Rollout | None = None  # for a retry, the rollout of the first request
         self._pieces: Iterator[Piece | None] = iter(())
-        self._waiting: list[Piece] = []  # steps that will be sent together
-        self._together = wanted.steps_per_event  # at most
+        self._waiting: list[Piece] = []  # steps to be sent together
+        self._together = wanted.steps_per_event  # maximum number of such steps
         self._steps_waiting = self._sent = self._start = 0
         self._outcome: Outcome | None = None
-        self._has_turn = False  # in which it sends more
+        self._has_turn = False  # a later turn of the event loop will send more
         self._over = False
 
     async def begin(self) -> None:
-        """Begin; what is wrong reaches the sink."""
+        """Start the rollout. Errors go to the sink."""
         try:
             self._check()
             if self._wanted.on == "session":
@@ -140,24 +139,24 @@ class RolloutCall:
             self._fail(error)
 
     def cancel(self) -> None:
-        """Nobody waits for it any more. It ends within a step, and a session is as before."""
+        """Stop the rollout within one step. The session stays unchanged."""
         self._over = True
         if self._running is not None and self._served is not None:
             if self._wake in self._running.followers:
                 self._running.followers.remove(self._wake)
             self._served.loop.leave(self._running, self._on_outcome)
 
-    # ── beginning ────────────────────────────────────────────────────────────────────────────────
+    # ── start ────────────────────────────────────────────────────────────────────────────────────
 
     def _check(self) -> None:
         wanted, most = self._wanted, self._app.limits.max_rollout_steps
         if wanted.steps > most:
             raise InvalidShape(f"{wanted.steps} steps in one rollout; at most {most} are allowed (--max-rollout-steps)")
         if wanted.inputs is not None and wanted.outputs is not None:
-            raise InvalidRequest("a rollout begins with given inputs or from outputs, not from both")
+            raise InvalidRequest("a rollout starts from 'inputs' or from 'outputs', not from both")
         if wanted.on == "session" and wanted.inputs is None and wanted.outputs is None:
             raise InvalidRequest(
-                "a rollout on the session needs 'inputs', or 'outputs' of its last step: a retry must say the same"
+                "a rollout on the session needs 'inputs', or the 'outputs' of its last step, so that retries are equal"
             )
 
     async def _begin_on_fork(self) -> None:
@@ -179,7 +178,7 @@ class RolloutCall:
         return served, served.read_snapshot(content), None
 
     def _begin_on_session(self) -> None:
-        """Raises NeedsStoreLookup. Any other error is the answer."""
+        """Raises NeedsStoreLookup. Other errors go to the sink."""
         if self._over:
             return
         self._running = self._outcome = None
@@ -188,8 +187,8 @@ class RolloutCall:
             require_streamable(served)
             if any(not spec.time for spec in served.manifest.outputs):
                 raise InvalidRequest(
-                    "an output has no time axis, so a retry could not be answered: roll out on a fork, and send the "
-                    "steps that are to stay"
+                    "an output has no time axis, so a retry could not be answered: roll out on a fork, and then send "
+                    "the steps to keep"
                 )
             if session is None:
                 raise served.scheduler.sessions.closed.error(self._where[2], served.loop.clock.now())
@@ -231,16 +230,16 @@ class RolloutCall:
         if accepted is rollout:
             served.scheduler.rollouts.add(rollout)
         elif not isinstance(accepted, Rollout):
-            return  # the reply of an earlier request was sent
+            return  # a retry: the remembered reply has been sent
         self._running = accepted
         self._pieces = self._pieces_of(accepted)
         accepted.followers.append(self._wake)
         self._advance()
 
-    # ── what it brings ───────────────────────────────────────────────────────────────────────────
+    # ── results ──────────────────────────────────────────────────────────────────────────────────
 
     def _pieces_of(self, running: Rollout) -> Iterator[Piece | None]:
-        """All pieces in order; None when the next has not run."""
+        """All pieces in order; yields None while the next has not run."""
         assert self._served is not None
         sent = 0
         while self._outcome is None or sent < len(running.ran):
@@ -255,7 +254,10 @@ class RolloutCall:
             yield running.begun, tuple([array[-steps:] if spec.time else array for spec, array in columns])
 
     def _pieces_again(self, rollout: Rollout, most: int) -> Iterator[Piece]:
-        """An earlier request was applied: the inputs are made again of its outputs. most: steps in a piece."""
+        """The pieces of a rollout that was already applied: recompute its inputs from its outputs.
+
+        most: maximum number of steps per piece.
+        """
         assert isinstance(self._outcome, Reply)
         done, given = 0, len(rollout.given[0])
         outputs: Tensors = ()
@@ -277,7 +279,7 @@ class RolloutCall:
             self._advance()
 
     def _advance(self) -> None:
-        """Send what is there, in as many turns of the event loop as it needs, and at last the end."""
+        """Send the available pieces, over several turns of the event loop if necessary, and finally the end."""
         self._has_turn = False
         if self._over:
             return
@@ -286,7 +288,7 @@ class RolloutCall:
             if piece is None:
                 return
             self._on_piece(*piece)
-            if self._over:  # it could not be encoded
+            if self._over:  # encoding failed
                 return
             if perf_counter() > until:
                 self._has_turn = True
@@ -326,7 +328,7 @@ class RolloutCall:
                 self._fail(outcome)
             return
         self._flush()
-        if not self._over:  # all could be encoded
+        if not self._over:  # encoding did not fail
             self._over = True
             self._sink.on_end(outcome.position, outcome.kept)
 
@@ -353,7 +355,7 @@ def _check_position(wanted: int | None, position: int) -> None:
 
 
 def _outputs_of(codec: Codec, value: Any) -> Tensors:
-    """One time step of each output, as a chunk of one step has them. Raises InvalidRequest."""
+    """Parse one time step of each output, in the form of a chunk of one step. Raises InvalidRequest."""
     specs = codec.outputs
     values = value if isinstance(value, dict) else {specs[0].name: value}
     if values.keys() != {spec.name for spec in specs} or (len(specs) > 1 and not isinstance(value, dict)):
@@ -368,9 +370,9 @@ def _outputs_of(codec: Codec, value: Any) -> Tensors:
 
 
 def _digest(wanted: RolloutSpec, length: int, begin: Tensors) -> np.ndarray:
-    """What identifies a rollout on a session, (16,) uint8: the same for every form in which a client can send it.
+    """Identifies a rollout on a session independent of the request's encoding, (16,) uint8.
 
-    length: time steps in all. begin: the given inputs, or the outputs that it begins from.
+    length: total number of time steps. begin: the given inputs, or the outputs to start from.
     """
     asked = wanted.model_dump_json(include={"steps", "map"}, by_alias=True)
     digest = hashlib.blake2b(f"{length} {asked}".encode(), digest_size=16)

@@ -23,7 +23,7 @@ from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.session import Session
 
 _ROUTE = "v1/rollout"
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter: nginx passes each event on at once
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter: nginx must not buffer
 _EVENTS = {
     "description": "events `steps` (position, inputs, outputs), then `end` (position, reply_kept) or `error` (Problem)",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
@@ -35,7 +35,7 @@ def router(app: AppState) -> APIRouter:
 
     @api.post(
         "/models/{model}/sessions/{session_id:segment}/rollout",
-        summary="Time steps whose inputs are made of the outputs before them, as server-sent events",
+        summary="Roll out: time steps whose inputs are computed from previous outputs, as server-sent events",
         response_class=StreamingResponse,
         responses={200: _EVENTS, **problems(400, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504)},
         openapi_extra={
@@ -57,7 +57,7 @@ def router(app: AppState) -> APIRouter:
             events.stop = call.cancel
             await call.begin()
             first = await _first(call, events, http.receive)
-            if isinstance(first, UnrollError):  # nothing was sent: it has a status of its own
+            if isinstance(first, UnrollError):  # nothing was sent yet, so it can be an ordinary error response
                 raise first
         except UnrollError as error:
             app.count(_ROUTE, STATUS[type(error)], perf_counter() - started)
@@ -69,7 +69,7 @@ def router(app: AppState) -> APIRouter:
 
 
 class _Events:
-    """The events of one rollout: encoded, an error that ends them, or None at the end."""
+    """The queue of one rollout's events: encoded events, then an error or None."""
 
     def __init__(self, send: Send, holding: Holding, tenant: str) -> None:
         self._holding = holding
@@ -110,12 +110,12 @@ class _Events:
 
 
 async def _first(call: RolloutCall, events: _Events, receive: Receive) -> bytes | UnrollError | None:
-    """The first event. If the client goes away before, the rollout ends: raises Cancelled."""
+    """Await the first event. If the client disconnects before it, cancel the rollout and raise Cancelled."""
     arrival, departure = asyncio.ensure_future(events.get()), asyncio.ensure_future(receive())
     try:
         await asyncio.wait((arrival, departure), return_when=asyncio.FIRST_COMPLETED)
         if departure.done():
-            raise Cancelled("the client went away")
+            raise Cancelled("the client disconnected")
         return arrival.result()
     except BaseException:
         call.cancel()
@@ -129,8 +129,8 @@ async def _first(call: RolloutCall, events: _Events, receive: Receive) -> bytes 
 async def _content(
     app: AppState, call: RolloutCall, events: _Events, first: bytes | UnrollError | None, started: float
 ) -> AsyncIterator[bytes]:
-    """The body; it is closed when the client disconnects, which cancels the rollout."""
-    status, item = STATUS[Cancelled], first  # of a client that disconnects
+    """The response body. It is closed when the client disconnects, which cancels the rollout."""
+    status, item = STATUS[Cancelled], first  # the status if the client disconnects
     try:
         while item is not None:
             if isinstance(item, UnrollError):

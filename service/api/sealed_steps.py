@@ -1,6 +1,6 @@
-"""Steps of sessions that their clients keep: the sealed snapshot comes with each request and returns with the reply.
+"""Steps of client-held sessions: each request carries a sealed snapshot, and each reply returns the next one.
 
-Any replica with the same keys can take any step. The same request always gets the same reply.
+Any replica with the same keys can run any step. The same request always gets the same reply.
 """
 
 import base64
@@ -34,7 +34,7 @@ def keys_of(app: AppState) -> SnapshotKeys:
 def sealed_steps(
     app: AppState, model: str, session_id: str, request: Request, respond: Respond, document: dict | None = None
 ) -> Cancel:
-    """T >= 1 time steps from the snapshot in the request. document: the JSON body; None for a raw body."""
+    """Run T >= 1 time steps from the snapshot in the request. document: the JSON body; None for a raw body."""
     sealed, values = _from_raw(request) if document is None else (_from_json(document), b"")
     keys = keys_of(app)
     content = keys.open(session_id, sealed)
@@ -55,7 +55,7 @@ def sealed_steps(
     raw = document is None
 
     def encode(codec: Codec, reply: Reply) -> Answer:
-        assert chunk.state_row is not None  # the loop put the new state there
+        assert chunk.state_row is not None  # the loop has stored the new state there
         sealed = keys.seal(session_id, Snapshot(served.manifest.digest, reply.position, chunk.state_row))
         position = b"unroll-position: %d\r\n" % reply.position
         if raw:

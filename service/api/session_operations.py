@@ -1,4 +1,4 @@
-"""Opens sessions from the members of a request, and describes them as the API does."""
+"""Opens, forks and closes sessions for API requests, and describes sessions in API form."""
 
 from typing import TypedDict, Unpack
 
@@ -16,7 +16,7 @@ from unroll.service.store.record import Record
 
 
 class Start(TypedDict, total=False):
-    """What a session begins from: one of these, or the model's initial state."""
+    """The start of a session: at most one of these; the default is the model's initial state."""
 
     state: list[float] | None
     snapshot: bytes | None
@@ -47,14 +47,14 @@ def _description(
 
 
 async def close_session(app: AppState, model: str, session_id: str) -> dict:
-    """End a session, also one that began on a version that is not here. Returns its description."""
+    """Close a session, even if its version is not loaded here. Returns its description."""
     name, version = split_reference(model)
-    closed = await app.sessions.close(name, version, session_id)
+    closed, position = await app.sessions.close(name, version, session_id)
     if not isinstance(closed, Record):
-        return describe(*closed)
+        return describe(*closed) | {"position": position}
     other = app.models.of(name)[0]
     idle_timeout = other.scheduler.sessions.limits.idle_timeout
-    described = _description(other, session_id, closed.position, closed.origin.durability, idle_timeout)
+    described = _description(other, session_id, position, closed.origin.durability, idle_timeout)
     return described | {"model_version": None, "model_digest": closed.origin.model}
 
 
@@ -67,11 +67,10 @@ async def open_session(
     durability: str | None = None,
     **start: Unpack[Start],
 ) -> tuple[ServedModel, Session]:
-    """A new session that the server keeps."""
+    """Open a session that the server keeps."""
     served = _version_of(app, model, **start)
     require_streamable(served)
     app.refuse_if_draining()
-    app.refuse_another_session(tenant)
     first = start_of(served, **start)
     return served, await app.sessions.create(served, new_id(tenant, session_id), first, app.durability_of(durability))
 
@@ -79,16 +78,15 @@ async def open_session(
 async def fork(
     app: AppState, tenant: str, model: str, session_id: str, fork_id: str | None
 ) -> tuple[ServedModel, Session]:
-    """session_id: inside the server. fork_id: as the client has it."""
+    """Fork a session. session_id: internal id. fork_id: the client's id."""
     app.refuse_if_draining()
-    app.refuse_another_session(tenant)
     return await app.sessions.fork(*split_reference(model), session_id, new_id(tenant, fork_id))
 
 
 def open_sealed(
     app: AppState, tenant: str, model: str, session_id: str | None, **start: Unpack[Start]
 ) -> tuple[dict, bytes]:
-    """A session that its client keeps: its description, and the sealed snapshot to begin with."""
+    """Open a client-held session. Returns its description and its first sealed snapshot."""
     keys = keys_of(app)
     app.refuse_if_draining()
     served = _version_of(app, model, **start)
@@ -99,7 +97,7 @@ def open_sealed(
 
 
 def _version_of(app: AppState, model: str, **start: Unpack[Start]) -> ServedModel:
-    """The version that a new session begins on: the snapshot's, else the requested one, else the current one."""
+    """The version of a new session: the snapshot's, else the requested one, else the current one."""
     name, version = split_reference(model)
     app.models.available(name)
     if sum(given is not None for given in start.values()) > 1:
@@ -113,7 +111,7 @@ def _version_of(app: AppState, model: str, **start: Unpack[Start]) -> ServedMode
 
 
 def start_of(served: ServedModel, **start: Unpack[Start]) -> Snapshot | None:
-    """The snapshot that a new session begins from; None for the model's initial state."""
+    """The snapshot from which a new session starts; None for the model's initial state."""
     if (snapshot := start.get("snapshot")) is not None:
         return served.read_snapshot(snapshot)
     if (state := start.get("state")) is not None:
@@ -122,7 +120,7 @@ def start_of(served: ServedModel, **start: Unpack[Start]) -> Snapshot | None:
 
 
 def start_of_static(served: ServedModel, static: dict | None) -> Snapshot | None:
-    """The snapshot that a new session with these static inputs begins from; None for the model's initial state."""
+    """The snapshot from which a session with these static inputs starts; None for the model's initial state."""
     row = served.codec.initial_row(static)
     return None if row is None else Snapshot(served.manifest.digest, 0, row)
 

@@ -1,7 +1,7 @@
-"""The statistics extension of the Open Inference Protocol, as Triton's clients ask for it.
+"""The statistics extension of the Open Inference Protocol, in the form that Triton's clients expect.
 
-Beyond the protocol: `step_count`, and what the calls measured at load took (`warm_up`, `best_batch_size`). To be
-included before the protocol's other routes, where `/v2/models/stats` would be the model `stats`.
+Beyond the protocol, it has `step_count` and the calls measured at load (`warm_up`, `best_batch_size`). Include this
+router before the protocol's other routes, where `/v2/models/stats` would match a model named `stats`.
 """
 
 import time
@@ -15,7 +15,7 @@ from unroll.service.api.error_responses import open_inference_responses
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
 
-#: What the server's metadata lists among its extensions.
+#: Name of the extension in the server's metadata.
 EXTENSION = "statistics"
 
 _DURATION = {"type": "object", "properties": {"count": {"type": "integer"}, "ns": {"type": "integer"}}}
@@ -25,7 +25,7 @@ _MODEL = {
     "properties": {
         "name": {"type": "string"},
         "version": {"type": "string"},
-        "last_inference": {"type": "integer", "description": "milliseconds since 1970; 0: none yet"},
+        "last_inference": {"type": "integer", "description": "milliseconds since 1970; 0 if there was none"},
         "inference_count": {"type": "integer", "description": "chunks and whole sequences answered"},
         "execution_count": {"type": "integer", "description": "calls of the model"},
         "inference_stats": {
@@ -45,7 +45,7 @@ _MODEL = {
                 "properties": {name: {"type": "integer"} for name in ("rows", "steps", "ns")},
             },
         },
-        "best_batch_size": {"type": "integer", "description": "single steps in the call in which one costs least"},
+        "best_batch_size": {"type": "integer", "description": "batch size with the lowest cost per single step"},
     },
 }
 _SCHEMA = {"type": "object", "properties": {"model_stats": {"type": "array", "items": _MODEL}}}

@@ -1,4 +1,4 @@
-"""Steps and sequences of the native API: from a request to an Answer, without a framework."""
+"""Steps and sequences of the native API, from request to answer, independent of the web framework."""
 
 from functools import partial
 
@@ -7,7 +7,6 @@ from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import (
     POSITION,
     STEPS,
-    TIMEOUT,
     json_body,
     position_of,
     require_streamable,
@@ -34,7 +33,7 @@ from unroll.service.scheduler.reply import Reply
 
 
 def steps(app: AppState, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
-    """T >= 1 time steps of a session; the reply's outputs are one per time step."""
+    """Run T >= 1 time steps of a session; the reply has one output per time step."""
     session_id = request.own(session_id)
     if LENGTH in request.headers:
         return sealed_steps(app, model, session_id, request, respond)
@@ -54,11 +53,9 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
-    if request.repeats and len(inputs[0]) == 1 and TIMEOUT not in request.headers:
-        if document is not None:
-            request.repeat = RepeatedJsonStep(app, served, session, request, respond)
-        elif has_fixed_length(request.headers):
-            request.repeat = RepeatedStep(app, served, session, request, respond)
+    if request.repeats and len(inputs[0]) == 1 and (document is not None or has_fixed_length(request.headers)):
+        kind = RepeatedStep if document is None else RepeatedJsonStep
+        request.repeat = kind(app, served, session, request, respond, timeout)
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 
@@ -78,7 +75,7 @@ def _fields(reply: Reply) -> bytes:
 
 
 def sequences(app: AppState, model: str, request: Request, respond: Respond) -> Cancel:
-    """Whole sequences, each from the model's initial state; nothing is kept."""
+    """Run whole sequences, each from the model's initial state; no state is kept."""
     served = app.models.resolve(*split_reference(model))
     timeout = timeout_of(app, request)
     if request.media_type == RAW:

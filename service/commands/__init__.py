@@ -1,1 +1,1 @@
-"""What `unroll sessions` does with the sessions of a store."""
+"""The implementation of `unroll sessions`."""

@@ -1,4 +1,4 @@
-"""Sessions from a store to a file, and back. The file is a state file, as in `state_file.py`."""
+"""Exports sessions from a store to a state file (`state_file.py`), and imports them."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ from unroll.service.store.record import STORED, Gone, Record
 
 IMPORTED, REPLACED, EXISTS, ENDED = "imported", "replaced", "open, not imported", "ended, not imported"
 _AT_ONCE = 100
-#: Attempts to replace a session that servers change meanwhile.
+#: Attempts to replace a session that servers update concurrently.
 _ATTEMPTS = 8
 
 
@@ -23,7 +23,7 @@ async def export(store: Store, selection: Selection, path: Path) -> tuple[int, l
     """Write open sessions to a new file.
 
     Returns:
-        How many, and the keys of those that are damaged.
+        Their number, and the keys of damaged sessions.
 
     Raises:
         OSError: The file exists, or cannot be written.
@@ -33,7 +33,7 @@ async def export(store: Store, selection: Selection, path: Path) -> tuple[int, l
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise OSError(f"{path} exists; name a new file") from None
+        raise OSError(f"{path} exists; specify a new file") from None
     with os.fdopen(descriptor, "w+b") as file, ExitStack() as on_error:
         on_error.callback(path.unlink)
         writer = state_file.Writer(file)
@@ -46,7 +46,7 @@ async def export(store: Store, selection: Selection, path: Path) -> tuple[int, l
                 except SnapshotInvalid:
                     damaged.append(key)
                     continue
-                if isinstance(record, Record):  # else it has ended meanwhile
+                if isinstance(record, Record):  # otherwise it has just ended
                     writer.add(key, record, selected.idle or 0.0)
         count = writer.finish()
         os.fsync(descriptor)
@@ -55,15 +55,15 @@ async def export(store: Store, selection: Selection, path: Path) -> tuple[int, l
 
 
 async def import_file(store: Store, path: Path, *, replace: bool) -> AsyncIterator[tuple[Key, str]]:
-    """Yield each session of a file, and what became of it. Its idle time begins anew.
+    """Import the sessions of a file; yield each with its outcome. Their idle times restart.
 
     Args:
-        replace: Also import those that are open in the store, or that the store knows to have ended.
+        replace: Also import sessions that are open in the store, or have ended there.
 
     Raises:
         SnapshotInvalid: The file is damaged; nothing was imported.
-        OSError: It cannot be read.
-        StoreUnavailable: The store does not answer; the sessions that were yielded are imported.
+        OSError: The file cannot be read.
+        StoreUnavailable: The store does not answer; the sessions yielded so far are imported.
     """
     sessions, tokens = state_file.read(path), Tokens()
     for begin in range(0, len(sessions), _AT_ONCE):
@@ -85,7 +85,7 @@ async def import_file(store: Store, path: Path, *, replace: bool) -> AsyncIterat
 
 
 async def _has_ended(store: Store, key: Key) -> bool:
-    with suppress(SnapshotInvalid):  # one that is damaged counts as open
+    with suppress(SnapshotInvalid):  # a damaged session counts as open
         return isinstance(await store.load(key), Gone)
     return False
 
@@ -99,7 +99,7 @@ async def _replace(store: Store, key: Key, record: Record, tokens: Tokens) -> st
             return REPLACED
         if not isinstance(error, SessionContended):
             raise error
-    return "not replaced, because servers change it all the time"
+    return "not replaced, because servers keep updating it"
 
 
 def _commit(key: Key, expected: bytes, token: bytes, record: Record) -> Commit:

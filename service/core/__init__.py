@@ -1,1 +1,1 @@
-"""Nouns everything else may use: errors with stable codes, and the clock."""
+"""Shared basics: errors with stable codes, session ids, the clock, turns of the event loop, and resources."""

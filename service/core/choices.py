@@ -1,17 +1,17 @@
-"""The words that settings choose from. Imports nothing, so that a wrong setting is answered at once."""
+"""The choices of settings. Imports nothing heavy, so that a wrong setting is reported immediately."""
 
 from typing import Literal
 
-#: What runs LSTM and GRU layers in single steps on a GPU.
+#: Implementation of LSTM and GRU layers in single steps on a GPU.
 Cells = Literal["fused", "onnxruntime"]
-#: Of matrix products on a GPU.
+#: Precision of matrix products on a GPU.
 Precision = Literal["float32", "tf32", "float16"]
-#: When a store in a folder is synced to the disk.
+#: When an embedded store is synced to the disk.
 Sync = Literal["always", "everysec", "never"]
-#: Requests that leave a line in the log.
+#: Which requests are logged.
 LogRequests = Literal["none", "errors", "all"]
 
-#: Schemes of the URLs of Redis, with that of redis-py.
+#: URL schemes of Redis, with the corresponding scheme of redis-py.
 SCHEMES = {
     "redis": "redis",
     "rediss": "rediss",

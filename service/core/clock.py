@@ -1,4 +1,4 @@
-"""Time as an argument: pure code is given `now`, the shells hold a Clock, tests hold a ManualClock."""
+"""Clocks. Pure code takes `now` as an argument; asynchronous code has a Clock, tests have a ManualClock."""
 
 import time
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 
 class Clock(Protocol):
     def now(self) -> float:
-        """Seconds on a clock that never jumps. Only differences mean anything."""
+        """Seconds on a monotonic clock; only differences are meaningful."""
 
 
 class MonotonicClock:

@@ -1,23 +1,23 @@
-"""Every error a client can meet, each with a code that never changes.
+"""Every error that a client can receive, each with a code that never changes.
 
     client ── body ──▶ protocol ── chunk ──▶ scheduler ── batch ──▶ engine
               │                    │                       │
               InvalidRequest       SessionError            ExecutionError
-              (the request         (where the session is,  (it ran and failed, or
-               is wrong)            or cannot be)           not be in time)
-                                   Overloaded (try again later)
+              (the request         (the session's state    (it failed, or was
+               is invalid)          does not permit it)     not run in time)
+                                   Overloaded (retry later)
 
-`api/error_responses.py` gives each its HTTP status.
+`api/error_responses.py` maps each to its HTTP status.
 """
 
 from typing import Any, ClassVar
 
-#: Characters of a message: it may quote a request, which may be long.
+#: Maximum length of a message, which may quote a long request.
 _LONGEST_MESSAGE = 2000
 
 
 class UnrollError(Exception):
-    """`details` are further members of the error document, such as the expected position."""
+    """details: further members of the error document, such as the expected position."""
 
     code: ClassVar[str]
 
@@ -29,34 +29,34 @@ class UnrollError(Exception):
         self.details = details
 
 
-# ── the request may not come in; nothing of it was decoded ───────────────────────────────────────
+# ── the request is not admitted; it was not decoded ──────────────────────────────────────────────
 
 
 class Unauthenticated(UnrollError):
-    """It has no API key, or one that is unknown or has expired."""
+    """The API key is missing, unknown or expired."""
 
     code = "unauthenticated"
 
 
 class Forbidden(UnrollError):
-    """Its key does not permit it."""
+    """The key lacks the required scope."""
 
     code = "forbidden"
 
 
 class HostRefused(UnrollError):
-    """It is for a host name that this server is not known by."""
+    """The Host header is not a name of this server."""
 
     code = "host_refused"
 
 
 class OriginRefused(UnrollError):
-    """A web page of another origin sent it."""
+    """A web page of another origin sent the request."""
 
     code = "origin_refused"
 
 
-# ── the request is wrong; nothing was queued ─────────────────────────────────────────────────────
+# ── the request is invalid; nothing was queued ───────────────────────────────────────────────────
 
 
 class InvalidRequest(UnrollError):
@@ -88,7 +88,7 @@ class OutOfRange(InvalidRequest):
 
 
 class MapInvalid(InvalidRequest):
-    """The map of a rollout does not make the model's inputs of its outputs."""
+    """The map of a rollout cannot compute the model's inputs from its outputs."""
 
     code = "map_invalid"
 
@@ -110,12 +110,12 @@ class ModelUnknown(UnrollError):
 
 
 class ModelUnavailable(UnrollError):
-    """The model is in the repository, but its bundle is refused; the message says why."""
+    """The model is in the repository, but its bundle was refused; the message says why."""
 
     code = "model_unavailable"
 
 
-# ── where the session is, or cannot be; its state is untouched ───────────────────────────────────
+# ── the session's state does not permit the request; it is unchanged ─────────────────────────────
 
 
 class SessionError(UnrollError):
@@ -127,7 +127,7 @@ class SessionUnknown(SessionError):
 
 
 class SessionGone(SessionError):
-    """The session was here and its state is lost for the reason the code gives."""
+    """The session has ended for the reason in the code."""
 
 
 class SessionClosed(SessionGone):
@@ -163,18 +163,18 @@ class ModelChanged(SessionError):
 
 
 class NeedsStoreLookup(Exception):
-    """This process does not know the session for certain: look it up in the store, then handle the request again."""
+    """The session must be looked up in the store, and the request handled again."""
 
     def __init__(self, session_id: str) -> None:
         super().__init__(session_id)
         self.session_id = session_id
 
 
-# ── the server has no room now; nothing was queued ───────────────────────────────────────────────
+# ── the server is busy; nothing was queued ───────────────────────────────────────────────────────
 
 
 class Overloaded(UnrollError):
-    """`retry_after`: seconds after which trying again is worth it."""
+    """retry_after: seconds after which a retry may succeed."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -182,13 +182,13 @@ class Overloaded(UnrollError):
 
 
 class Draining(Overloaded):
-    """The process is about to end; others take what it does not."""
+    """The process is shutting down; another server should take the request."""
 
     code = "draining"
 
 
 class TooManyConnections(Overloaded):
-    """The process, or the client's address, has as many connections as it may."""
+    """The process, or the client's address, has reached its limit of connections."""
 
     code = "too_many_connections"
 
@@ -206,24 +206,24 @@ class CapacityExhausted(Overloaded):
 
 
 class QuotaExceeded(Overloaded):
-    """The tenant has used up what it may; others are served."""
+    """The tenant has reached a limit; other tenants are served."""
 
     code = "quota_exceeded"
 
 
 class KeysUnavailable(Overloaded):
-    """The key that signed a JWT is not known yet; the identity provider is being asked."""
+    """The key that signed a JWT is not known yet; the JWK set is being fetched."""
 
     code = "keys_unavailable"
 
 
 class VersionUnavailable(Overloaded):
-    """The version of the session, or an announced one that is asked for, is not here; another replica may have it."""
+    """The session's version, or a requested one that is announced, is not here; another replica may have it."""
 
     code = "version_unavailable"
 
 
-# ── the store of durable sessions; whether the step was applied, its retry finds out ─────────────
+# ── the store failed; only a retry finds out whether the step was applied ────────────────────────
 
 
 class StoreUnavailable(Overloaded):
@@ -243,7 +243,7 @@ class SessionContended(Overloaded):
     record: Any = None
 
 
-# ── it was accepted, and did not succeed; the state is as before ─────────────────────────────────
+# ── the work was accepted but failed; the state is unchanged ─────────────────────────────────────
 
 
 class ExecutionError(UnrollError):

@@ -1,13 +1,13 @@
-"""Failpoints: places where tests kill or stop the process. An unarmed one costs a comparison.
+"""Failpoints: places where tests kill or stop the process. An unarmed failpoint costs one comparison.
 
-    recv           a complete request of an inference route was read
+    recv           a complete request to an inference route was read
     batched        a batch was formed
-    ran            it was run
+    ran            the batch was run
     before_commit  its durable sessions are about to be committed
     after_commit   the store has replied
     before_reply   a reply is about to be written
 
-Armed only by the environment: UNROLL_FAILPOINTS="before_commit=kill:3,ran=stop:1" sends the process SIGKILL
+They are armed only by the environment: UNROLL_FAILPOINTS="before_commit=kill:3,ran=stop:1" sends the process SIGKILL
 before its third commit, and SIGSTOP after its first batch.
 """
 

@@ -1,6 +1,6 @@
-"""The processors and the memory of the machine that this process may use.
+"""The processors and memory that this process may use.
 
-Linux states both exactly. Elsewhere (macOS) all processors count, and half of the memory as available.
+Linux reports both exactly. Elsewhere (macOS), all processors count, and half of the memory as available.
 """
 
 import os
@@ -17,7 +17,7 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
     """Return the total and the available memory of the host.
 
     Args:
-        root: of the file system, for tests.
+        root: Root of the file system, for tests.
 
     Returns:
         (total, available) in bytes.

@@ -1,4 +1,4 @@
-"""Long work in slices, so that the event loop gets to others in between."""
+"""Runs long work in slices, so that the event loop can serve other clients in between."""
 
 import asyncio
 from collections import deque
@@ -8,28 +8,28 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Of long work in one turn.
+#: Duration of a slice.
 SLICE_SECONDS = 0.001
-#: A body or message with more bytes is read in turns of its own: JSON of so many takes about a slice to parse.
+#: Bodies and messages with more bytes are decoded in separate turns; parsing this much JSON takes about one slice.
 LONG_BYTES = 65_536
 
 
 class Turns:
-    """The slices that wait. Each turn of the event loop has room for one of them, whoever's it is."""
+    """The queue of waiting slices. Each turn of the event loop runs one."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
         self._scheduled = False
 
     def call(self, run: Callable[[], None]) -> None:
-        """Run a slice in a later turn, after those that wait already."""
+        """Run a slice in a later turn, after the waiting ones."""
         self._waiting.append(run)
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._advance)
 
     async def make(self, parts: Iterator[T]) -> list[T]:
-        """All parts, made a slice at a time."""
+        """Collect all parts, one slice at a time."""
         made: list[T] = []
         while True:
             await self._next()
@@ -42,7 +42,7 @@ class Turns:
                 return made
 
     async def _next(self) -> None:
-        """Wait for a turn with room for a slice."""
+        """Wait for the next free turn."""
         turn = asyncio.get_running_loop().create_future()
         self.call(lambda: None if turn.done() else turn.set_result(None))
         await turn

@@ -1,5 +1,4 @@
-"""`unroll doctor`: reports what this machine and this installation can serve with, and how to fix the rest.
+"""`unroll doctor`: reports which devices this machine and installation can serve on, and how to fix the rest.
 
-`machine.py`, `nvidia_driver.py`, `libraries.py` and `trial.py` collect the facts of `facts.py`; `findings.py` judges
-them.
+`machine.py`, `nvidia_driver.py` and `trial.py` collect the facts of `facts.py`; `findings.py` judges them.
 """

@@ -32,7 +32,7 @@ def session(device: str) -> str | None:
         answer, log = _run(device)
     except TrialFailed as failure:
         return str(failure)
-    # onnxruntime logs why it cannot use a provider and takes another one; no exception says it.
+    # If onnxruntime cannot use a provider, it only logs the reason and uses another one.
     problem, logged = answer["problem"], _LOGGED_ERROR.search(log)
     if problem and logged and logged[1] not in problem:
         return f"{problem}; onnxruntime logged: {logged[1]}"

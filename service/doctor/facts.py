@@ -39,7 +39,6 @@ class Runtime:
 
     Attributes:
         cuda: The CUDA version it was built for; empty if none.
-        libraries: Paths of the libraries that its CUDA provider needs; None for one that is missing.
         auto: The devices that `--device auto` selects.
         auto_why: Why it selects them.
     """
@@ -47,7 +46,6 @@ class Runtime:
     version: str
     cuda: str
     providers: tuple[str, ...]
-    libraries: dict[str, str | None]
     auto: tuple[str, ...]
     auto_why: str
 
@@ -80,7 +78,7 @@ class Facts:
     Attributes:
         packages: Versions of the distributions that install the Python package `onnxruntime`.
         bindings: Version of NVIDIA's Python bindings.
-        sessions: For each device that was tried, the problem, or None.
+        sessions: The problem, or None, for each device that was tried.
     """
 
     python: str

@@ -1,6 +1,6 @@
-"""Examines the files that a server is given: whether it would start with them, and until when they are good.
+"""Examines a server's certificate and keys: whether it would start with them, and when they expire.
 
-Like the store, this needs the packages of the server.
+Like `store.py`, this needs the packages of the server.
 """
 
 import ssl
@@ -14,14 +14,14 @@ from unroll.service.access.certificate import TlsFiles, TlsRefused
 from unroll.service.access.keys import KeyRing, KeysRefused
 from unroll.service.doctor.findings import Finding, Status
 
-#: Before the end of a certificate or a key, when there is a note.
+#: How long before the expiry of a certificate or key there is a note.
 _SOON = timedelta(days=14)
-#: Messages in a handshake are fewer.
+#: More than the number of messages in a handshake.
 _MOST_TURNS = 10
 
 
 def examine(tls: TlsFiles | None, keys: Path | None) -> Iterator[Finding]:
-    """Judge the certificate with its key, and the file of keys, as far as they are given."""
+    """Judge the certificate and the keys file, if given."""
     if tls is not None:
         yield _certificate(tls)
     if keys is not None:
@@ -29,7 +29,7 @@ def examine(tls: TlsFiles | None, keys: Path | None) -> Iterator[Finding]:
 
 
 def _certificate(files: TlsFiles) -> Finding:
-    mend = "give a valid certificate; a running server reads it again at SIGHUP"
+    mend = "provide a valid certificate; a running server reads it again at SIGHUP"
     try:
         found = _shake_hands(files)
     except TlsRefused as error:
@@ -43,13 +43,13 @@ def _certificate(files: TlsFiles) -> Finding:
 
 
 def _shake_hands(files: TlsFiles) -> dict[str, Any]:
-    """The certificate, as a client that trusts it sees it. Raises TlsRefused, SSLCertVerificationError."""
+    """The certificate, as seen by a client that trusts it. Raises TlsRefused, SSLCertVerificationError."""
     trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trusting.check_hostname = False
     trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = files.load().wrap_bio(to_server, to_client, server_side=True)
-    trusting.load_verify_locations(cadata=files.own_certificate())
+    trusting.load_verify_locations(files.cert)
     client = trusting.wrap_bio(to_client, to_server)
     for _ in range(_MOST_TURNS):
         for side in (client, server):
@@ -68,6 +68,6 @@ def _keys(path: Path) -> Finding:
     says = f"{len(keys)} of {len({key.tenant for key in keys})} tenants"
     if ending:
         return Finding(
-            "keys", Status.NOTE, f"{says}; ended, or about to: {', '.join(ending)}", "`unroll keys new` makes a key"
+            "keys", Status.NOTE, f"{says}; expired, or soon: {', '.join(ending)}", "`unroll keys new` makes a key"
         )
     return Finding("keys", Status.OK, says)

@@ -57,7 +57,6 @@ def judge(facts: Facts, device: str) -> list[Finding]:
         *_machine(facts.machine),
         _driver(facts, gpu),
         *_gpus(facts.driver),
-        *_libraries(facts, gpu),
         *_bindings(facts, gpu),
         *_sessions(facts, wanted),
         _verdict(facts, device, wanted),
@@ -151,17 +150,6 @@ def _gpus(driver: Driver | None) -> Iterator[Finding]:
         free = "in exclusive use" if gpu.free is None else f"{gpu.free / _GIB:.1f} GiB free"
         says = f"{gpu.name}, {memory} of memory, {free}, compute capability {gpu.capability}"
         yield Finding(f"cuda:{index}", Status.OK, says)
-
-
-def _libraries(facts: Facts, gpu: bool) -> Iterator[Finding]:
-    libraries = facts.runtime.libraries if facts.runtime else {}
-    for name, path in sorted(libraries.items(), key=lambda item: item[1] is None):
-        if path is None:
-            mend = ("" if gpu else "for a GPU only: ") + _with_cuda(facts.machine)
-            yield Finding(name, _absent(gpu), "not found", mend)
-        else:
-            where = "a package" if "/site-packages/" in path else "the system"
-            yield Finding(name, Status.OK, f"from {where}: {path}")
 
 
 def _bindings(facts: Facts, gpu: bool) -> Iterator[Finding]:

@@ -1,18 +1,33 @@
 """The NVIDIA driver and its GPUs, through the driver's own library; nothing else needs to be installed."""
 
-from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buffer
+import os
+from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buffer
 from typing import Any
 
 from unroll.service.doctor.facts import Driver, Gpu
-from unroll.service.doctor.libraries import load, path_of
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_RTLD_DI_LINKMAP = 2
+
+
+class _LinkMap(Structure):
+    _fields_ = (("address", c_void_p), ("name", c_char_p))
 
 
 def find() -> Driver | None:
     """Return the driver, or None if its library is missing."""
-    library = load("libcuda.so.1")
-    return ask(library, path_of(library)) if library else None
+    try:
+        library = CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return ask(library, path_of(library))
+
+
+def path_of(library: CDLL) -> str:
+    """Return the file of a loaded library, with links followed."""
+    found = POINTER(_LinkMap)()
+    CDLL(None).dlinfo(c_void_p(library._handle), _RTLD_DI_LINKMAP, byref(found))
+    return os.path.realpath(os.fsdecode(found.contents.name))
 
 
 def ask(cuda: Any, path: str) -> Driver:

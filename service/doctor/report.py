@@ -1,46 +1,28 @@
-"""What `unroll doctor` finds: the facts of this machine, and a finding with its remedy for each."""
+"""The report of `unroll doctor`: the facts of this machine, and findings with remedies."""
 
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unroll import __version__
 from unroll.service.doctor import ask, machine, nvidia_driver
 from unroll.service.doctor.facts import Driver, Facts, Runtime
 from unroll.service.doctor.findings import Finding, Status, devices, judge
 
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What a server would be given, which must work.
-
-    Attributes:
-        store: A URL.
-        tls_cert, tls_key, tls_password_file, keys: Paths of files.
-    """
-
-    store: str | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_password_file: Path | None = None
-    keys: Path | None = None
+if TYPE_CHECKING:
+    from unroll.commands.doctor import Doctor
 
 
-def report(device: str, given: Given) -> tuple[list[Finding], dict[str, Any]]:
-    """Examine this machine; return the findings and the facts behind them.
-
-    Args:
-        device: The device that must work: cpu, auto, cuda:N or several of these.
-        given: What else must work.
-    """
-    facts = examine(device)
-    stored, about_store = _examine_store(given.store) if given.store else (None, [])
-    return [*judge(facts, device), *about_store, *_examine_files(given)], asdict(facts) | {"store": stored}
+def report(options: "Doctor") -> tuple[list[Finding], dict[str, Any]]:
+    """Examine this machine, and the store and files in the options. Returns the findings and their facts."""
+    facts = examine(options.device)
+    stored, about_store = _examine_store(options.store) if options.store else (None, [])
+    findings = [*judge(facts, options.device), *about_store, *_examine_files(options)]
+    return findings, asdict(facts) | {"store": stored}
 
 
 def examine(device: str) -> Facts:
@@ -82,15 +64,16 @@ def _examine_store(url: str) -> tuple[dict[str, Any] | None, list[Finding]]:
     return asdict(known), list(store.judge(known))
 
 
-def _examine_files(given: Given) -> list[Finding]:
-    """Imported on demand, likewise."""
+def _examine_files(options: "Doctor") -> list[Finding]:
+    """Return the findings. Imported on demand, like the store."""
     try:
         from unroll.service.access.certificate import TlsFiles
         from unroll.service.doctor import files
     except ImportError as error:
         return [Finding("files", Status.BROKEN, str(error), "pip install 'unroll-serve[cpu]'")]
-    tls = None if given.tls_cert is None else TlsFiles(given.tls_cert, given.tls_key, given.tls_password_file)
-    return [*files.examine(tls, given.keys)]
+    cert = options.tls_cert
+    tls = None if cert is None else TlsFiles(cert, options.tls_key, options.tls_password_file)
+    return [*files.examine(tls, options.keys)]
 
 
 def lines(findings: Sequence[Finding]) -> Iterator[str]:

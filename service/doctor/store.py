@@ -1,6 +1,6 @@
-"""Examines a store: what it is, whether it answers and takes writes, and how long a commit takes; and judges that.
+"""Examines and judges a store: its kind, whether it answers and accepts writes, and the duration of a commit.
 
-It needs the packages of the server, unlike the rest of the doctor.
+Unlike the rest of the doctor, this needs the packages of the server.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ from unroll.service.store.redis_store import RedisStore
 from unroll.service.telemetry import logs
 
 _COMMITS = 20
-#: Seconds for which the session of an interrupted trial stays.
+#: Seconds until the session of an interrupted trial expires.
 _IDLE_SECONDS = "60"
 _GIB = 2**30
-#: Free bytes on the disk of a folder below which there is a note.
+#: Free disk space below which there is a note.
 _LITTLE = _GIB // 4
 _NO_EVICTION = "set maxmemory-policy to noeviction: clients then get 503 instead of losing sessions"
 
@@ -38,8 +38,8 @@ class Folder:
     """The folder of an embedded store.
 
     Attributes:
-        sync: As of the servers that have it open, or had it last.
-        file_system: Its kind, if the machine says it.
+        sync: The sync mode of the servers that have or last had it open.
+        file_system: Its type, if known.
     """
 
     exists: bool
@@ -65,7 +65,7 @@ class StoreFacts:
 
 
 def examine(url: str) -> StoreFacts:
-    """Collect the facts about the store that `--store` names. What is wrong with it is one of them."""
+    """Collect the facts about the store at a URL of `--store`, including its problem."""
     logs.configure_embedded()  # on stderr
     facts = StoreFacts()
     try:
@@ -91,13 +91,13 @@ def _folder(config: EmbeddedStoreConfig) -> Folder:
 
 
 async def _commit_seconds(config: StoreConfig) -> float:
-    """The median of some commits of one session, which is then removed. Raises UnrollError, StoreRefused."""
+    """The median duration of commits of one session, which is then removed. Raises UnrollError, StoreRefused."""
     store, tokens, key = open_store(config), Tokens(), ("unroll doctor", uuid.uuid4().hex)
     origin = Origin("00" * 32, STORED, uuid.uuid4().bytes).to_bytes()
     token, spent = b"", []
     try:
         if isinstance(store, RedisStore):
-            await store.check()  # says what its user may not do
+            await store.check()  # reports missing permissions
         for position in range(_COMMITS):
             before, token = token, tokens.next()
             begun = time.perf_counter()
@@ -129,13 +129,13 @@ def judge(facts: StoreFacts) -> Iterator[Finding]:
 def _redis(settings: Mapping[str, str]) -> Iterator[Finding]:
     if not settings:
         return
-    said = ", ".join(
+    settings_text = ", ".join(
         f"{name} {settings[name] or 'off'}" for name in ("appendonly", "appendfsync", "save") if name in settings
     )
     if settings["appendonly"] == "yes":
-        yield Finding("persistence", Status.OK, said)
+        yield Finding("persistence", Status.OK, settings_text)
     else:
-        yield Finding("persistence", Status.NOTE, said, "to lose at most a second in a crash: appendonly yes")
+        yield Finding("persistence", Status.NOTE, settings_text, "to lose at most a second in a crash: appendonly yes")
     policy, limit = settings["maxmemory-policy"], settings["maxmemory"]
     says = f"maxmemory {limit}, maxmemory-policy {policy}"
     if policy == "noeviction":
@@ -151,7 +151,7 @@ def _judge_folder(folder: Folder) -> Iterator[Finding]:
     yield Finding("disk", *((Status.OK, disk) if folder.free >= _LITTLE else (Status.NOTE, disk, "make room")))
     report = folder.report
     if report is None:
-        yield Finding("sessions", Status.NOTE, "no store in the folder yet", "`unroll serve` makes it")
+        yield Finding("sessions", Status.NOTE, "no store in the folder yet", "`unroll serve` creates it")
     elif report.result == "unreadable":
         yield Finding("sessions", Status.BROKEN, report.reason, "see `unroll store check`")
     else:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from unroll.service.core.clock import MonotonicClock
-from unroll.service.doctor import libraries
 from unroll.service.engine.runner import DeviceUnavailable, installed, resolve_devices
 from unroll.service.models.loading import ModelLoader, ModelOptions, ModelRefused
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
@@ -19,10 +18,6 @@ from unroll.service.telemetry import logs
 
 #: A small LSTM; `make bundles` writes it.
 _BUNDLE = Path(__file__).parent / "tiny" / "1"
-#: The CUDA provider opens it by name for an LSTM or a GRU, and may not list it among its libraries.
-_CUDNN = "libcudnn.so.9"
-#: The driver installs it, not a package.
-_DRIVER = "libcuda.so.1"
 
 
 def main(argv: list[str]) -> int:
@@ -33,20 +28,8 @@ def main(argv: list[str]) -> int:
 
 def runtime() -> dict[str, Any]:
     """Return the fields of `facts.Runtime`."""
-    about, folder = installed()
     auto, why = resolve_devices("auto")
-    found = {name: libraries.find(name) for name in cuda_libraries(folder)}
-    return about | {"libraries": found, "auto": auto, "auto_why": why}
-
-
-def cuda_libraries(folder: Path) -> list[str]:
-    """Return the libraries that onnxruntime's CUDA provider needs, without onnxruntime's own and the driver."""
-    provider = folder / "libonnxruntime_providers_cuda.so"
-    if not provider.exists():
-        return []
-    loaded = [name for module in folder.glob("onnxruntime_pybind11_state*.so") for name in libraries.needed(module)]
-    names = dict.fromkeys([*libraries.needed(provider), _CUDNN])
-    return [name for name in names if name not in {*loaded, _DRIVER}]
+    return installed() | {"auto": auto, "auto_why": why}
 
 
 def session(device: str) -> dict[str, str | None]:

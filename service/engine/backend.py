@@ -1,4 +1,4 @@
-"""A device that serves models: the host or a GPU. Chooses the engine and proves it before it serves."""
+"""Backends run a model on the host or a GPU: they choose the engine, and prove it before it serves."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from unroll.service.engine.runner import DeviceUnavailable, Runner, to_float16
 
 _log = structlog.get_logger(__name__)
 
-#: Bits of mantissa fewer than float32 has: a difference from PyTorch may be larger by that factor.
+#: Mantissa bits lost relative to float32; the tolerated difference from PyTorch grows accordingly.
 _BITS_LOST: dict[Precision, int] = {"float32": 0, "tf32": 13, "float16": 13}
 
 
@@ -31,7 +31,7 @@ class EngineOptions:
         threads: onnxruntime's threads for one call, on the host.
         precision: Precision of matrix products, on a GPU.
         buckets: Row counts of the captured single-step calls, on a GPU; () for the defaults.
-        cells: What runs LSTM and GRU layers in single steps, on a GPU.
+        cells: Implementation of LSTM and GRU layers in single steps, on a GPU.
         memory_share: Share of the free memory that a model's state rows may take.
     """
 
@@ -42,7 +42,7 @@ class EngineOptions:
     memory_share: float = 0.5
 
     def check(self, device: str) -> None:
-        """Raises ValueError if no model can run on the device with these."""
+        """Raises ValueError if no model can run on the device with these options."""
         if device == "cpu" and self.precision != "float32":
             raise ValueError(f"precision {self.precision} needs a GPU; the CPU uses float32")
 
@@ -52,9 +52,9 @@ class InsufficientMemory(Exception):
 
 
 class HostBackend:
-    """One model on the host; `CudaBackend` is the same on a GPU.
+    """One model on the host; `CudaBackend` is the equivalent for a GPU.
 
-    slack: How many times the manifest's tolerance an answer may be off.
+    slack: Factor on the manifest's tolerance.
     """
 
     slack = 1.0

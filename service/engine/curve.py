@@ -19,13 +19,13 @@ Size = tuple[int, int]
 _WORTH_WAITING = 0.03
 #: Cost of a call in the loop and the scheduler.
 _TURN_SECONDS = 20e-6
-#: Steps of the calls that measure the cost of a further step; every further step costs the same.
+#: Steps of the calls that measure the cost of each step after the first, which is constant.
 _SEVERAL_STEPS = 16
 #: Rounds over all points; a later round corrects a measurement that other work disturbed.
 _ROUNDS = 16
-#: A point is known once its lowest measurements, so many, differ by at most this share.
+#: A point is known once this many of the lowest measurements differ by at most this share.
 _AGREEING, _AGREE_WITHIN = 3, 0.1
-#: The curve of another model is taken if the smallest and the largest call differ by at most this share.
+#: Another model's curve is reused if the smallest and the largest call differ by at most this share.
 _ALIKE_WITHIN = 0.25
 
 
@@ -73,9 +73,9 @@ class Curve:
             return self.seconds(top, steps) * rows / top
         return self._first[rows] + (steps - 1) * self._further[rows]
 
-    def best_rows(self, steps: int = 1) -> int:
-        """Return the fewest rows of a call in which a row costs at most 3 % more than in the cheapest call."""
-        each = [(rows, (self.seconds(rows, steps) + _TURN_SECONDS) / rows) for rows, _ in self.single]
+    def best_rows(self) -> int:
+        """Return the fewest rows at which a row costs at most 3 % more than in the cheapest call."""
+        each = [(rows, (self.seconds(rows) + _TURN_SECONDS) / rows) for rows, _ in self.single]
         lowest = min(seconds for _, seconds in each)
         return next(rows for rows, seconds in each if seconds <= lowest * (1 + _WORTH_WAITING))
 
@@ -98,11 +98,11 @@ def measure(
     """Measure the cost of calls: the minimum over several calls of each size, until they agree or the budget is spent.
 
     Args:
-        run: `run(rows, steps)` makes a call; an exception of it is raised.
+        run: `run(rows, steps)` makes a call; its exceptions propagate.
         max_batch: Rows of the largest call. It and the call of one row are always measured.
         piece_steps: Time steps of the longest call.
         max_batch_steps: Largest product of rows and steps in a call.
-        alike: The curve, within the same limits, of a model that seems to be built alike. It is the result if these two
+        alike: The curve of a model that seems to be built alike, within the same limits. It is returned if these two
             calls cost the same.
     """
     steps = min(piece_steps, _SEVERAL_STEPS)
@@ -148,7 +148,7 @@ class _Measured:
         return len(lowest) == _AGREEING and lowest[-1] <= lowest[0] * (1 + _AGREE_WITHIN)
 
     def agrees_with(self, curve: Curve, sizes: Sequence[Size]) -> bool:
-        """Make more calls of these sizes until they cost what the curve says, or have been made often enough."""
+        """Repeat calls of these sizes until they agree with the curve, or the rounds are used up."""
         for _ in range(_ROUNDS):
             others = [size for size in sizes if abs(self.best[size] / curve.seconds(*size) - 1) > _ALIKE_WITHIN]
             for size in others:
@@ -169,7 +169,7 @@ def _sizes(max_batch: int, steps: int, long_rows: int) -> list[Size]:
 
 
 def _estimate(best: dict[Size, float], size: Size) -> float:
-    """Return the most seconds that a call will take, from earlier calls of its size or of smaller ones."""
+    """Return the most seconds that a call will take, from earlier calls of this or a smaller size."""
     if size in best:
         return best[size]
     rows, steps = size

@@ -11,7 +11,7 @@ import numpy as np
 
 from unroll.service.core.errors import UnrollError
 
-#: Batches that an engine may have launched whose results have not been fetched.
+#: Maximum number of launched batches without a fetched result.
 MAX_LAUNCHED = 2
 
 #: One array per model input or output, in the manifest's order: (time, *shape), or (*shape) without time.
@@ -35,7 +35,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainRows:
-    """A batch that does not come from the scheduler."""
+    """A batch from outside the scheduler."""
 
     inputs: Tensors
     lens: Sequence[int]
@@ -69,7 +69,7 @@ class Engine(Protocol):
     def launch(self, rows: Rows) -> Callable[[], BatchResult] | None:
         """Start a batch on the device and return a function that waits for its result.
 
-        Wait for results in order, and keep at most `MAX_LAUNCHED` of them outstanding.
+        Wait for results in order, and keep at most `MAX_LAUNCHED` outstanding.
 
         Returns:
             The function, or None if the engine can only `run` this batch.

@@ -1,4 +1,4 @@
-"""Rows that fail: both engines find them here, so that no other row of the batch fails."""
+"""Failing rows: both engines isolate them here, so that no other row of the batch fails."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,44 +12,44 @@ from unroll.service.engine.engine import BatchResult, DeviceFailed, PlainRows, R
 
 _log = structlog.get_logger(__name__)
 
-#: Up to so many values, their dot product with themselves is cheaper than a check of each.
+#: Up to this many values, a dot product with themselves is cheaper than checking each.
 FEW = 1024
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether the array has neither NaN nor infinity. The dot product decides for few values, unless it overflows."""
+    """Whether the array has neither NaN nor infinity. For few values, a finite dot product proves it."""
     return (array.size <= FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
 
 
 def one_by_one(manifest: Manifest, run: Callable[[Rows], BatchResult], rows: Rows) -> BatchResult:
-    """Run a batch; if that raises, run each row alone, so that only the rows at fault fail."""
+    """Run a batch; if that raises, run each row separately, so that only the faulty rows fail."""
     try:
         return run(rows)
     except DeviceFailed:
         raise
-    except Exception as error:  # noqa: BLE001 a row that fails must not fail the others
+    except Exception as error:  # noqa: BLE001 a failing row must not affect the rest
         if len(rows.lens) == 1:
             name = f"{manifest.name}:{manifest.version}"
             _log.error("the model failed", model=name, steps=rows.lens[0], exc_info=error)
             failure = EngineFailed("the model failed on this input; the server's log has the reason")
             return empty_outputs(manifest, 1, rows.lens[0]), {0: failure}
-    together = empty_outputs(manifest, len(rows.lens), max(rows.lens))
+    merged = empty_outputs(manifest, len(rows.lens), max(rows.lens))
     failed: dict[int, UnrollError] = {}
     for i, steps in enumerate(rows.lens):
         inputs = tuple(array[i : i + 1, :steps] for array in rows.inputs)
-        alone = PlainRows(inputs, [steps], [rows.sources[i]], [rows.targets[i]])
-        outputs, failure_alone = one_by_one(manifest, run, alone)
-        for target, source in zip(row(manifest, together, i, steps), row(manifest, outputs, 0, steps), strict=True):
+        single = PlainRows(inputs, [steps], [rows.sources[i]], [rows.targets[i]])
+        outputs, row_failed = one_by_one(manifest, run, single)
+        for target, source in zip(row(manifest, merged, i, steps), row(manifest, outputs, 0, steps), strict=True):
             target[...] = source
-        if failure_alone:
-            failed[i] = failure_alone[0]
-    return together, failed
+        if row_failed:
+            failed[i] = row_failed[0]
+    return merged, failed
 
 
 def non_finite(
     manifest: Manifest, outputs: Tensors, lens: Sequence[int], state_out: np.ndarray | None = None
 ) -> dict[int, UnrollError]:
-    """Return an error for each row whose outputs, without padding, or whose new state are not finite."""
+    """Return an error for each row with a non-finite new state or, without padding, non-finite outputs."""
     return {
         i: _not_finite()
         for i, steps in enumerate(lens)
@@ -61,7 +61,7 @@ def non_finite(
 
 
 def flagged(flags: np.ndarray) -> dict[int, UnrollError]:
-    """Return an error for each row whose flag is set: its outputs or new state are not finite."""
+    """Return an error for each flagged row, which has non-finite outputs or a non-finite new state."""
     return {int(i): _not_finite() for i in np.flatnonzero(flags)} if flags.any() else {}
 
 

@@ -1,10 +1,9 @@
-"""Runs one model in onnxruntime. It is an error if onnxruntime does not use the requested device."""
+"""Runs one model in onnxruntime. If onnxruntime does not use the requested device, that is an error."""
 
 import ctypes
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,14 @@ class DeviceUnavailable(Exception):
 
 
 def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
-    """Return the devices to use, and why.
+    """Return the devices to use, and the reason.
 
     Args:
         wanted: `cpu`, one or several `cuda:N` separated by commas, or `auto`: cuda:0 if there is a GPU, else cpu.
 
     Raises:
         DeviceUnavailable: A requested GPU cannot be used.
-        ValueError: `wanted` is none of these.
+        ValueError: `wanted` is invalid.
     """
     if wanted == "cpu":
         return ("cpu",), "requested"
@@ -45,17 +44,10 @@ def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
     return devices, "requested"
 
 
-def installed() -> tuple[dict[str, Any], Path]:
-    """The installed onnxruntime, for `unroll doctor`; its CUDA libraries are loaded as for a model.
-
-    Returns:
-        Its version, the CUDA version it was built for (empty if none) and its providers; and the folder of its
-        libraries.
-    """
-    ort.preload_dlls()  # prints the missing ones, and raises nothing
+def installed() -> dict[str, Any]:
+    """Return onnxruntime's version, the CUDA version it was built for (empty if none), and its providers."""
     cuda = getattr(ort, "cuda_version", "")
-    about = {"version": ort.__version__, "cuda": cuda, "providers": ort.get_available_providers()}
-    return about, Path(ort.__file__).parent / "capi"
+    return {"version": ort.__version__, "cuda": cuda, "providers": ort.get_available_providers()}
 
 
 def _missing_for_cuda(index: int) -> str | None:
@@ -75,7 +67,7 @@ class Runner:
     """A bundle's graph in onnxruntime: `runner(inputs, state, sequence_lens)` calls it.
 
     Args:
-        model: The graph, as bytes: onnxruntime opens no file for it.
+        model: The serialised graph.
         device: `cpu` or `cuda:N`.
         threads: onnxruntime's threads for one call, on the CPU.
         stream: Address of the CUDA stream to run on, instead of one of onnxruntime's own.
@@ -131,7 +123,7 @@ class Runner:
         return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
 
     def part(self, model: bytes) -> "BindPart":
-        """Open another graph with the same device and options. Returns what binds a call of it."""
+        """Open another graph with the same device and options. Returns a function that binds a call."""
         return partial(BoundCall, self._open(model))
 
 
@@ -179,7 +171,7 @@ def _without_waiting() -> ort.RunOptions:
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     options.add_run_config_entry(
         "gpu_graph_id", "-1"
-    )  # no graph of onnxruntime's own; without this entry each call throws internally
+    )  # disables onnxruntime's own graphs; without this entry each call throws internally
     return options
 
 
@@ -201,7 +193,7 @@ def _open(model: bytes, device: str, threads: int, stream: int | None, tf32: boo
         providers = [(wanted, cuda)]
     try:
         session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=CRASHING_OPTIMIZERS)
-    except Exception as error:  # its exceptions have no base class of their own
+    except Exception as error:  # its exceptions have no common base class
         raise ValueError(f"onnxruntime cannot load it: {error}") from error
     provider = session.get_providers()[0]
     if provider != wanted:

@@ -1,1 +1,1 @@
-"""The served models: their versions, the loading of one, and the repository that says which are served."""
+"""Served models: the index of versions, loading a version, and the repository that selects them."""

@@ -1,4 +1,4 @@
-"""What the repository's folder holds: bundles, marks of retired versions, and the version that each model points to."""
+"""Reads the repository's folder: bundles, retired marks, and each model's pointer to its current version."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,28 +8,28 @@ from unroll.bundle.errors import printable
 from unroll.bundle.files import read_regular
 from unroll.bundle.manifest import is_version
 
-#: A file in a model's folder: the number of the version that new sessions begin on.
+#: A file in a model's folder with the number of the current version.
 POINTER = "serve"
-#: A file in a version's folder: the version is retired. Its manifest must stay, so that its sessions are recognised.
+#: A file in a version's folder that retires the version. The manifest must stay, so that its sessions are recognised.
 MARK = "retired"
 
-#: Of that file, more than enough.
+#: Bytes to read of a pointer.
 _MOST_BYTES = 4096
 
 
 class RepositoryError(Exception):
-    """The repository cannot be served as it is; says why, for every bundle."""
+    """The repository cannot be served; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The folder at one moment.
+    """A snapshot of the repository's folder.
 
     Attributes:
         bundles: By name and version; the version is empty if a folder `<name>` cannot be listed.
-        pointers: What each model's pointer says, by name; any text.
+        pointers: Content of each model's pointer, by name; any text.
         retired: Name and digest of the versions with a mark.
-        announced: Name and version of what has no bundle yet: the folder `<name>/<version>`, or a pointer to it.
+        announced: Name and version of versions without a bundle that have a folder `<name>/<version>` or a pointer.
     """
 
     bundles: dict[tuple[str, str], Path]
@@ -39,7 +39,7 @@ class Contents:
 
 
 def read_contents(repository: Path) -> Contents:
-    """Raises RepositoryError if the folder cannot be listed, or holds no bundle."""
+    """Raises RepositoryError if the folder cannot be listed, or has no bundle."""
     try:
         paths = discover(repository)
     except OSError as error:
@@ -66,7 +66,7 @@ def read_contents(repository: Path) -> Contents:
 
 
 def _is_there(path: Path) -> bool:
-    """Not in a folder that cannot be searched; who reads the bundle there will say so."""
+    """False in a folder that cannot be searched; reading the bundle there reports that."""
     try:
         return path.exists()
     except OSError:
@@ -74,7 +74,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _read_pointer(path: Path) -> str | None:
-    """What the file says; if it cannot be read, why, which no version is called."""
+    """The content of the file, or if it cannot be read, the reason, which is not the name of any version."""
     try:
         return read_regular(path, _MOST_BYTES, follow=True).decode(errors="replace").strip()[:80]
     except FileNotFoundError:

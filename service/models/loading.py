@@ -1,4 +1,4 @@
-"""Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost there."""
+"""Loads one version of a model: reads its bundle, proves it on the device, and measures the cost of calls there."""
 
 from collections.abc import Callable, Collection, Container, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -38,7 +38,7 @@ from unroll.service.telemetry.statistics import Statistics
 
 _log = structlog.get_logger(__name__)
 
-#: Bytes on the host that a session takes besides its state row and its last step, about.
+#: Approximate host memory of a session, besides its state row and its last step.
 _SESSION_BYTES = 1024
 
 
@@ -48,8 +48,8 @@ class ModelOptions:
 
     Attributes:
         spill_bytes: Host memory for idle sessions that lost their row.
-        trusted_keys: Who must have signed a bundle, if anybody.
-        trial: What a bundle may take and hold; its `calls` and `slack` are those of the server.
+        trusted_keys: Public keys of trusted signers; None: signatures are not required.
+        trial: Limits for trying a bundle; its `calls` and `slack` are set by the server.
         fill_memory: Ignore `sessions.capacity` and allow as many sessions as fit in `engine.memory_share`, per device.
     """
 
@@ -70,7 +70,7 @@ class ModelRefused(BundleError):
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Whatever goes wrong inside the block is the refusal of a bundle: it must not stop the others."""
+    """Turn any error inside the block into the refusal of a bundle, so that other bundles are still served."""
     try:
         yield
     except (ModelRefused, DeviceUnavailable):
@@ -87,9 +87,9 @@ class ModelLoader:
     """Loads a bundle on every device.
 
     Args:
-        devices: Names, each with the executor that is its engine thread.
+        devices: Device names, each with the executor of its engine thread.
         spill: Keeps an idle session that must give up its row; returns False if it cannot.
-        is_verified: Whether the session of that model and id was looked up in the store for the running call.
+        is_verified: Whether the running call has looked up the session in the store, by model and id.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class ModelLoader:
         self._store = store
         self._spill = spill
         self._is_verified = is_verified
-        self._curves: WeakValueDictionary[Hashable, Curve] = WeakValueDictionary()  # of served models, by form
+        self._curves: WeakValueDictionary[Hashable, Curve] = WeakValueDictionary()  # by `_form`, while served
 
     def load(self, path: Path, known: Container[str] = (), seconds: float | None = None) -> list[ServedModel]:
-        """The version on every device; all share their statistics.
+        """Load a version on every device; the instances share their statistics.
 
         Args:
-            known: Identities of bundles that are not to be loaded; the result is empty for them.
-            seconds: Processor time for its trial, if less than a bundle may take.
+            known: Identities of bundles that are already loaded; the result is then empty.
+            seconds: Processor time for the trial, if less than the limit.
 
         Raises:
             ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit there.
@@ -143,7 +143,7 @@ class ModelLoader:
             executor.shutdown()
 
     def end_trial(self, *, for_good: bool = False) -> None:
-        """End the process that tries bundles. The next bundle starts another, unless it is for good."""
+        """End the trial process. The next bundle starts another, unless `for_good`."""
         self._trials.close(for_good=for_good)
 
     def _load(
@@ -163,9 +163,10 @@ class ModelLoader:
             return self._spill(model, session, at_cost)
 
         backend = open_backend(bundle, device, options.engine)
-        if device != "cpu":  # on the CPU, the trial has just done it
+        if device != "cpu":  # the trial has done this on the CPU
             parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
-        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
+        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
+        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged, codec.faults)
         limits = _session_limits(backend, manifest, options)
         is_verified = partial(self._is_verified, manifest.name)
         scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
@@ -181,14 +182,13 @@ class ModelLoader:
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
         thread = EngineThread(engine, executor, curve.seconds)
         loop = Loop(manifest.name, scheduler, thread, self._store, self._clock, figures.observe)
-        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
         model = ServedModel(replace(bundle, model=b""), engine, loop, codec, serving, figures)
         _log_loaded(model, curve, perf_counter() - started)
         return model
 
 
 def _trial_limits(options: ModelOptions, devices: Collection[str]) -> TrialLimits:
-    """A GPU is judged by its own answers, not by those of the CPU."""
+    """The limits of trials. Without a CPU among the devices, the CPU's answers do not matter."""
     limits = options.scheduler
     long_rows = min(limits.max_batch, max(1, limits.max_batch_steps // limits.piece_steps))
     calls = ((limits.max_batch, 1), (long_rows, limits.piece_steps))
@@ -222,14 +222,14 @@ def _session_limits(backend: DeviceBackend, manifest: Manifest, options: ModelOp
 
 
 def _form(bundle: Bundle, device: str) -> Hashable:
-    """What models have in common whose calls probably cost the same, as the versions of one model do."""
+    """A key that is equal for models with probably equal costs, such as versions of one model."""
     about = bundle.manifest
     counts = tuple(operators(bundle.model).items())
     return device, about.inputs, about.outputs, about.state_size, about.precision, counts
 
 
 def _warm_up(engine: Engine, bundle: Bundle, limits: SchedulerLimits, alike: Curve | None) -> Curve:
-    """Measure what calls on the scratch row cost, with inputs that the model takes: not every model takes zeros."""
+    """Measure the cost of calls, on the scratch row, with golden inputs, because not every model accepts zeros."""
     golden = [bundle.golden.inputs[spec.name] for spec in bundle.manifest.inputs]
 
     def run(rows: int, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Which versions are served: those in the repository of bundles, looked at again on request."""
+"""Keeps the served versions in line with the repository of bundles, which is rescanned on request."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from unroll.service.models.versions import ModelVersions, Refusals
 
 _log = structlog.get_logger(__name__)
 
-#: Also the least time between two looks for versions that sessions asked for in vain.
+#: Also the minimum interval between checks for missing versions.
 _HOUSEKEEPING_SECONDS = 1.0
-#: Processor time of a trial for which the other new bundles wait.
+#: Processor time for a first trial; a slower bundle is retried after the other new ones.
 _PATIENCE_SECONDS = 2.0
 
 
@@ -26,13 +26,14 @@ class ModelRepository:
     """Loads, starts, retires and stops versions.
 
     Args:
-        has_spilled: Whether sessions without a row are on the version with this digest.
+        versions: The index of versions to maintain.
+        has_spilled: Whether there are spilled sessions of the version with this digest.
         on_crash: Called when a model's loop ends with an error.
-        serve: The version of a model that new sessions begin on, by name; stands above the model's own pointer.
+        serve: Current version by model name; overrides the model's pointer.
         strict: Refuse to start with a bundle that cannot be served.
 
     Attributes:
-        unloaded: Models that the operator has unloaded; what the folder has of them is not looked at.
+        unloaded: Models that the operator has unloaded; their folders are ignored.
     """
 
     def __init__(
@@ -61,8 +62,8 @@ class ModelRepository:
         """Load every bundle.
 
         Raises:
-            RepositoryError: There is no bundle, none can be served, or one that `serve` names; if `strict`, one cannot
-                be served, or a pointer cannot be followed.
+            RepositoryError: There is no bundle, none can be served, or one in `serve` cannot. With `strict`, also if
+                any bundle cannot be served or a pointer cannot be followed.
             DeviceUnavailable: The requested device cannot be used.
         """
         contents = read_contents(self.path)
@@ -85,7 +86,7 @@ class ModelRepository:
                 raise RepositoryError(f"model {name!r}: {self._versions.misdirected[name]}")
 
     def _follow(self, contents: Contents) -> None:
-        """Do what the repository says of versions: which is current, and which are retired."""
+        """Apply the repository's pointers and retired marks."""
         versions = self._versions
         versions.retired |= contents.retired
         pointers = contents.pointers | self._serve
@@ -100,7 +101,7 @@ class ModelRepository:
                     _log.info("current version", model=name, version=wanted)
                 continue
             pointer = "--serve" if name in self._serve else f"the file {name}/{POINTER}"
-            why = f"{pointer} says {wanted!r}, and served are {sorted({*served}, key=int)}"
+            why = f"{pointer} says {wanted!r}, but the served versions are {sorted({*served}, key=int)}"
             versions.misdirected[name] = why
             _log.error("pointer not followed", model=name, current=before.get(name), reason=why)
             if name in before:
@@ -136,12 +137,12 @@ class ModelRepository:
                     self._rescan.clear()
                     await self.rescan()
         finally:
-            self._loader.end_trial(for_good=True)  # a thread may wait for it
+            self._loader.end_trial(for_good=True)  # a thread may be waiting for it
             for model in self._versions:
                 await model.stop()
 
     async def load(self, name: str) -> None:
-        """Serve what the folder has of a model, and return when that is done.
+        """Serve the folder's versions of a model, and return when that is done.
 
         Raises:
             ModelUnknown: The folder has no such model.
@@ -152,14 +153,14 @@ class ModelRepository:
         self._versions.resolve(name)
 
     async def unload(self, name: str) -> None:
-        """Retire all versions of a model until it is loaded, or the process ends. Raises ModelUnknown."""
-        if not self._versions.of(name):
+        """Retire all versions of a model until it is loaded again, or the process ends. Raises ModelUnknown."""
+        if name not in self.unloaded and not self._versions.of(name):
             self._versions.available(name)
         self.unloaded.add(name)
         await self.rescan()
 
     async def rescan(self) -> None:
-        """Serve new bundles, retire removed and changed ones. A refused bundle leaves what is served as it is."""
+        """Serve new bundles, and retire removed and changed ones. A refused bundle does not affect served versions."""
         async with self._one_rescan:
             await self._do_rescan()
 
@@ -173,7 +174,7 @@ class ModelRepository:
     async def _do_rescan(self) -> None:
         try:
             contents = await asyncio.to_thread(self._read_contents)
-        except RepositoryError as error:  # unmounted, most likely; to take the last model away, stop the server
+        except RepositoryError as error:  # probably unmounted; an empty repository does not remove the last model
             _log.error("repository not read", reason=str(error))
             return
         refused: Refusals = {}
@@ -196,11 +197,12 @@ class ModelRepository:
         """Serve a bundle, unless it is served already.
 
         Args:
-            refused: Gets why it is refused.
-            seconds: Processor time for its trial; None for as much as a bundle may take.
+            key: Name and version.
+            refused: Receives the reason if the bundle is refused.
+            seconds: Processor time for its trial; None for the limit.
 
         Returns:
-            Whether that was enough: otherwise it is to be tried again, after the others.
+            False if that was not enough, and the bundle must be retried after the others.
         """
         name, version = key
         path = contents.bundles[key]
@@ -221,14 +223,14 @@ class ModelRepository:
         return True
 
     async def _look_for_missing(self) -> None:
-        """Rescan if a version that was asked for in vain is in the repository by now."""
+        """Rescan if the repository now has a version that was requested but missing."""
         if missing := self._versions.missing:
             self._versions.missing = set()
             if await asyncio.to_thread(self._has_come, missing):
                 await self.rescan()
 
     def _has_come(self, missing: set[tuple[str, str]]) -> bool:
-        """Whether there is a bundle of such a version that is neither served nor refused."""
+        """Whether the repository has a bundle of a missing version that is neither served nor refused."""
         try:
             bundles = self._read_contents().bundles
         except RepositoryError:
@@ -248,20 +250,20 @@ class ModelRepository:
         _log.info("model retired", model=model.name, version=model.version, sessions=len(model.scheduler.sessions))
 
     async def _drop_retired(self) -> None:
-        """Drop retired versions whose last session ended."""
+        """Drop retired versions without remaining sessions."""
         for model in [m for m in self._versions if m.retired]:
             model.scheduler.sessions.expire(model.loop.clock.now())
             if not len(model.scheduler.sessions) and not model.scheduler.in_flight and not self._awaits_spilled(model):
                 self._versions.remove(model)
                 self._versions.retired.add((model.name, model.manifest.digest))
-                for heir in self._versions.of(model.name)[:1]:
-                    heir.scheduler.sessions.merge_closed(model.scheduler.sessions)
+                for successor in self._versions.of(model.name)[:1]:
+                    successor.scheduler.sessions.merge_closed(model.scheduler.sessions)
                 await model.stop()
                 model.engine.close()
                 _log.info("model dropped", model=model.name, version=model.version)
 
     def _awaits_spilled(self, model: ServedModel) -> bool:
-        """Whether sessions without a row would return to it, and to no other."""
+        """Whether spilled sessions can return only to this instance."""
         digest = model.manifest.digest
         return self._versions.with_digest(model.name, digest) is model and self._has_spilled(digest)
 
@@ -269,7 +271,7 @@ class ModelRepository:
         model.start().add_done_callback(self.watch)
 
     def watch(self, task: asyncio.Task[None]) -> None:
-        """Call `on_crash` if a task that should run until cancelled ended with an error."""
+        """Call `on_crash` if a task that should run until cancelled has ended with an error."""
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.critical("crashed", task=task.get_name(), exc_info=error)
             self._on_crash()

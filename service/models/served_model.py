@@ -1,4 +1,4 @@
-"""One version of a model on one device, ready to answer, with sessions, loop and engine of its own."""
+"""One version of a model on one device, with its own sessions, loop and engine."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ class Serving:
     Attributes:
         device: `cpu` or `cuda:N`.
         parity: Largest absolute difference from PyTorch float64 at load, by output and `state_out`.
-        stability: Largest absolute difference of a row's results between batches of other sizes or company, at load.
+        stability: Largest absolute difference of a row's results at load between batches of different sizes or rows.
     """
 
     device: str
@@ -42,10 +42,10 @@ class Serving:
 
 
 class ServedModel:
-    """Built by `ModelLoader`. `start` and `stop` belong to a running event loop.
+    """Created by `ModelLoader`. `start` and `stop` require a running event loop.
 
     Attributes:
-        retired: Takes no new sessions; it serves those it has until they end.
+        retired: Accepts no new sessions; existing ones continue until they end.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ServedModel:
 
     @property
     def current_load(self) -> int:
-        """Current load: new sessions go to the least loaded device."""
+        """The load. New sessions go to the least loaded device."""
         return len(self.scheduler.sessions) + self.scheduler.in_flight
 
     def start(self) -> asyncio.Task[None]:
@@ -93,7 +93,7 @@ class ServedModel:
     # ── sessions from and to snapshots ───────────────────────────────────────────────────────────
 
     def open(self, session_id: str, start: Snapshot | None) -> Session:
-        """A new memory session that begins from `start`, or from the model's initial state."""
+        """Open a memory session that starts from `start`, or from the model's initial state."""
         session = self.scheduler.open(session_id, self.loop.clock.now(), position=start.position if start else 0)
         if start is not None:
             self.write_snapshot(session, start)
@@ -105,10 +105,10 @@ class ServedModel:
     def write_snapshot(self, session: Session, snapshot: Snapshot) -> None:
         self.engine.write(session.slot, snapshot.row)
         session.source = session.slot
-        session.position = snapshot.position
+        session.own_progress.position = snapshot.position
 
     def read_snapshot(self, content: bytes) -> Snapshot:
-        """Raises SnapshotInvalid, or ModelChanged if it is of another version."""
+        """Parse a snapshot. Raises SnapshotInvalid, or ModelChanged if it was taken from another version."""
         return Snapshot.from_bytes(content, digest=self.manifest.digest, state_size=self.manifest.state_size)
 
     # ── sessions from and to records ──────────────────────────────────────────────────────────────────────
@@ -117,18 +117,18 @@ class ServedModel:
         return Origin(self.manifest.digest, durability, os.urandom(ID_BYTES))
 
     def record(self, session: Session) -> Record:
-        """An idle memory session as a record."""
+        """The record of an idle memory session."""
         row = self.engine.read(session.slot).tobytes() if session.source != INITIAL else b""
         if session.origin is None:
             session.origin = replace(self.origin("memory"), opened_with=session.opened_with)
         return Record(session.origin, session.position, row, self.scheduler.replay.kept(session), session.depth)
 
     def adopt(self, session_id: str, record: Record) -> Session:
-        """Make a session of a record; see `Scheduler.adopt`.
+        """Load a session from a record; see `Scheduler.adopt`.
 
         Raises:
-            CapacityExhausted: There is no row for it.
-            SnapshotInvalid: The record is not of this model.
+            CapacityExhausted: There is no free row.
+            SnapshotInvalid: The record belongs to another model.
         """
         if len(record.row) not in (0, 4 * self.manifest.state_size):
             raise SnapshotInvalid(f"the stored state of session {shown(session_id)!r} does not fit model {self.name!r}")
@@ -138,7 +138,7 @@ class ServedModel:
         return session
 
     def add_closed(self, session_id: str, gone: Gone) -> None:
-        """Remember what the store knows of a session's end."""
+        """Add a tombstone for a session that ended according to the store."""
         last = map(self.scheduler.replay.read, gone.kept[-1:])
         now = self.loop.clock.now()
         self.scheduler.sessions.add_closed(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)

@@ -1,4 +1,4 @@
-"""What one served version counts and measures while it serves."""
+"""The figures of one served version."""
 
 from typing import Any
 

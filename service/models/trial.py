@@ -1,4 +1,4 @@
-"""Tries bundles in another process, before anything of them but their bytes is in this one."""
+"""Tries bundles in another process before this process parses them."""
 
 import json
 import os
@@ -20,16 +20,16 @@ from unroll.bundle.verification import Differences
 from unroll.service.models import trial_process
 from unroll.service.models.trial_process import Job, TrialLimits
 
-#: What is remembered of the bundles of a repository: it may change for as long as the server runs.
+#: Maximum number of remembered results, because a repository may change indefinitely.
 _MOST_REMEMBERED = 1000
-#: Times the tolerance: more than any finite answer is off.
+#: A slack that accepts any finite answer.
 ANY = 1e300
-#: Tries that end like this end so again, and may take long.
+#: Results that would repeat, and are expensive to obtain.
 _COSTLY = {"bundle_memory", "bundle_time", "bundle_crashed"}
 
 
 class TrialProcess:
-    """The process, as this one sees it."""
+    """The trial process, seen from the server."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -46,7 +46,7 @@ class TrialProcess:
         self._lock = threading.Lock()
 
     def ask(self, job: Job, content: Content) -> dict[str, object] | None:
-        """Returns the answer, or None if the process has ended."""
+        """Try a bundle. Returns the answer, or None if the process has ended."""
         with self._lock, suppress(OSError, ValueError):
             for part in (job.head(), content.manifest, content.model, content.golden):
                 self._connection.sendall(part)
@@ -54,7 +54,7 @@ class TrialProcess:
         return None
 
     def close(self) -> None:
-        """End it, whatever it does. Who waits for its answer gets None."""
+        """Kill the process. A thread that waits for its answer gets None."""
         with suppress(OSError):
             os.kill(self.pid, SIGKILL)
         with suppress(OSError):
@@ -67,9 +67,9 @@ class TrialProcess:
 
 
 def _fork(ours: socket.socket, theirs: socket.socket) -> int:
-    """From a process without threads, which has imported all that is needed: that takes no time and no memory."""
+    """Fork the trial process, which costs almost nothing. Possible only while this process has no threads."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the threads of NumPy's libraries are made again
+        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's libraries recreate their threads
         pid = os.fork()
     if not pid:
         try:
@@ -81,7 +81,7 @@ def _fork(ours: socket.socket, theirs: socket.socket) -> int:
 
 
 class Trials:
-    """Tries bundles one after the other, and remembers what came of it."""
+    """Tries bundles one at a time, and remembers the results."""
 
     def __init__(self, limits: TrialLimits, start: Callable[[], TrialProcess] = TrialProcess) -> None:
         self.limits = limits
@@ -94,10 +94,10 @@ class Trials:
         """Return the largest differences from PyTorch on the CPU.
 
         Args:
-            seconds: Processor time that it may take, if less than the limit.
+            seconds: Processor time for the trial, if less than the limit.
 
         Raises:
-            BundleError: It cannot be served, or trying it takes more than it may.
+            BundleError: The bundle cannot be served, or its trial exceeds a limit.
         """
         found = self._remembered.get(content.identity) or self._try(content, min(self.limits.seconds, seconds or inf))
         if isinstance(found, BundleError):
@@ -114,7 +114,7 @@ class Trials:
         answer = process.ask(job, content)
         if answer is None:
             self.close()
-            return BundleError("bundle_crashed", "the process that tried it has ended")
+            return BundleError("bundle_crashed", "the trial process has ended")
         if "code" in answer:
             error = BundleError(str(answer["code"]), str(answer["message"]))
             if error.code in _COSTLY and seconds == self.limits.seconds:
@@ -130,7 +130,7 @@ class Trials:
         self._remembered[content.identity] = found
 
     def close(self, *, for_good: bool = False) -> None:
-        """End the process, also in the middle of a trial. The next trial starts another, unless it is for good."""
+        """Kill the process, even during a trial. The next trial starts another, unless `for_good`."""
         self._over |= for_good
         process, self._process = self._process, None
         if process is not None:

@@ -1,7 +1,7 @@
-"""The process that tries bundles: each in a child of its own, with limits, before the server touches it.
+"""The trial process: tries each bundle in a child process with limits, before the server loads it.
 
-It is forked from a server that has no threads yet, else started anew; it has no threads itself, so that it may fork. It
-ends when its connection does.
+It is forked from the server if that has no threads yet, otherwise started as a program. It has no threads itself, so
+that it can fork. It ends when its connection closes.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ from unroll.bundle import BundleError, Content, GoldenMismatch, Verifier
 from unroll.bundle.golden import Arrays
 from unroll.service.engine.runner import Runner
 
-#: What a child answers, at most.
+#: Maximum size of a child's answer.
 _MOST_ANSWER = 2**20
-#: A child that waits for others takes longer than its processor time.
+#: Limit of a child's wall time, as a factor of its processor time plus a constant: other processes may slow it down.
 _WALL, _WALL_SECONDS = 5, 60
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "bad allocation")
@@ -37,13 +37,14 @@ _OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "bad allocation")
 
 @dataclass(frozen=True, slots=True)
 class TrialLimits:
-    """What a bundle may take, and what it will be asked for.
+    """Limits of a trial, and the calls that it makes.
 
     Attributes:
-        memory: Bytes, besides those of the process.
+        memory: Bytes, beyond those of the process.
+        seconds: Processor time.
         allowed_operators: Operators that a graph may have besides those of the allow-list.
         calls: Rows and time steps of the largest calls.
-        slack: How many times the manifest's tolerance an answer on the CPU may be off.
+        slack: Factor on the manifest's tolerance for answers on the CPU.
     """
 
     memory: int = 4 * 2**30
@@ -55,7 +56,7 @@ class TrialLimits:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One bundle to try. sizes: bytes of manifest, graph and golden vectors, which follow."""
+    """One bundle to try. sizes: of the manifest, graph and golden vectors that follow, in bytes."""
 
     path: str
     sizes: list[int]
@@ -67,11 +68,11 @@ class Job:
 
 
 def serve(connection: socket.socket) -> None:
-    """Try one bundle after the other, and answer each with a line of JSON, until the connection ends."""
+    """Try bundles one at a time, and answer each with a line of JSON, until the connection closes."""
     stream = connection.makefile("rb")
-    while head := stream.read(4):
-        told = json.loads(stream.read(int.from_bytes(head, "big")))
-        job = Job(told["path"], told["sizes"], TrialLimits(**told["limits"]))
+    while size := stream.read(4):
+        head = json.loads(stream.read(int.from_bytes(size, "big")))
+        job = Job(head["path"], head["sizes"], TrialLimits(**head["limits"]))
         parts = [stream.read(size) for size in job.sizes]
         content = Content(Path(job.path), *parts)
         answer = _in_child(lambda job=job, content=content: _try(job, content), job, connection)  # type: ignore[misc]
@@ -79,7 +80,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def quiet(connection: socket.socket) -> socket.socket:
-    """Leave everything of the parent but the connection: its signals, files and locks."""
+    """Detach from the parent's signals, files and locks; keep only the connection."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -92,7 +93,7 @@ def quiet(connection: socket.socket) -> socket.socket:
 
 
 def _in_child(work: Callable[[], dict[str, Any]], job: Job, connection: socket.socket) -> bytes:
-    """What `work` returns in a child, as JSON; or why the child did not return."""
+    """Run `work` in a child. Returns its result as JSON, or the reason why the child failed."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -113,17 +114,17 @@ def _in_child(work: Callable[[], dict[str, Any]], job: Job, connection: socket.s
         os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
     why = _why(status, usage.ru_utime + usage.ru_stime, job, in_time=found is not None)
-    answer, _, _ = (found or b"").partition(b"\n")  # whatever the child has become, it answers for one bundle
+    answer, _, _ = (found or b"").partition(b"\n")  # a compromised child can answer only for its own bundle
     return answer or json.dumps(why).encode()
 
 
 def _read(reading: int, connection: socket.socket, until: float) -> bytes | None:
-    """What the child answers; None if it does not in time. Ends this process if nobody waits for it any more."""
+    """The child's answer; None if it is late. Exits this process if the server has disconnected."""
     poll, answer = select.poll(), b""
     poll.register(reading, select.POLLIN)
     poll.register(connection, select.POLLHUP)
-    while (left := until - monotonic()) > 0 and len(answer) <= _MOST_ANSWER:
-        for descriptor, _ in poll.poll(left * 1000):
+    while (remaining := until - monotonic()) > 0 and len(answer) <= _MOST_ANSWER:
+        for descriptor, _ in poll.poll(remaining * 1000):
             if descriptor != reading:
                 raise SystemExit(0)
             if not (part := os.read(reading, 65_536)):
@@ -137,17 +138,16 @@ def _why(status: int, seconds: float, job: Job, *, in_time: bool) -> dict[str, A
     if not in_time or number == signal.SIGXCPU or (number == signal.SIGKILL and seconds >= job.limits.seconds):
         return {"code": "bundle_time", "message": f"trying it takes more than {job.limits.seconds:g} s"}
     if number == signal.SIGKILL:
-        return {"code": "bundle_memory", "message": "the system has not the memory to try it"}
+        return {"code": "bundle_memory", "message": "the system does not have enough memory to try it"}
     how = signal.Signals(number).name if number else f"status {os.waitstatus_to_exitcode(status)}"
-    return {"code": "bundle_crashed", "message": f"it ended the process that tried it ({how})"}
+    return {"code": "bundle_crashed", "message": f"it crashed its trial process ({how})"}
 
 
 def _limit(job: Job) -> None:
-    """This process, from now on."""
     in_use = 0
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        with suppress(OSError):  # the system takes memory from this process first
+        with suppress(OSError):  # if memory runs out, the system should kill this process first
             Path("/proc/self/oom_score_adj").write_text("1000")
         with suppress(OSError):
             in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -165,7 +165,7 @@ def _limit(job: Job) -> None:
 
 
 def _try(job: Job, content: Content) -> dict[str, Any]:
-    """Load the bundle as the server would, and make the calls that the server makes before it serves."""
+    """Load the bundle as the server would, and make the calls that the server makes before serving."""
     try:
         bundle = bundles.parse(content, job.limits.allowed_operators)
         runner = Runner(bundle.model, bundle.manifest)
@@ -177,7 +177,7 @@ def _try(job: Job, content: Content) -> dict[str, Any]:
         return {"code": error.code, "message": error.message}
     except GoldenMismatch as error:
         return {"code": "bundle_mismatch", "message": str(error)}
-    except Exception as error:  # noqa: BLE001 whatever it is, the bundle is refused for it
+    except Exception as error:  # noqa: BLE001 any error refuses the bundle
         text = f"{type(error).__name__}: {error}"[:2000]
         if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
             return {

@@ -1,30 +1,31 @@
-"""The served versions of all models, by name."""
+"""The index of served versions."""
 
 from collections.abc import Iterator, Sequence
 
 from unroll.service.core.errors import ModelChanged, ModelUnavailable, ModelUnknown, VersionUnavailable
 from unroll.service.models.served_model import ServedModel
 
-#: Bundles that cannot be served, by name and version: why.
+#: Reasons by name and version of bundles that cannot be served.
 Refusals = dict[tuple[str, str], str]
 
-#: Of a retry that may meet the version: this server looks for it about as often.
+#: Retry-After for a missing version; this server checks the repository about as often.
 _RETRY_SECONDS = 1.0
-#: Versions remembered as missing between two looks at the repository.
+#: Maximum number of missing versions remembered between two checks of the repository.
 _MOST_MISSING = 100
 
 
 class ModelVersions:
-    """An index over the loaded versions; with several devices, each version is there once per device.
+    """An index over the loaded versions. With several devices, each version has an instance per device.
 
     Attributes:
-        refused: Bundles of the repository that are not served as they are there. The version is empty if the model's
-            folder cannot be listed.
-        current: The version of each model that requests without a version get.
-        misdirected: Models whose pointer names no version that is served here: why. They keep their current version.
+        refused: Bundles of the repository that are not served. The version is empty if the model's folder cannot be
+            listed.
+        current: Current version of each model.
+        misdirected: Reasons by name of models with a pointer to a version that is not served here. They keep their
+            current version.
         retired: Name and digest of versions that the operator retired.
-        announced: Name and version of versions that are to come, as the repository or the operator says.
-        missing: Name, and digest or version, of versions that may come and were asked for since the last look at the
+        announced: Name and version of versions that are expected, according to the repository or the operator.
+        missing: Name, and digest or version, of expected versions that were requested since the last check of the
             repository.
     """
 
@@ -55,22 +56,22 @@ class ModelVersions:
             self._by_name.setdefault(model.name, []).append(model)
 
     def problems(self) -> Refusals:
-        """What of the repository is not followed: refused bundles, and pointers, which have an empty version."""
+        """Refused bundles, and pointers that cannot be followed, which have an empty version."""
         return self.refused | {(name, ""): why for name, why in self.misdirected.items()}
 
     def names(self) -> list[str]:
-        """Models with a version that takes new sessions."""
+        """Models with a version that accepts new sessions."""
         return sorted({model.name for model in self._models if not model.retired})
 
     def of(self, name: str) -> Sequence[ServedModel]:
-        """All versions of a model on all devices, newest first, retired ones included."""
+        """All versions of a model on all devices, newest first, including retired ones."""
         return self._by_name.get(name, ())
 
     def open_sessions(self, name: str, version: str, tenant: str) -> int:
         return sum(model.scheduler.sessions.of_tenants[tenant] for model in self.of(name) if model.version == version)
 
     def available(self, name: str) -> list[ServedModel]:
-        """The versions that take new sessions, newest last, each on its least loaded device.
+        """The versions that accept new sessions, newest last, each on its least loaded device.
 
         Raises:
             ModelUnknown: There is no such model.
@@ -95,7 +96,7 @@ class ModelVersions:
         Raises:
             ModelUnknown: There is no such model or version.
             ModelUnavailable: Its bundle is refused, or the model has no current version.
-            VersionUnavailable: The version is announced, and not here.
+            VersionUnavailable: The version is announced but not here.
         """
         try:
             available = self.available(name)
@@ -119,20 +120,20 @@ class ModelVersions:
         return min(found, key=lambda model: (model.retired, model.current_load), default=None)
 
     def home(self, name: str, digest: str, what: str) -> ServedModel:
-        """Where a session or snapshot of the version with this digest continues; a version that is not here is noted.
+        """The version on which a session or snapshot with this digest continues. A missing version is noted.
 
         Args:
             what: Subject and verb of the error, such as "the snapshot was taken from".
 
         Raises:
-            ModelChanged: The operator retired the version, or it is another model's.
+            ModelChanged: The operator retired the version, or it belongs to another model.
             ModelUnavailable: All bundles of the model are refused.
-            VersionUnavailable: It is not here, and may come.
+            VersionUnavailable: The version is not here but may come.
         """
         if (model := self.with_digest(name, digest)) is not None:
             return model
         if (name, digest) in self.retired:
-            raise ModelChanged(f"{what} a version of {name!r} that is retired; begin a new session")
+            raise ModelChanged(f"{what} a version of {name!r} that is retired; open a new session")
         if any(model.manifest.digest == digest for model in self._models):
             raise ModelChanged(f"{what} another model than {name!r}")
         if not self.of(name):
@@ -148,11 +149,11 @@ class ModelVersions:
         )
 
     def of_snapshot(self, name: str, version: str | None, digest: str) -> ServedModel:
-        """The version that a snapshot was taken from; version: the requested one.
+        """The version from which a snapshot was taken. version: the requested one.
 
         Raises:
             ModelUnknown: There is no such model.
-            ModelChanged: The snapshot was taken from another version than the requested one; or see `home`.
+            ModelChanged: The snapshot's version is not the requested one; or see `home`.
             VersionUnavailable: See `home`.
         """
         served = self.with_digest(name, digest)
@@ -171,7 +172,7 @@ class ModelVersions:
     def _raise_if_announced(self, name: str, version: str | None) -> None:
         if version is not None and (name, version) in self.announced:
             self._note_missing(name, version)
-            what = f"version {version} of model {name!r} is announced, and this server does not have it yet"
+            what = f"version {version} of model {name!r} is announced, but this server does not have it yet"
             raise VersionUnavailable(f"{what}; retry, another replica may have it", _RETRY_SECONDS)
 
     def _note_missing(self, name: str, which: str) -> None:
@@ -179,5 +180,5 @@ class ModelVersions:
             self.missing.add((name, which))
 
     def successor(self, name: str, digest: str) -> ServedModel | None:
-        """Who remembers sessions of the version with this digest: itself, else the newest version."""
+        """The version that keeps the tombstones of the version with this digest: itself, else the newest version."""
         return self.with_digest(name, digest) or next(iter(self.of(name)), None)

@@ -1,6 +1,6 @@
-// The choice of a source, and what each needs: a file, a curve, a text.
+// The choice of a source, and the panel of each: a file, a curve, a text.
 
-import { button, colour, h } from "./dom.mjs";
+import { button, choice, colour, h } from "./dom.mjs";
 import { fresh } from "./plot.mjs";
 import { co2, fromCsv, fromText, kindOf, listed, microphone, signal } from "./sources.mjs";
 
@@ -19,44 +19,40 @@ const SHAPES = {
   "a pulse": (t) => 1.8 * Math.exp(-(((t - 0.5) / 0.05) ** 2)) - 0.8,
   "a saw": (t) => 2 * ((4 * t) % 1) - 1,
 };
-// Points of a drawn curve, each a step.
+// Points of a drawn curve, one per step.
 const POINTS = 200;
 
-// The sources that fit a model: label -> panel.
+// The sources that fit a model: label -> function that creates the panel.
 function offers(model) {
   const kind = kindOf(model),
     found = {};
-  if (model.name === "co2" && kind === 1) found["CO₂ at Mauna Loa"] = Example;
-  if (kind === "bytes") found.Text = Text;
-  if (typeof kind === "number" && model.inputs[0].rate) found.Microphone = Microphone;
-  found["A generated signal"] = Signal;
-  if (typeof kind === "number") found["A CSV file"] = File;
-  if (typeof kind === "number" && kind < 32) found["A drawn curve"] = Curve;
+  if (model.name === "co2" && kind === 1) found["CO₂ at Mauna Loa"] = example;
+  if (kind === "bytes") found.Text = text;
+  if (typeof kind === "number" && model.inputs[0].rate) found.Microphone = ears;
+  found["A generated signal"] = generated;
+  if (typeof kind === "number") found["A CSV file"] = file;
+  if (typeof kind === "number" && kind < 32) found["A drawn curve"] = (inputs) => new Curve(inputs);
   return found;
 }
 
-// Calls onSource(source) whenever there is another one.
+// Calls onSource(source) whenever the source changes.
 export class Inputs {
   constructor(model, onSource, messages) {
     Object.assign(this, { model, onSource, messages });
     const found = offers(model);
-    this.choice = h(
-      "select",
-      { "aria-label": "Input", onchange: () => this.choose(found[this.choice.value]) },
-      Object.keys(found).map((name) => h("option", {}, name)),
-    );
+    const select = choice("Input", Object.keys(found), (name) => this.choose(found[name]));
     this.panel = h("div", { class: "panel" });
-    this.element = h("div", {}, h("label", {}, "Input", this.choice), this.panel);
-    this.first = found[this.choice.value];
+    this.element = h("div", {}, h("label", {}, "Input", select), this.panel);
+    this.first = found[select.value];
   }
 
   begin() {
     return this.choose(this.first);
   }
 
-  choose(Panel) {
+  choose(makePanel) {
     this.source?.stop?.();
-    const panel = new Panel(this);
+    const panel = makePanel(this);
     this.panel.replaceChildren(...(panel.element ? [panel.element] : []));
     return this.messages.attempt(() => panel.begin?.());
   }
@@ -80,45 +76,28 @@ export class Inputs {
   }
 }
 
-class Example {
-  constructor(inputs) {
-    this.begin = async () => inputs.use(await co2());
-  }
+// A panel: its elements, and a function that starts it.
+const example = (inputs) => ({ begin: async () => inputs.use(await co2()) });
+const generated = (inputs) => ({ begin: () => inputs.use(signal(inputs.model)) });
+
+function text(inputs) {
+  const element = h("textarea", { "aria-label": "Text to read, byte by byte", spellcheck: "false" });
+  const begin = () => inputs.use(fromText(element.value));
+  element.value = TEXT;
+  element.addEventListener("input", begin);
+  return { element, begin };
 }
 
-class Signal {
-  constructor(inputs) {
-    this.begin = () => inputs.use(signal(inputs.model));
-  }
+function file(inputs) {
+  const onchange = () => chosen.files[0] && inputs.drop(chosen.files[0]);
+  const chosen = h("input", { type: "file", accept: ".csv,.tsv,.txt,text/csv", onchange });
+  return { element: h("label", { class: "drop" }, "Choose a file, or drop one anywhere on this page.", chosen) };
 }
 
-class Text {
-  constructor(inputs) {
-    const area = h("textarea", { "aria-label": "Text to read, byte by byte", spellcheck: "false" });
-    area.value = TEXT;
-    area.addEventListener("input", () => inputs.use(fromText(area.value)));
-    this.element = area;
-    this.begin = () => inputs.use(fromText(area.value));
-  }
-}
-
-class File {
-  constructor(inputs) {
-    const chosen = h("input", {
-      type: "file",
-      accept: ".csv,.tsv,.txt,text/csv",
-      onchange: () => chosen.files[0] && inputs.drop(chosen.files[0]),
-    });
-    this.element = h("label", { class: "drop" }, "Choose a file, or drop one anywhere on this page.", chosen);
-  }
-}
-
-class Microphone {
-  constructor(inputs) {
-    this.element = button("Listen", () =>
-      inputs.messages.attempt(async () => inputs.use(await microphone(kindOf(inputs.model), inputs.model.inputs[0].rate))),
-    );
-  }
+function ears(inputs) {
+  const { model, messages } = inputs;
+  const listen = async () => inputs.use(await microphone(kindOf(model), model.inputs[0].rate));
+  return { element: button("Listen", () => messages.attempt(listen)) };
 }
 
 class Curve {
@@ -133,11 +112,7 @@ class Curve {
     const value = (label, start) =>
       h("input", { type: "number", step: "any", value: start, "aria-label": label, onchange: () => this.changed() });
     [this.low, this.high] = [value("lowest value", range[0]), value("highest value", range[1])];
-    const shapes = h(
-      "select",
-      { "aria-label": "Fill the curve with", onchange: () => this.fill(SHAPES[shapes.value]) },
-      Object.keys(SHAPES).map((name) => h("option", {}, name)),
-    );
+    const shapes = choice("Fill the curve with", Object.keys(SHAPES), (name) => this.fill(SHAPES[name]));
     this.element = h(
       "div",
       {},

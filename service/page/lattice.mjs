@@ -1,7 +1,8 @@
 // Layer by layer, or step by step: the layers of a real model over a few steps, in both orders.
 
-import { button, explain, h, number, slotName } from "./dom.mjs";
+import { button, explain, figure, h, modelChoice, number, slotName, table } from "./dom.mjs";
 import { kindOf, signal } from "./sources.mjs";
+import { joinSteps } from "./trace.mjs";
 
 const STEPS = 8;
 const SVG = "http://www.w3.org/2000/svg";
@@ -10,7 +11,7 @@ const GAP = 52,
   RADIUS = 13;
 const PAUSE = 330; // milliseconds
 
-// The cells in the order in which they are computed: [layer, step].
+// The cells in the order of computation: [layer, step].
 const ORDERS = {
   "Layer by layer": (layers) => grid(layers, STEPS, (layer, step) => [layer, step]),
   "Step by step": (layers) => grid(STEPS, layers, (step, layer) => [layer, step]),
@@ -31,11 +32,6 @@ export class LatticeView {
     if (!model) throw new Error("This server has no models.");
     this.layers = layersOf(model);
     this.model = model;
-    const select = h(
-      "select",
-      { "aria-label": "Model", onchange: () => (location.hash = `#lattice/${encodeURIComponent(select.value)}`) },
-      models.map(({ name }) => h("option", { selected: name === model.name }, name)),
-    );
     this.slider = h("input", {
       type: "range",
       min: 0,
@@ -50,7 +46,7 @@ export class LatticeView {
       ([title, order]) => new Panel(title, order(this.layers.length), this.layers),
     );
     this.section.replaceChildren(
-      h("div", { class: "title" }, h("h1", {}, "Layer by layer, or step by step?"), select),
+      h("div", { class: "title" }, h("h1", {}, "Layer by layer, or step by step?"), modelChoice(models, model, "lattice")),
       h(
         "p",
         { class: "lead" },
@@ -116,11 +112,7 @@ export class LatticeView {
     const steps = Array.from({ length: STEPS }, (_, i) =>
       kindOf(model) === "bytes" ? "layer by".charCodeAt(i) : source.next(i),
     );
-    const inputs =
-      model.inputs.length === 1
-        ? steps
-        : Object.fromEntries(model.inputs.map(({ name }) => [name, steps.map((step) => step[name])]));
-    const [whole] = await this.client.sequences(reference, [inputs]);
+    const [whole] = await this.client.sequences(reference, [joinSteps(model, steps)]);
     const session = await this.client.session(reference);
     const stepped = [];
     for (const step of steps) stepped.push(await session.step(step));
@@ -134,15 +126,8 @@ export class LatticeView {
       ? stepped.map((outputs, i) => [Array.from(of(outputs), Number), sequence.slice(i * size, (i + 1) * size)])
       : [[last, sequence]];
     const apart = Math.max(...parts.flatMap(([a, b]) => a.map((value, i) => Math.abs(value - b[i]))));
-    const rows = parts.map(([a, b], i) =>
-      h(
-        "tr",
-        {},
-        h("td", {}, first.time ? `step ${i}` : "last step"),
-        h("td", { class: "figure" }, number(b[0], 9)),
-        h("td", { class: "figure" }, number(a[0], 9)),
-      ),
-    );
+    const row = ([a, b], i) => [first.time ? `step ${i}` : "last step", figure(number(b[0], 9)), figure(number(a[0], 9))];
+    const head = [size > 1 ? `${first.name} 0` : first.name, "one sequence", "step by step"];
     return h(
       "div",
       {},
@@ -153,22 +138,7 @@ export class LatticeView {
           ? `Equal, bit for bit: all ${parts.length * size} numbers of ${first.name}.`
           : `The largest difference of ${parts.length * size} numbers is ${number(apart)}; parity allows ${number(model.tolerance[first.name])}.`,
       ),
-      h(
-        "table",
-        { class: "narrow" },
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            h("th", { scope: "col" }, size > 1 ? `${first.name} 0` : first.name),
-            h("th", { scope: "col", class: "figure" }, "one sequence"),
-            h("th", { scope: "col", class: "figure" }, "step by step"),
-          ),
-        ),
-        h("tbody", {}, rows),
-      ),
+      table(parts.map(row), head, { class: "narrow" }),
     );
   }
 

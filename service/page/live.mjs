@@ -1,11 +1,11 @@
-// Live figures: what /metrics says, once a second while this view is visible.
+// Live figures from /metrics, once a second while this view is visible.
 
-import { colour, duration, explain, h, number, size } from "./dom.mjs";
+import { colour, duration, explain, facts, figure, h, number, size, table } from "./dom.mjs";
 import { drawLines, fresh } from "./plot.mjs";
 import { quantile, scrape, since } from "./prometheus.mjs";
 
 const SECONDS = 120;
-// Over so many seconds are quantiles taken: fewer have too few counts.
+// Seconds over which quantiles are computed; a shorter time has too few counts.
 const WINDOW = 15;
 const PHASES = {
   unroll_request_seconds: "HTTP request",
@@ -39,7 +39,7 @@ export class LiveView {
       this[key] = { canvas, value: h("b", {}, "–") };
       return h("div", { class: "card" }, h("h2", {}, title, " ", this[key].value), canvas);
     };
-    this.phases = h("tbody");
+    this.phases = h("div");
     this.numbers = h("dl", { class: "facts" });
     this.errors = h("div");
     this.store = h("div");
@@ -69,22 +69,7 @@ export class LiveView {
           "div",
           { class: "card" },
           h("h2", {}, "Time by phase"),
-          h(
-            "table",
-            {},
-            h(
-              "thead",
-              {},
-              h(
-                "tr",
-                {},
-                ["Phase", "a second", "p50", "p99"].map((name, i) =>
-                  h("th", { scope: "col", class: i ? "figure" : null }, name),
-                ),
-              ),
-            ),
-            this.phases,
-          ),
+          this.phases,
           h("p", { class: "soft" }, `Of the last ${WINDOW} seconds, from histograms: exact to a bucket.`),
         ),
         h("div", { class: "card" }, h("h2", {}, "Since the start"), this.numbers),
@@ -150,25 +135,15 @@ export class LiveView {
   list(now) {
     const first = this.scrapes[0],
       seconds = now.at - first.at;
-    const rows = Object.entries(PHASES).filter(([name]) => now.select(`${name}_bucket`).length);
-    this.phases.replaceChildren(
-      ...rows.map(([name, title]) => {
-        const counts = since(first, now, name),
-          total = counts.reduce((sum, [, count]) => sum + count, 0);
-        const figures = [
-          seconds ? number(total / seconds, 3) : "–",
-          duration(quantile(counts, 0.5)),
-          duration(quantile(counts, 0.99)),
-        ];
-        return h(
-          "tr",
-          {},
-          h("td", {}, title),
-          figures.map((figure) => h("td", { class: "figure" }, figure)),
-        );
-      }),
-    );
-    const facts = {
+    const phases = Object.entries(PHASES).filter(([name]) => now.select(`${name}_bucket`).length);
+    const rows = phases.map(([name, title]) => {
+      const counts = since(first, now, name),
+        total = counts.reduce((sum, [, count]) => sum + count, 0);
+      const rate = seconds ? number(total / seconds, 3) : "–";
+      return [title, figure(rate), ...[0.5, 0.99].map((share) => figure(duration(quantile(counts, share))))];
+    });
+    this.phases.replaceChildren(table(rows, ["Phase", "a second", "p50", "p99"]));
+    const counted = {
       Steps: now.sum("unroll_steps_total"),
       "Sessions opened": now.sum("unroll_sessions_opened_total"),
       "Retries answered": now.sum("unroll_replayed_total"),
@@ -176,37 +151,19 @@ export class LiveView {
       Streams: now.sum("unroll_streams"),
       "Sessions spilled": now.sum("unroll_sessions_spilled"),
     };
-    for (const [code, count] of now.by("unroll_sessions_gone_total", "code")) facts[code.replace("_", " ")] = count;
-    this.numbers.replaceChildren(
-      ...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, number(value, 9)))),
-    );
+    for (const [code, count] of now.by("unroll_sessions_gone_total", "code")) counted[code.replace("_", " ")] = count;
+    for (const name of Object.keys(counted)) counted[name] = number(counted[name], 9);
+    this.numbers.replaceChildren(...facts(counted));
     const failed = [...now.by("unroll_failed_total", "code")].filter(([, count]) => count);
     for (const [status, count] of now.by("unroll_requests_total", "status"))
       if (status >= "400") failed.push([`HTTP ${status}`, count]);
-    this.errors.replaceChildren(table(failed, "None so far."));
+    this.errors.replaceChildren(failed.length ? byName(failed) : h("p", { class: "soft" }, "None so far."));
     this.store.replaceChildren(storeOf(now));
   }
 }
 
-function table(rows, nothing) {
-  if (!rows.length) return h("p", { class: "soft" }, nothing);
-  return h(
-    "table",
-    {},
-    h(
-      "tbody",
-      {},
-      rows.map(([name, value]) =>
-        h(
-          "tr",
-          {},
-          h("td", {}, h("code", {}, name)),
-          h("td", { class: "figure" }, typeof value === "number" ? number(value, 9) : value),
-        ),
-      ),
-    ),
-  );
-}
+const byName = (rows) =>
+  table(rows.map(([name, value]) => [h("code", {}, name), figure(typeof value === "number" ? number(value, 9) : value)]));
 
 function storeOf(now) {
   if (!now.select("unroll_store_up").length)
@@ -215,10 +172,10 @@ function storeOf(now) {
   for (const [outcome, count] of now.by("unroll_store_commits_total", "outcome"))
     rows.push([`commits ${outcome}`, count]);
   for (const [kind, bytes] of now.by("unroll_store_bytes", "kind")) rows.push([kind, size(bytes)]);
-  return table(rows, "");
+  return byName(rows);
 }
 
-// Counts of a histogram as bars, a bucket each.
+// Counts of a histogram as bars, one per bucket.
 function drawBars(canvas, counts) {
   const area = fresh(canvas, 150);
   if (!area) return;

@@ -1,6 +1,6 @@
-// The models: what each takes, returns and remembers, and how well it was proved.
+// The models: inputs, outputs and state of each, and its measured parity.
 
-import { h, number, shape, size, slotName } from "./dom.mjs";
+import { facts, figure, h, number, shape, size, slotName, table } from "./dom.mjs";
 
 export class ModelsView {
   constructor(section, client) {
@@ -22,7 +22,7 @@ export class ModelsView {
     );
   }
 
-  // All versions in the repository, also those that are not served.
+  // All versions in the repository, including those that are not served.
   async bundles() {
     const answer = await fetch("v2/repository/index", { method: "POST", headers: this.client.headers });
     return answer.ok ? answer.json() : [];
@@ -53,33 +53,22 @@ function card(model) {
       h("div", {}, h("h3", {}, `State: ${number(model.state_size)} values`), layout(model)),
       h("div", {}, h("h3", {}, "Parity with PyTorch float64"), parity(model)),
     ),
-    facts(model),
+    h("dl", { class: "facts" }, facts(about(model))),
   );
 }
 
 function tensors(model) {
-  const row = (kind, tensor, note) =>
-    h(
-      "tr",
-      {},
-      h("td", { class: "soft" }, kind),
-      h("td", {}, h("code", {}, tensor.name)),
-      h("td", {}, shape(tensor), note),
-    );
+  const row = (kind, tensor, note) => [h("td", { class: "soft" }, kind), h("code", {}, tensor.name), shape(tensor) + note];
   const note = ({ time, limit, rate }) =>
     time === false ? ", of the last step" : limit ? `, below ${limit}` : rate ? `, ${number(rate)} values a second` : "";
-  return h(
-    "table",
-    {},
-    h("tbody", {}, [
-      ...model.inputs.map((tensor) => row("in", tensor, note(tensor))),
-      ...model.static.map((tensor) => row("in, once", tensor, "")),
-      ...model.outputs.map((tensor) => row("out", tensor, note(tensor))),
-    ]),
-  );
+  return table([
+    ...model.inputs.map((tensor) => row("in", tensor, note(tensor))),
+    ...model.static.map((tensor) => row("in, once", tensor, "")),
+    ...model.outputs.map((tensor) => row("out", tensor, note(tensor))),
+  ]);
 }
 
-// The state row as a bar, each piece as wide as its share.
+// The state row as a bar; the width of each slice is its share.
 function layout(model) {
   const bar = h("div", { class: "row-bar", role: "img", "aria-label": "the pieces of the state row" });
   for (const slot of model.state) {
@@ -90,18 +79,14 @@ function layout(model) {
     piece.style.flexGrow = slot.size;
     bar.append(piece);
   }
-  const rows = model.state.map((slot) =>
-    h(
-      "tr",
-      {},
-      h("td", {}, h("i", { class: `swatch kind-${slot.kind}` }), slotName(slot, model.state)),
-      h("td", { class: "figure" }, slot.size > 1 ? `${slot.offset} … ${slot.offset + slot.size - 1}` : slot.offset),
-    ),
-  );
-  return h("div", {}, bar, h("div", { class: "scrolls" }, h("table", {}, h("tbody", {}, rows))));
+  const rows = model.state.map((slot) => [
+    h("td", {}, h("i", { class: `swatch kind-${slot.kind}` }), slotName(slot, model.state)),
+    figure(slot.size > 1 ? `${slot.offset} … ${slot.offset + slot.size - 1}` : slot.offset),
+  ]);
+  return h("div", {}, bar, h("div", { class: "scrolls" }, table(rows)));
 }
 
-// Each output's difference as a share of what is allowed.
+// Each output's difference as a share of its tolerance.
 function parity(model) {
   const rows = Object.entries(model.parity).map(([output, difference]) => {
     const allowed = model.tolerance[output];
@@ -112,37 +97,25 @@ function parity(model) {
       value: difference / allowed,
       "aria-label": `${output}: share of what is allowed`,
     });
-    return h(
-      "tr",
-      {},
-      h("td", {}, h("code", {}, output)),
-      h("td", { class: "figure" }, number(difference)),
-      h("td", {}, meter),
-      h("td", { class: "figure soft" }, `of ${number(allowed)}`),
-    );
+    return [h("code", {}, output), figure(number(difference)), meter, figure(`of ${number(allowed)}`, "soft")];
   });
   const exact = model.bit_exact ? "On the CPU, chunking and batching change no bit." : "";
   const stable =
     model.stability === 0
       ? "What else was in a batch changed no bit."
       : `What else was in a batch changed results by at most ${number(model.stability)}.`;
-  return h("div", {}, h("table", {}, h("tbody", {}, rows)), h("p", { class: "soft" }, `${exact} ${stable}`));
+  return h("div", {}, table(rows), h("p", { class: "soft" }, `${exact} ${stable}`));
 }
 
-function facts(model) {
+function about(model) {
   const versions = model.versions.map((version) =>
     version === model.current_version ? `${version} (current)` : version,
   );
-  const list = {
+  return {
     Versions: versions.join(", "),
     Bundle: size(model.bundle_bytes),
     Runs: `${model.device}, ${model.precision}`,
     "Sessions open": number(model.sessions),
     Digest: h("code", { title: model.digest }, model.digest.slice(0, 12)),
   };
-  return h(
-    "dl",
-    { class: "facts" },
-    Object.entries(list).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
-  );
 }

@@ -1,13 +1,13 @@
 // The playground: a session of a model, stepped over a stream, with its state as it evolves.
 
-import { Messages, button, duration, h, number } from "./dom.mjs";
+import { Messages, button, choice, duration, facts, h, modelChoice, number } from "./dom.mjs";
 import { Experiments } from "./experiments.mjs";
 import { Inputs } from "./inputs.mjs";
 import { Stage } from "./stage.mjs";
 import { Statics } from "./statics.mjs";
 import { Trace } from "./trace.mjs";
 
-// Steps of one message, and messages a second.
+// Steps per message, and messages per second.
 const SPEEDS = {
   "5 steps a second": [1, 5],
   "20 steps a second": [1, 20],
@@ -56,11 +56,6 @@ export class PlaygroundView {
   async use(model, models) {
     await this.end();
     this.model = model;
-    const select = h(
-      "select",
-      { "aria-label": "Model", onchange: () => (location.hash = `#playground/${encodeURIComponent(select.value)}`) },
-      models.map(({ name }) => h("option", { selected: name === model.name }, name)),
-    );
     this.stage = new Stage(model);
     this.experiments = new Experiments(this);
     this.statics = new Statics(model.static, () => this.messages.attempt(() => this.alone(() => this.restart())));
@@ -75,7 +70,7 @@ export class PlaygroundView {
     this.badge = h("p", { class: "badge" });
     this.facts = h("dl", { class: "facts" });
     this.section.replaceChildren(
-      h("div", { class: "title" }, h("h1", {}, "Playground"), select),
+      h("div", { class: "title" }, h("h1", {}, "Playground"), modelChoice(models, model, "playground")),
       h(
         "div",
         { class: "playground" },
@@ -101,11 +96,7 @@ export class PlaygroundView {
 
   transport() {
     this.play = button("Play", () => (this.playing ? this.pause() : this.start()), { class: "primary" });
-    this.speed = h(
-      "select",
-      { "aria-label": "Speed" },
-      Object.keys(SPEEDS).map((name) => h("option", {}, name)),
-    );
+    this.speed = choice("Speed", Object.keys(SPEEDS));
     this.speed.value = "20 steps a second";
     const one = button("Step", () => this.messages.attempt(() => this.advance(1)));
     return h(
@@ -151,10 +142,10 @@ export class PlaygroundView {
     this.paint();
   }
 
-  // Close what is open here; a stream that cannot be closed is left to its idle timeout.
+  // Close the open sessions. If a stream cannot be closed, its sessions expire.
   async end() {
     const { stream, main } = this;
-    if (main) this.pause(); // else it was asked to play while its first session opens
+    if (main) this.pause(); // otherwise the user pressed play while the first session is opening
     this.main = this.stream = undefined;
     delete this.section.dataset.position;
     this.experiments?.reset();
@@ -223,7 +214,7 @@ export class PlaygroundView {
     return this.main;
   }
 
-  // One thing after another, for all buttons.
+  // Runs the tasks of all buttons one at a time.
   alone(task) {
     const result = (this.last ?? Promise.resolve()).then(task);
     this.last = result.catch(() => {});
@@ -255,7 +246,7 @@ export class PlaygroundView {
 
   describe() {
     const sorted = [...this.main.seconds].sort((a, b) => a - b);
-    const facts = {
+    const known = {
       Position: number(this.main.position, 9),
       "Answer within": sorted.length ? `${duration(sorted[sorted.length >> 1])} (median)` : "–",
       "Rows in its batch": this.main.session.batchRows ?? "–",
@@ -263,8 +254,6 @@ export class PlaygroundView {
       Id: h("code", {}, this.main.session.id),
     };
     this.section.dataset.position = this.main.position;
-    this.facts.replaceChildren(
-      ...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
-    );
+    this.facts.replaceChildren(...facts(known));
   }
 }

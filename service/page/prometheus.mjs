@@ -1,4 +1,4 @@
-// Figures of the server, from the text that Prometheus reads.
+// Figures of the server, parsed from Prometheus's text format.
 
 const SAMPLE = /^([a-z_:][\w:]*)(?:\{(.*)\})? (\S+)/i;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
@@ -24,17 +24,15 @@ export class Scrape {
     this.samples = parse(text);
   }
 
-  select(name, labels = {}) {
-    return this.samples.filter(
-      (sample) => sample.name === name && Object.entries(labels).every(([key, value]) => sample.labels[key] === value),
-    );
+  select(name) {
+    return this.samples.filter((sample) => sample.name === name);
   }
 
-  sum(name, labels) {
-    return this.select(name, labels).reduce((total, { value }) => total + value, 0);
+  sum(name) {
+    return this.select(name).reduce((total, { value }) => total + value, 0);
   }
 
-  // By the value of one label: Map of sums.
+  // Sums by the value of one label, as a Map.
   by(name, label) {
     const sums = new Map();
     for (const sample of this.select(name))
@@ -42,28 +40,25 @@ export class Scrape {
     return sums;
   }
 
-  // Counts of a histogram, not cumulated: [[upper bound, count], …].
-  counts(name, labels) {
+  // Non-cumulative counts of a histogram: [[upper bound, count], …].
+  counts(name) {
     const sums = new Map();
-    for (const { labels: own, value } of this.select(`${name}_bucket`, labels)) {
+    for (const { labels: own, value } of this.select(`${name}_bucket`)) {
       const bound = own.le === "+Inf" ? Infinity : Number(own.le);
       sums.set(bound, (sums.get(bound) ?? 0) + value);
     }
-    let below = 0;
-    return [...sums]
-      .sort(([a], [b]) => a - b)
-      .map(([bound, total]) => [bound, total - below, (below = total)])
-      .map(([bound, count]) => [bound, count]);
+    const sorted = [...sums].sort(([a], [b]) => a - b);
+    return sorted.map(([bound, total], i) => [bound, total - (sorted[i - 1]?.[1] ?? 0)]);
   }
 }
 
-// What was counted between two scrapes; all of it if there is no earlier one.
-export function since(earlier, later, name, labels) {
-  const before = new Map(earlier?.counts(name, labels));
-  return later.counts(name, labels).map(([bound, count]) => [bound, count - (before.get(bound) ?? 0)]);
+// The counts between two scrapes; all counts if there is no earlier one.
+export function since(earlier, later, name) {
+  const before = new Map(earlier?.counts(name));
+  return later.counts(name).map(([bound, count]) => [bound, count - (before.get(bound) ?? 0)]);
 }
 
-// The value below which a share of a histogram's counts are, from within its bucket; NaN if it is empty.
+// A quantile of a histogram, interpolated within its bucket; NaN if the histogram is empty.
 export function quantile(counts, share) {
   const total = counts.reduce((sum, [, count]) => sum + count, 0);
   if (!total) return NaN;

@@ -1,1 +1,1 @@
-"""Bytes to arrays and back. Knows the manifest and NumPy; knows neither HTTP nor sessions."""
+"""Encoding and decoding of tensors by the manifest, independent of HTTP and sessions."""

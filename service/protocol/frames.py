@@ -2,14 +2,14 @@
 
 offset   size  field (little-endian)
 0        1     type: 1 steps (from the client), 2 outputs, 3 steps of a rollout (from the server)
-1        1     flags: 0; of outputs 1 if the server did not keep the reply to one of the chunks for a retry
+1        1     flags: 0; for outputs, 1 if the reply to one of the chunks was not kept for a retry
 2        2     reserved, 0
 4        4     N >= 1: entries
 8        16 N  entries: handle u32, steps T u32, position u64
-8 + 16N        values: tensor after tensor in the manifest's order; of each, the entries' (T, *shape) one after another
+8 + 16N        values: per tensor in the manifest's order, the concatenated (T, *shape) of all entries
 
-A frame is read as a whole or refused as a whole: no value is read before all lengths agree. An invalid value is the
-error of its entry and of no other.
+A frame is decoded or refused as a whole: no value is read before all lengths agree. An invalid value affects only its
+own entry.
 """
 
 import struct
@@ -30,9 +30,9 @@ STEPS, OUTPUTS, ROLLED = 1, 2, 3
 #: A flag of outputs.
 NOT_KEPT = 1
 
-#: Entries in one frame.
+#: Maximum number of entries per frame.
 MAX_ENTRIES = 4096
-#: Stands for a position in an entry without one: the chunk begins wherever the session is.
+#: The position in an entry that does not specify one: the chunk starts at the session's position.
 NO_POSITION = 2**64 - 1
 
 _HEADER = struct.Struct("<BBHI")
@@ -48,10 +48,10 @@ class SingleEntryFrame(NamedTuple):
     """A frame of one chunk.
 
     Attributes:
-        handle: whose chunk it is.
+        handle: Handle of the session.
         steps: T, its time steps.
-        position: where it begins; None if the client did not send it.
-        inputs: each (T, *shape).
+        position: Position of the first step; None if the client did not specify it.
+        inputs: Each (T, *shape).
     """
 
     handle: int
@@ -64,11 +64,11 @@ class Frame:
     """A frame of N chunks.
 
     Attributes:
-        entries: the table of entries as it came, (N,) of handle, steps and position.
-        columns: each input of all entries one after another, (total, *shape), views into the frame.
-        longest: time steps of the longest entry.
-        total: time steps of all entries.
-        uniform_inputs: each input (N, T, *shape), likewise, if every entry has T steps; else None.
+        entries: The table of entries as received, (N,) of handle, steps and position.
+        columns: Each input, concatenated over all entries: (total, *shape), views into the frame.
+        longest: Time steps of the longest entry.
+        total: Time steps of all entries.
+        uniform_inputs: Each input as a view (N, T, *shape) if every entry has T steps, else None.
     """
 
     def __init__(self, entries: np.ndarray, columns: Tensors, longest: int, *, uniform: bool) -> None:
@@ -95,7 +95,7 @@ class Frame:
 
     @cached_property
     def positions(self) -> list[int | None]:
-        """Where each chunk begins; None if the client did not send it."""
+        """Position of each chunk's first step; None if the client did not specify it."""
         positions: list[int | None] = self.entries["position"].tolist()
         if NO_POSITION in positions:
             return [None if position == NO_POSITION else position for position in positions]
@@ -103,7 +103,7 @@ class Frame:
 
     @property
     def signature(self) -> bytes:
-        """Equal for frames with the same handles in the same order, and with as many steps of each."""
+        """Equal for frames with the same handles in the same order, and the same number of steps of each."""
         return self.entries.view("<u8")[::2].tobytes()
 
     def chunk(self, i: int) -> Tensors:
@@ -116,11 +116,11 @@ class FrameCodec:
     """Decodes the frames of steps for a model.
 
     Args:
-        inputs: the model's inputs.
-        max_steps: time steps allowed in one chunk.
+        inputs: The model's inputs.
+        max_steps: Maximum number of time steps per chunk.
 
     Attributes:
-        step_frame_bytes: the length of a frame of one step.
+        step_frame_bytes: Length of a frame of one step.
     """
 
     def __init__(self, inputs: Sequence[TensorSpec], max_steps: int) -> None:
@@ -132,10 +132,10 @@ class FrameCodec:
         self._all_float = all(spec.dtype == "float32" for spec in inputs)
 
     def decode_single(self, frame: bytes) -> SingleEntryFrame | None:
-        """Decode a frame of one entry in one go; None if it is another frame, which `decode` reads.
+        """Decode a frame of one entry, the fast path of `decode`; None for any other frame.
 
         Raises:
-            InvalidRequest: its length is not what the entry says.
+            InvalidRequest: Its length does not match the entry.
         """
         if len(frame) < _SINGLE_ENTRY.size:
             return None
@@ -148,9 +148,9 @@ class FrameCodec:
         return SingleEntryFrame(handle, steps, None if position == NO_POSITION else position, inputs)
 
     def split_step(self, frame: bytes) -> tuple[int, int | None, bytes] | None:
-        """The handle, the position and the values of a frame of one step, of `step_frame_bytes`; None if it is another.
+        """Split a frame of `step_frame_bytes` into handle, position and values; None if it is not a frame of one step.
 
-        The values are the inputs one after another, and are not checked.
+        The values are the concatenated inputs, unchecked.
         """
         header, handle, steps, position = _SINGLE_ENTRY.unpack_from(frame)
         if header != _SINGLE_STEPS or steps != 1:
@@ -174,10 +174,10 @@ class FrameCodec:
         """Decode a frame of any number of entries.
 
         Raises:
-            InvalidRequest: it is no frame of steps, or its lengths contradict each other.
+            InvalidRequest: It is not a frame of steps, or its lengths are inconsistent.
         """
         if len(frame) < _HEADER.size:
-            raise InvalidRequest(f"a frame needs a header of {_HEADER.size} bytes; this one has {len(frame)} in all")
+            raise InvalidRequest(f"a frame needs a header of {_HEADER.size} bytes; this one has {len(frame)} in total")
         kind, flags, reserved, count = _HEADER.unpack_from(frame)
         if (kind, flags, reserved) != (STEPS, 0, 0):
             raise InvalidRequest(f"type {kind}, flags {flags}, reserved {reserved}: a frame of steps has 1, 0, 0")
@@ -198,7 +198,7 @@ class FrameCodec:
         return Frame(entries, tuple(columns), longest, uniform=shortest == longest)
 
     def _check_length(self, frame: bytes, count: int, steps: int, shortest: int) -> None:
-        """steps: of all entries. shortest: the fewest of one entry."""
+        """steps: total over all entries. shortest: minimum over the entries."""
         table, values = _HEADER.size + count * _ENTRY.itemsize, steps * self._step_bytes
         if len(frame) != table + values or not shortest:
             hint = (
@@ -210,7 +210,7 @@ class FrameCodec:
             )
 
     def fault(self, chunk: Tensors) -> UnrollError | None:
-        """The error in one chunk's values, each input (T, *shape); None if they are valid."""
+        """The error of a chunk, each input (T, *shape); None if it is valid."""
         if self._all_float and len(chunk[0]) <= self.max_steps and all(map(all_finite, chunk)):
             return None
         if len(chunk[0]) > self.max_steps:
@@ -221,7 +221,7 @@ class FrameCodec:
         return None
 
     def faults(self, frame: Frame) -> dict[int, UnrollError]:
-        """The errors in a frame's chunks, by the index of the entry; chunks with the same error share it."""
+        """The errors of a frame's chunks, by index of the entry. Chunks with the same error share the object."""
         found: dict[int, UnrollError] = {}
         if frame.longest > self.max_steps:
             found = {i: self._too_long(steps) for i, steps in enumerate(frame.steps) if steps > self.max_steps}
@@ -238,7 +238,7 @@ class FrameCodec:
 
 
 def pack_entries(handles: Sequence[int], steps: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """The table of entries of a frame of outputs; positions: those reached."""
+    """The table of entries of a frame of outputs. positions: after the chunks."""
     entries = np.empty(len(handles), _ENTRY)
     entries["handle"] = packed("I", handles)
     entries["steps"] = packed("I", steps)
@@ -247,19 +247,19 @@ def pack_entries(handles: Sequence[int], steps: Sequence[int], positions: Sequen
 
 
 def with_positions(entries: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The table that answers a table of such entries; positions: those reached, uint64."""
+    """A copy of a table of entries with the positions after the chunks, uint64."""
     answered = entries.copy()
     answered["position"] = positions
     return answered
 
 
 def encode(entries: np.ndarray, values: Iterable[bytes | memoryview], *, kept: bool = True) -> bytes:
-    """The frame of the outputs of several chunks; values: contiguous, in the frame's order."""
+    """Encode the outputs of several chunks. values: contiguous, in the frame's order."""
     return b"".join((_HEADER.pack(OUTPUTS, 0 if kept else NOT_KEPT, 0, len(entries)), entries.data, *values))
 
 
 def encode_single(handle: int, steps: int, position: int, outputs: Tensors, *, kept: bool = True) -> bytes:
-    """The frame of the outputs of one chunk, each (T, *shape), or (*shape) without time."""
+    """Encode the outputs of one chunk, each (T, *shape), or (*shape) without time."""
     head = _SINGLE_ENTRY.pack(_SINGLE_OUTPUTS if kept else _SINGLE_NOT_KEPT, handle, steps, position)
     if len(outputs) == 1:
         return head + outputs[0].tobytes()
@@ -267,18 +267,18 @@ def encode_single(handle: int, steps: int, position: int, outputs: Tensors, *, k
 
 
 def encode_step(handle: int, position: int, values: bytes) -> bytes:
-    """The frame of the outputs of one step; values: one output after another."""
+    """Encode the outputs of one step. values: the concatenated outputs."""
     return _SINGLE_ENTRY.pack(_SINGLE_OUTPUTS, handle, 1, position) + values
 
 
 def encode_rolled(handle: int, steps: int, position: int, tensors: Tensors) -> bytes:
-    """The frame of some steps of a rollout: of their inputs, their outputs, or both, as they were asked for."""
+    """Encode steps of a rollout: their inputs, outputs, or both, as requested."""
     head = _SINGLE_ENTRY.pack(_SINGLE_ROLLED, handle, steps, position)
     return b"".join((head, *[tensor.tobytes() for tensor in tensors]))
 
 
 def _values(frame: bytes, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
-    """A view into the frame; a copy where the values are not aligned."""
+    """A view into the frame, or a copy if the values are not aligned."""
     if offset % dtype.itemsize:
         return np.frombuffer(frame[offset : offset + count * dtype.itemsize], dtype)
     return np.frombuffer(frame, dtype, count, offset)

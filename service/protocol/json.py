@@ -8,25 +8,25 @@ import orjson
 
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest
 
-#: Values in the JSON of a request, each list and object counting as one more: a megabyte of `0,` costs as much time as
-#: ten of raw bytes.
+#: Maximum number of values, lists and objects in a JSON request: a megabyte of `0,` takes as much time as ten megabytes
+#: of raw bytes.
 MAX_VALUES = 262_144
-#: Values that are written at once.
+#: Maximum number of values per piece.
 _PIECE = 8192
 
 
 def check_size(text: bytes, limit: int) -> None:
     """Raises BodyTooLarge for more than `limit` bytes, or `MAX_VALUES` values. Call it before the text is parsed."""
     if len(text) > limit:
-        raise BodyTooLarge(f"a JSON body may have {limit} bytes, this one has {len(text)}; raw bytes may have more")
+        raise BodyTooLarge(f"the JSON body has {len(text)} bytes; the limit is {limit}; raw bytes have a higher limit")
     if len(text) > MAX_VALUES and (values := sum(map(text.count, (b",", b"[", b"{")))) > MAX_VALUES:
         raise BodyTooLarge(
-            f"a JSON body may have {MAX_VALUES} values, lists and objects, this one has {values}; send raw bytes"
+            f"the JSON body has {values} values, lists and objects; the limit is {MAX_VALUES}; send raw bytes"
         )
 
 
 def parse_object(body: bytes, limit: int) -> dict[str, Any]:
-    """Raises InvalidRequest unless `body` is a JSON object that `check_size` accepts."""
+    """Parse a JSON object. Raises InvalidRequest, also the errors of `check_size`."""
     check_size(body, limit)
     try:
         document = orjson.loads(body)
@@ -38,12 +38,12 @@ def parse_object(body: bytes, limit: int) -> dict[str, Any]:
 
 
 def dump(document: object) -> bytes:
-    """Writes arrays as nested lists; the caller guarantees that they are finite."""
+    """Serialise a document. Arrays, which must be finite, become nested lists."""
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def dump_rows(array: np.ndarray) -> list[bytes]:
-    """`dump` of each row of an array, in one call."""
+    """`dump` each row of an array with a single call of the serialiser."""
     begin, end = b"[" * (array.ndim - 1), b"]" * (array.ndim - 1)
     rows = dump(array)[1 + len(begin) : -1 - len(end)].split(end + b"," + begin)
     return [begin + row + end for row in rows]

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's infer call: its JSON, and the tensors in the JSON or after it.
+"""The infer call of the Open Inference Protocol: its JSON, and the tensors in the JSON or after it.
 
 Follows the protocol's REST specification and Triton's sequence and binary-tensor extensions.
 """
@@ -18,9 +18,9 @@ from unroll.service.core.errors import InvalidDtype, InvalidRequest, InvalidShap
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import dtype_hint, from_bytes, numbers, pack
 
-#: Is it a text in JSON, without its quotes? Not all are.
+#: Matches JSON strings (without quotes) that need no escapes.
 _PLAIN = re.compile(rb"[ !#-\[\]-~]*").fullmatch
-#: What a client's requests repeat is kept, if it is no longer than this.
+#: Maximum size of a header to cache.
 _KEPT_BYTES = 1024
 
 DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
@@ -30,7 +30,7 @@ _MAX_ELEMENTS = 2**31
 
 @dataclass(slots=True)
 class SequenceParameters:
-    """The sequence parameters. `position`: our optional `sequence_position`."""
+    """The sequence parameters. position: `sequence_position`, an extension of ours."""
 
     id: str
     start: bool
@@ -40,14 +40,15 @@ class SequenceParameters:
 
 @dataclass(slots=True, eq=False)
 class InferHeader:
-    """What the JSON of a client's requests repeats.
+    """The part of the JSON that a client's requests repeat.
 
     Attributes:
-        timeout: seconds.
+        timeout: Seconds.
         outputs: (name, as binary) of the outputs to return; None for all.
-        binary_output: the default of "as binary".
-        layout: found when the inputs were read last. data_step: their only one, if it was a time step in the JSON.
-        plan: the same for the reply; owned by the caller.
+        binary_output: Default of "as binary".
+        layout: Cached layout of the binary inputs, from the last read.
+        data_step: Set if the only input was one time step in the JSON.
+        plan: Cached plan of the reply; owned by the caller.
     """
 
     timeout: float | None
@@ -63,8 +64,8 @@ class InferRequest:
     """A request.
 
     Attributes:
-        inputs: the JSON entries, from which `read_inputs` makes arrays.
-        binary: the bytes after the JSON.
+        inputs: The JSON entries, which `read_inputs` converts to arrays.
+        binary: The bytes after the JSON.
     """
 
     header: InferHeader
@@ -76,9 +77,9 @@ class InferRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BinaryLayout:
-    """Where the inputs are in the `size` bytes after the JSON.
+    """The places of the inputs in the `size` bytes after the JSON.
 
-    tensors: each input's spec, shape and offset. step: the places of the inputs, if they are one time step.
+    tensors: spec, shape and offset of each input. step: slices of the inputs, if they are one time step.
     """
 
     specs: Sequence[TensorSpec]
@@ -88,7 +89,7 @@ class BinaryLayout:
 
 
 def parse(body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
-    """`header_length`: the value of `Inference-Header-Content-Length`, None if it was not sent.
+    """Parse a body. header_length: value of `Inference-Header-Content-Length`, None if absent.
 
     Raises InvalidRequest.
     """
@@ -100,7 +101,7 @@ def parse(body: bytes, header_length: int | None, json_limit: int) -> InferReque
 
 
 def read(document: dict[str, Any], binary: memoryview) -> InferRequest:
-    """The request with this JSON. Raises InvalidRequest."""
+    """Build a request from parsed JSON. Raises InvalidRequest."""
     parameters = _object(document, "parameters")
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
@@ -114,7 +115,7 @@ def read(document: dict[str, Any], binary: memoryview) -> InferRequest:
     tensors = [{**item, "data": None} if "data" in item else item for item in inputs]
     try:
         repeated = json.dump((tensors, outputs, timeout, binary_output))
-    except TypeError:  # nested so deeply that it can be read, and not be written
+    except TypeError:  # nested too deeply to be written, though not to be read
         header = _header(outputs, timeout, binary_output)
     else:
         header = (_kept_header if len(repeated) <= _KEPT_BYTES else _written_header)(repeated)
@@ -134,17 +135,19 @@ _kept_header = functools.lru_cache(maxsize=2048)(_written_header)
 
 
 class RepeatedText:
-    """The JSON before tensors that was parsed last: if it comes again, perhaps with another id, it is not parsed."""
+    """Remembers the last JSON, and skips parsing if it repeats before tensors, possibly with another id."""
 
     __slots__ = ("_after", "_before", "_request")
 
     def __init__(self) -> None:
         self._request: InferRequest | None = None
-        self._before = self._after = b""  # what is around the id; without an id that may differ, all is before
+        self._before = self._after = b""  # the text around the id; all is before if the id may not vary
 
     def parse(self, body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
-        """As the function `parse`; the request is valid until the next call."""
+        """Like the function `parse`. The request is valid until the next call."""
         last, begin = self._request, len(self._before)
+        if last is not None and last.binary.obj is body:
+            return last
         if last is not None and header_length is not None and begin <= header_length - len(self._after):
             own = body[begin : header_length - len(self._after)]
             if (
@@ -164,7 +167,7 @@ class RepeatedText:
         return request
 
     def _find_id(self, request: InferRequest) -> None:
-        """Find the place where another text would be another id: that is tried."""
+        """Find the place of the id in the text, and verify it by parsing with another id."""
         before, found, after = self._before.partition(json.dump(request.id))
         trial = b'%b"0"%b' % (before, after)
         if found and request.id not in (None, "0") and parse(trial, None, len(trial)).id == "0":
@@ -172,7 +175,7 @@ class RepeatedText:
 
 
 def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
-    """The input tensors in the order of `specs`, each (batch, time, *shape), with equal batch and time.
+    """The inputs in the order of `specs`, each (batch, time, *shape), with equal batch and time.
 
     Raises InvalidRequest, InvalidShape or InvalidDtype.
     """
@@ -186,7 +189,7 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
         name = item.get("name")
         spec = by_name.get(name) if isinstance(name, str) else None
         if spec is None or name in arrays:
-            raise InvalidRequest(f"input {name!r} is not one of {sorted(by_name)}, or was sent twice")
+            raise InvalidRequest(f"input {name!r} is not one of {sorted(by_name)}, or is repeated")
         array, used = _tensor(spec, item, binary)
         arrays[spec.name] = array
         if used:
@@ -209,7 +212,7 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
 
 
 def read_step(request: InferRequest, specs: Sequence[TensorSpec]) -> bytes | None:
-    """The inputs of one time step, one after another and not checked; None unless `read_inputs` saw them like this."""
+    """The concatenated inputs of one time step, unchecked; None unless the last `read_inputs` had the same layout."""
     header, binary = request.header, request.binary
     if (layout := header.layout) is not None:
         if layout.specs is not specs or layout.size != len(binary) or not layout.step:
@@ -221,7 +224,7 @@ def read_step(request: InferRequest, specs: Sequence[TensorSpec]) -> bytes | Non
 
 
 def encode(head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]) -> tuple[bytes, int | None]:
-    """The response body, and the length of its JSON if tensors follow it. outputs: (spec, array, as binary)."""
+    """Encode a response. Returns the body, and the JSON's length if tensors follow. outputs: as for `describe`."""
     document, binary = describe(head, outputs)
     text = json.dump(document)
     return (text + binary, len(text)) if binary else (text, None)
@@ -230,7 +233,7 @@ def encode(head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray,
 def describe(
     head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]
 ) -> tuple[dict[str, Any], bytes]:
-    """The document of a response, and the tensors that follow it."""
+    """The JSON document of a response, and the tensors that follow it. outputs: (spec, array, as binary)."""
     entries: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for spec, array, as_binary in outputs:
@@ -298,7 +301,7 @@ def _requested(outputs: Any, binary_by_default: bool) -> tuple[tuple[str, bool],
         parameters = _object(output, "parameters")
         _refuse_shared_memory(f"output {output['name']!r}", parameters)
         if "classification" in parameters:
-            raise InvalidRequest("the classification extension is not supported: ask for the output, and sort it")
+            raise InvalidRequest("the classification extension is not supported: request the output, and sort it")
         binary = _flag(parameters, "binary_data") if "binary_data" in parameters else binary_by_default
         requested.append((output["name"], binary))
     if len({name for name, _ in requested}) < len(requested):
@@ -309,13 +312,13 @@ def _requested(outputs: Any, binary_by_default: bool) -> tuple[tuple[str, bool],
 def _refuse_shared_memory(tensor: str, parameters: dict[str, Any]) -> None:
     if any(key.startswith("shared_memory_") for key in parameters):
         raise InvalidRequest(
-            f"{tensor} is asked for in shared memory, which this server does not offer: it would let clients name "
-            "memory of the machine; send and receive tensors in the request and its answer"
+            f"{tensor} uses shared memory, which this server does not support, because it would let clients access the "
+            "machine's memory; send tensors in the request and the response"
         )
 
 
 def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple[np.ndarray, int]:
-    """One input tensor (batch, time, *shape), and how many of the binary bytes belong to it."""
+    """One input tensor (batch, time, *shape), and the number of binary bytes that it uses."""
     if item.get("datatype") != DATATYPES[spec.dtype]:
         raise InvalidDtype(f"input {spec.name!r} is {DATATYPES[spec.dtype]}, not {item.get('datatype')!r}")
     shape = item.get("shape")

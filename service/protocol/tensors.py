@@ -1,7 +1,7 @@
 """A model's inputs and outputs as raw bytes and as JSON, checked against its manifest.
 
-No value is converted silently: a float in place of an integer, a string that looks like a number, a missing dimension
-or a value out of range is an error that names the tensor and the expected type, shape or range.
+No value is converted silently. A float in place of an integer, a string that looks like a number, a missing dimension
+or a value out of range is an error, which names the tensor and the expected type, shape or range.
 """
 
 import math
@@ -18,10 +18,10 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.engine.rows import FEW, all_finite
 from unroll.service.protocol import json
 
-#: By the kind of a tensor's dtype: the types that its values in JSON may have.
+#: Accepted types of JSON values, by the kind of the tensor's dtype.
 _ACCEPTED: dict[str, set[type]] = {"f": {float, int}, "i": {int}, "b": {bool}}
 
-#: By the dtype of a tensor: what clients send in its place, by the size of a value.
+#: Dtypes that clients send by mistake, by the tensor's dtype and the size of a value.
 _MISTAKEN = {
     "float32": {8: "float64, NumPy's default", 2: "float16"},
     "int64": {4: "int32"},
@@ -29,7 +29,7 @@ _MISTAKEN = {
     "bool": {4: "int32 or float32", 8: "int64 or float64"},
 }
 
-#: If the squares of all values add up to less, every value is finite in float32.
+#: If the sum of squares is below this, every value is finite in float32.
 _FAR_FROM_OVERFLOW = 1e70
 
 
@@ -37,9 +37,9 @@ class Codec:
     """Encodes and decodes the tensors of one model: (time, *shape) each, and (*shape) for outputs without time.
 
     Args:
-        manifest: the model's.
-        max_steps: time steps allowed in one request.
-        max_sequences: sequences allowed in one request.
+        manifest: The model's manifest.
+        max_steps: Maximum number of time steps per request.
+        max_sequences: Maximum number of sequences per request.
     """
 
     def __init__(self, manifest: Manifest, max_steps: int, max_sequences: int) -> None:
@@ -53,7 +53,7 @@ class Codec:
     # ── raw bytes: little-endian, row-major, tensor after tensor ─────────────────────────────────
 
     def from_raw(self, body: bytes, steps: int | None) -> Tensors:
-        """steps: T, if the client sent it, else the body is one step. Bytes alone would fit with another dtype, too."""
+        """Decode raw bytes. steps: T as sent by the client, since the length alone is ambiguous; None: one step."""
         count = 1 if steps is None else steps
         if len(body) != count * self._raw_step or not count:
             raise self._wrong_length(body, steps)
@@ -68,7 +68,7 @@ class Codec:
         return tuple(arrays)
 
     def sequence_from_raw(self, body: bytes, steps: int | None) -> Tensors:
-        """`from_raw` for a whole sequence, whose client must send its number of steps."""
+        """`from_raw` for a whole sequence, where the client must send the number of steps."""
         if steps is None:
             raise self._wrong_length(body, steps)
         return self.from_raw(body, steps)
@@ -77,7 +77,7 @@ class Codec:
         spec, each, size = self.inputs[0], self._raw_step, len(body)
         fitting = 0 if size % each else size // each
         of = f"of {spec.name!r} is {each} bytes of {spec.dtype}" if len(self.inputs) == 1 else f"is {each} bytes"
-        message = f"a time step {of}, and the body has {size}"
+        message = f"a time step {of}, but the body has {size}"
         if steps is not None:
             message += f" for {steps} steps"
         elif fitting:
@@ -92,7 +92,7 @@ class Codec:
 
     @staticmethod
     def rows_to_raw(outputs: Sequence[np.ndarray]) -> list[bytes]:
-        """`to_raw` for single steps, by row; outputs: each (rows, 1, *shape), or (rows, *shape) without time."""
+        """`to_raw` per row of single steps. outputs: each (rows, 1, *shape), or (rows, *shape) without time."""
         columns = []
         for array in outputs:
             content, size = array.tobytes(), array.nbytes // len(array)
@@ -113,7 +113,7 @@ class Codec:
         return arrays
 
     def step_from_json(self, value: Any) -> bytes | None:
-        """One step that `from_json` reads, its inputs one after another; None if there are more steps."""
+        """The concatenated inputs of one step in the form of `from_json`; None if there are more steps."""
         if len(self.inputs) == 1 and len(self.inputs[0].shape) == 1 and isinstance(value, list) and len(value) == 1:
             packed = pack(self.inputs[0], value[0])
             if packed is not None:
@@ -137,14 +137,14 @@ class Codec:
         ]
 
     def initial_row(self, static: Any) -> np.ndarray | None:
-        """The state row that a sequence with these static inputs begins from; None for the model's initial state.
+        """The initial state row of a sequence with these static inputs; None for the model's initial state.
 
         Args:
-            static: {name: value}, as it came.
+            static: {name: value}, as received.
 
         Raises:
-            InvalidShape: another static input than the model's is given, or one has another shape.
-            OutOfRange: a value is outside its range.
+            InvalidShape: The names or shapes differ from the model's static inputs.
+            OutOfRange: A value is outside its range.
         """
         specs, given = self._manifest.static, {} if static is None else static
         if not isinstance(given, dict) or given.keys() != {spec.name for spec in specs}:
@@ -168,7 +168,7 @@ class Codec:
             raise OutOfRange(str(error)) from error
 
     def initial_rows(self, static: Any, count: int) -> list[np.ndarray | None]:
-        """`initial_row` for `count` sequences; static: {name: [value, ...]}, as it came."""
+        """`initial_row` for `count` sequences. static: {name: [value, ...]}, as received."""
         if not isinstance(static, dict) or not all(isinstance(v, list) and len(v) == count for v in static.values()):
             if static is None and not self._manifest.static:
                 return [None] * count
@@ -176,7 +176,7 @@ class Codec:
         return [self.initial_row({name: values[i] for name, values in static.items()}) for i in range(count)]
 
     def check_sequences(self, count: int) -> None:
-        """Raises InvalidShape if a request has too many. Call it before the sequences are read."""
+        """Raises InvalidShape if a request has too many sequences. Call it before decoding them."""
         if count > self.max_sequences:
             raise InvalidShape(f"{count} sequences in one request; at most {self.max_sequences} are allowed")
 
@@ -185,7 +185,7 @@ class Codec:
         return outputs[0] if len(outputs) == 1 else _named(self.outputs, outputs)
 
     def rows_to_json(self, outputs: Tensors) -> list[bytes]:
-        """What `to_json` returns for single steps, as text, by row; outputs: as of `rows_to_raw`."""
+        """The text of `to_json` per row of single steps. outputs: as for `rows_to_raw`."""
         columns = [json.dump_rows(array) for array in outputs]
         if len(columns) == 1:
             return columns[0]
@@ -193,7 +193,7 @@ class Codec:
         return [form % row for row in zip(*columns, strict=True)]
 
     def inputs_to_json(self, inputs: Tensors) -> object:
-        """The value of `"inputs"`, likewise."""
+        """The value of `"inputs"`, in the form of `to_json`."""
         return inputs[0] if len(inputs) == 1 else _named(self.inputs, inputs)
 
     def sequences_to_json(self, sequences: list[Tensors]) -> object:
@@ -202,10 +202,9 @@ class Codec:
         return {spec.name: [outputs[i] for outputs in sequences] for i, spec in enumerate(self.outputs)}
 
     def checked(self, spec: TensorSpec, array: np.ndarray, *, batch: bool = False) -> np.ndarray:
-        """Returns the array if it is a valid input of this model; raises InvalidRequest if not.
+        """Return the array if it is a valid input of this model; otherwise raise InvalidRequest.
 
-        Args:
-            array: (time, *shape), or (batch, time, *shape) of sequences that are equally long.
+        array: (time, *shape), or with `batch`, (batch, time, *shape).
         """
         self._check_shape(spec, array[0] if batch else array)
         if spec.dtype == "float32" and not all_finite(array) and not (spec.nan and not np.isinf(array).any()):
@@ -214,7 +213,7 @@ class Codec:
         return array
 
     def faults(self, inputs: Tensors) -> dict[int, UnrollError]:
-        """The errors in the values of single steps, by row; inputs: each (rows, 1, *shape)."""
+        """Errors of single steps with invalid values, by row. inputs: each (rows, 1, *shape)."""
         found: dict[int, UnrollError] = {}
         for spec, array in zip(self.inputs, inputs, strict=True):
             if valid_values(spec, array) is None:
@@ -262,7 +261,7 @@ def _named(specs: Sequence[TensorSpec], arrays: Tensors) -> dict[str, np.ndarray
 
 
 def valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
-    """Which values the tensor may hold; None if it may hold all of them."""
+    """A mask of the valid values; None if all are valid."""
     if spec.dtype == "float32":
         valid = ~np.isinf(array) if spec.nan else np.isfinite(array)
     elif spec.dtype == "bool":
@@ -271,11 +270,11 @@ def valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
         valid = (array >= 0) & (array < spec.limit)
     else:
         return None
-    return valid if b"\0" in valid.tobytes() else None  # for one step, half the time of valid.all()
+    return valid if b"\0" in valid.tobytes() else None  # twice as fast as valid.all() for one step
 
 
 def pack(spec: TensorSpec, values: Any) -> bytes | None:
-    """A list of as many floats as the tensor has, as its bytes. None for anything else: `numbers` takes more."""
+    """Pack a flat list of floats of the right length; None for anything else, which `numbers` may still accept."""
     if spec.dtype != "float32" or not isinstance(values, list) or len(values) != spec.size:
         return None
     try:
@@ -285,9 +284,10 @@ def pack(spec: TensorSpec, values: Any) -> bytes | None:
 
 
 def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
-    """A JSON list, nested or flat, as an array of values that the tensor takes; the caller checks its shape.
+    """Convert a nested or flat JSON list to an array of the tensor's dtype; the caller checks its shape.
 
-    Types and lengths are compared before NumPy sees a value: it would make room for the longest string at every place.
+    Types and lengths are checked before NumPy sees a value, because NumPy would allocate the longest string's size for
+    every element.
     """
     values, shape = _flat(spec, value)
     if spec.nan and None in values:
@@ -303,7 +303,7 @@ def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
 
 
 def _flat(spec: TensorSpec, value: Any) -> tuple[list[Any], list[int]]:
-    """The values of a nested list of lists that are equally long, and its shape. Raises InvalidShape."""
+    """Flatten a nested list into its values and shape. Raises InvalidShape if its rows differ in length."""
     if not isinstance(value, list):
         raise InvalidShape(f"{spec.name!r} must be a list")
     values, shape = value, [len(value)]
@@ -337,9 +337,9 @@ def _non_finite(spec: TensorSpec) -> NonFiniteInput:
 
 
 def dtype_hint(spec: TensorSpec, size: int, each: int, steps: int | None) -> str:
-    """For an error about `size` bytes that are not `steps` times `each`: the dtype that was probably sent, else ''.
+    """A hint for an error about `size` bytes that are not `steps` times `each`: the dtype probably sent, else ''.
 
-    Without `steps`, the bytes were meant to be one step or, with a wider dtype, perhaps several.
+    Without `steps`, the bytes may be one step or, with a wider dtype, several.
     """
     for itemsize, dtype in _MISTAKEN[spec.dtype].items():
         count, rest = divmod(size * spec.numpy.itemsize, each * itemsize)
@@ -350,7 +350,7 @@ def dtype_hint(spec: TensorSpec, size: int, each: int, steps: int | None) -> str
 
 
 def from_bytes(spec: TensorSpec, content: bytes | memoryview, shape: tuple[int, ...]) -> np.ndarray:
-    """A view of little-endian values of the tensor's dtype, as many as the shape has.
+    """A view of little-endian values with the tensor's dtype and this shape.
 
     Raises OutOfRange for a bool that is neither 0 nor 1.
     """

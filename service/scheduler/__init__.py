@@ -1,1 +1,1 @@
-"""Which steps run next, and for whom. Pure but for `loop.py`, which runs what the scheduler decides."""
+"""Scheduling: which steps run next. Only `loop.py` is asynchronous; it executes the scheduler's decisions."""

@@ -1,4 +1,4 @@
-"""Admission: what is accepted and not yet answered, how fast work runs, and what is refused at once because of it."""
+"""Admission control: counts the work in flight, estimates its pace, and refuses work that would wait too long."""
 
 from collections.abc import Callable
 
@@ -9,28 +9,28 @@ from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.overload import Overload
 from unroll.service.scheduler.session import Owner
 
-#: A piece of long work takes as long as all other work took since the last piece, within these bounds.
+#: A piece of long work may take as long as all other work since the previous piece, within these bounds.
 _LEAST_SECONDS, _MOST_SECONDS = 0.001, 0.01
-#: A piece when there is no other work: what arrives while it runs waits for it.
+#: Duration of a piece when there is no other work. New arrivals wait for the piece to finish.
 _ALONE_SECONDS = 0.005
 
 
 class Pace:
-    """How long work takes lately, everything included, and how long a piece of long work may be.
+    """Tracks how fast work runs, and sizes the pieces of long chunks.
 
-    seconds_per_step: of all work. The warm-up gives its first value.
+    seconds_per_step: moving average over all work, including overhead; initialised by the warm-up.
     """
 
     def __init__(self, limits: SchedulerLimits, seconds_per_step: float = 0.0) -> None:
         self._limits = limits
         self.seconds_per_step = seconds_per_step
         self._in_pieces = 0.0  # seconds per step of long work
-        self._last_piece: float | None = None  # when it ended, if there was no rest since
-        self._shared = False  # did other work run since then?
+        self._last_piece: float | None = None  # when the last piece ended; None after an idle period
+        self._shared = False  # whether other work has run since then
 
     def observe(self, steps: int, seconds: float, now: float, *, long: bool) -> None:
-        """A batch of so many steps ran in `seconds`."""
-        # Weighted by steps: the fixed cost of small batches says nothing about how long a full queue takes.
+        """Record a batch of `steps` steps that ran in `seconds`."""
+        # Weighted by steps, because the fixed cost of small batches does not predict how fast a full queue drains.
         self.seconds_per_step += (seconds / steps - self.seconds_per_step) * steps / (steps + 1000)
         if long:
             self._in_pieces += (seconds / steps - self._in_pieces) * (0.2 if self._in_pieces else 1.0)
@@ -38,11 +38,11 @@ class Pace:
         self._shared = not long
 
     def rest(self) -> None:
-        """There is nothing to do."""
+        """Record that there is nothing to do."""
         self._last_piece = None
 
     def piece(self, rows: int, now: float) -> int:
-        """Time steps to run now of each of `rows` long chunks."""
+        """How many time steps of each of `rows` long chunks to run next."""
         if not self._in_pieces:
             return self._limits.piece_steps
         seconds = _ALONE_SECONDS
@@ -53,26 +53,26 @@ class Pace:
 
 
 class Shares:
-    """What owners add beyond the room that there is.
+    """Lets competing owners into a full queue.
 
-    While several owners compete, each may add its part of half the rows that the last batch freed: the one that fills
-    the queue does not shut the others out, and the queue does not grow.
+    While several owners compete, they share half of the rows that the last batch freed. An owner that fills the queue
+    cannot shut out the rest, and the queue does not grow.
     """
 
     def __init__(self, waiting: Callable[[], set[Owner]]) -> None:
         self._waiting = waiting
-        self._added: dict[Owner, int] = {}  # beyond the room, since the last batch
-        self._owners: set[Owner] = set()  # who competed before that
+        self._added: dict[Owner, int] = {}  # chunks beyond the limit, since the last batch
+        self._owners: set[Owner] = set()  # owners that competed before that
         self._freed = 0
 
     def renew(self, freed: int) -> None:
-        """A batch of so many rows has run."""
+        """Start a new round after a batch that freed `freed` rows."""
         if self._added or self._owners:
             self._owners, self._added = {*self._added}, {}
         self._freed = freed
 
     def has(self, owner: Owner) -> bool:
-        """May the owner add a chunk?"""
+        """Whether the owner may add a chunk."""
         if not self._added:
             self._owners |= self._waiting()
         added = self._added.setdefault(owner, 0)
@@ -84,10 +84,12 @@ class Shares:
 
 
 class Admission:
-    """Refuses work that would wait in vain: beyond `max_queue` chunks, beyond its deadline, or in an overload.
+    """Refuses work beyond `max_queue` chunks, work that would miss its deadline, and excess work during an overload.
 
-    in_flight: chunks accepted and not yet answered. waiting_steps: their steps that run before new work, about: all of
-    a short chunk, the next piece of a long one.
+    Attributes:
+        in_flight: Chunks accepted and not yet answered.
+        waiting_steps: Approximate number of their steps that run before new work: all steps of a short chunk, the next
+            piece of a long one.
     """
 
     def __init__(
@@ -102,20 +104,20 @@ class Admission:
         self.waiting_steps = 0
 
     def estimated_wait(self) -> float:
-        """Seconds until work accepted now would begin, from the pace seen lately."""
+        """Seconds until work accepted now would begin, at the current pace."""
         return self.waiting_steps * self._pace.seconds_per_step
 
     def begins_overload(self, rows: int, now: float) -> bool:
-        """A batch of so many rows has run and is answered: is there an overload since?"""
+        """Update after a batch of `rows` rows was answered; return whether an overload has just begun."""
         self._shares.renew(rows)
         return self.overload.begins(self.in_flight, self.estimated_wait(), now)
 
     def most_waiting(self) -> float:
-        """Steps that may wait."""
+        """How many steps may wait."""
         return self.overload.most_wait / self._pace.seconds_per_step
 
     def refusal(self) -> QueueFull:
-        """The error of a chunk that is refused for lack of room, which is counted."""
+        """Count a refusal for lack of room, and return its error."""
         self._counters.refused += 1
         return QueueFull(f"{self.in_flight} requests are waiting", retry_after=max(self.estimated_wait(), 0.1))
 
@@ -123,12 +125,12 @@ class Admission:
         """Check that a chunk submitted now would be accepted.
 
         Args:
-            now, deadline: the time, and when it must have begun.
-            patient: an overload is no reason to refuse it, because its client is held back otherwise.
+            deadline: The time by which it must start.
+            patient: Do not refuse it because of an overload; flow control already limits its client.
 
         Raises:
-            QueueFull: too many chunks wait, or more arrive than run.
-            DeadlineUnreachable: the chunk would begin after its deadline.
+            QueueFull: Too many chunks are waiting, or the server is overloaded.
+            DeadlineUnreachable: The chunk would start after its deadline.
         """
         wait = self.waiting_steps * self._pace.seconds_per_step
         is_full, is_late = self.in_flight >= self._max_queue, now + wait > deadline
@@ -142,7 +144,7 @@ class Admission:
         raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
 
     def admit(self, chunk: Chunk, steps: int, now: float) -> None:
-        """Accept a chunk of which so many steps wait. Raises what `check` raises."""
+        """Accept a chunk with `steps` waiting steps. Raises the errors of `check`."""
         if self.take(steps, now, chunk.deadline):
             return
         owner = chunk.owner
@@ -152,7 +154,7 @@ class Admission:
         self.waiting_steps += steps
 
     def take(self, steps: int, now: float, deadline: float) -> bool:
-        """Accept a chunk of which so many steps wait, if there is room for any."""
+        """Accept a chunk with `steps` waiting steps if the queue has room; the fast path of `admit`."""
         wait = self.waiting_steps * self._pace.seconds_per_step
         if self.in_flight >= self._max_queue or now + wait > deadline or wait > self.overload.most_wait:
             return False
@@ -161,6 +163,6 @@ class Admission:
         return True
 
     def check_invariants(self) -> None:
-        """Raises AssertionError. Meant for a moment when there is no work."""
+        """Raises AssertionError. Call it only when there is no work."""
         assert self.in_flight == 0, f"{self.in_flight} chunks are lost"
         assert self.waiting_steps == 0, f"{self.waiting_steps} steps are lost"

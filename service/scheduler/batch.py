@@ -11,17 +11,21 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits
 
-#: Rows of the arena. A batch writes where it reads if it is given one object for both.
+#: Rows of the arena. Passing the same object as sources and targets means that the batch updates rows in place.
 Indices = list[int] | np.ndarray
 
 
 class Batch:
-    """Rows that are added one piece of work after another, and then `seal`ed.
+    """A batch under construction: `add` its work, then `seal` it.
 
-    work: chunks, one row each, and groups, in the order of their rows. lens: steps of each row. sources, targets: the
-    arena rows that each row reads its state from and writes the new state to. uploads: states to write into arena rows
-    before the batch runs. readback: chunks whose state is read from their workspace afterwards.
-    rows: their number. steps: of all together. longest: of a row. waited: seconds of waiting, of all work together.
+    Attributes:
+        work: Chunks (one row each) and groups, in row order.
+        lens: Steps per row.
+        sources, targets: Arena rows that each row reads its state from and writes its new state to.
+        uploads: States to write to arena rows before the batch runs.
+        readback: Chunks whose final state is read from their workspace afterwards.
+        rows, steps, longest: Number of rows, total steps, and steps of the longest row.
+        waited: Total waiting time of all work, in seconds.
     """
 
     def __init__(self) -> None:
@@ -39,7 +43,8 @@ class Batch:
         """Add the rows of one piece of work.
 
         Args:
-            block: each input of these rows, `length` steps of each, one row after another: (all steps, *shape).
+            block: Per input, the rows concatenated: (rows * length, *shape).
+            length: Steps per row.
         """
         rows = len(targets)
         self.work.append(work)
@@ -52,7 +57,7 @@ class Batch:
         self._blocks.append(block)
 
     def outputs_of(self, row: int, outputs: Tensors, traits: ModelTraits) -> Tensors:
-        """One row's outputs, without the padding; outputs: of all rows."""
+        """One row of the batch's `outputs`, without padding."""
         own = tuple([array[row, ...] for array in outputs])
         steps = self.lens[row]
         if steps == self.longest:
@@ -60,7 +65,7 @@ class Batch:
         return tuple([array[:steps] if spec.time else array for spec, array in zip(traits.outputs, own, strict=True)])
 
     def seal(self, now: float) -> Self:
-        """Make arrays of the added rows; afterwards the batch can be run."""
+        """Build the arrays; the batch can then run."""
         for work in self.work:
             self.waited += (now - work.ready_at) * (len(work.sessions) if isinstance(work, Group) else 1)
         self.inputs = tuple([_padded(blocks, self.lens, self.longest) for blocks in zip(*self._blocks, strict=True)])
@@ -71,7 +76,7 @@ class Batch:
 
 
 def row_of(tensors: Tensors, row: int) -> Tensors:
-    """One row of tensors that have a batch axis: views without that axis, arrays even of no dimensions."""
+    """Views of one row, without the batch axis. The result is an array even when it has no dimensions left."""
     return tuple([array[row, ...] for array in tensors])
 
 
@@ -82,11 +87,7 @@ def _indices(parts: list[Indices], count: int) -> np.ndarray:
 
 
 def _padded(blocks: Sequence[np.ndarray], lens: Sequence[int], longest: int) -> np.ndarray:
-    """Rows as one array (rows, longest, *shape), short ones padded with zeros.
-
-    Args:
-        blocks: each (time, *shape), the steps of one row or of several, one after another.
-    """
+    """Concatenate blocks of rows, each (steps, *shape), into (rows, longest, *shape), padding with zeros."""
     rows, shape = len(lens), blocks[0].shape[1:]
     flat = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     if rows * longest == len(flat):

@@ -1,4 +1,4 @@
-"""The records of work: a chunk of one session, a group of many sessions' steps, an action, and a pending commit."""
+"""Kinds of work: chunks, groups and actions; also pending commits."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from unroll.service.store.record import Origin
 class Opening:
     """The session that a chunk opens.
 
-    origin: of a durable session; None: a memory session. token: of the record in the store that it takes the place of.
+    origin: the origin of a durable session, None for a memory session. token: the token of the stored record that the
+    new session replaces.
     """
 
     session_id: str
@@ -29,17 +30,25 @@ class Opening:
 class Chunk(Work):
     """One or more time steps of one session, or a stateless sequence.
 
-    inputs: each (time, *shape). session: None for a stateless sequence, and before the chunk has opened its session.
-    start: the position of the first step. pinned: the client named that position. final: the session closes with it.
-    opening: the session that begins with this chunk, and that ends if the chunk fails.
-    state_row: (state_size,), the state a stateless sequence begins with, None for the initial state; afterwards the
-    state it led to.
-    tenant: whose stateless sequence it is; empty without keys. patient: it is not refused because of an overload.
-    deadline: when it must have begun. done: steps that have run, of a chunk that runs in pieces. pieces: their outputs.
-    keeps_workspace: it needs an arena row of its own from its first batch on, because it brings its state or runs in
-    pieces among short chunks. workspace: the arena row of its state between pieces. running: a batch has it now, or the
-    store. abandoned: the error it fails with unless that completes it. listeners: called with the outcome; they must
-    not raise.
+    Attributes:
+        inputs: Each (time, *shape).
+        session: None for a stateless sequence, and until the chunk has opened its session.
+        start: Position of the first step.
+        pinned: The client specified `start`.
+        final: The chunk closes its session.
+        opening: The session that this chunk opens; it is closed again if the chunk fails.
+        state_row: (state_size,). Before the run: initial state of a stateless sequence, None for the model's own.
+            Afterwards: its final state.
+        tenant: Tenant of a stateless sequence; empty without keys.
+        patient: An overload is no reason to refuse the chunk.
+        deadline: Time by which the chunk must start.
+        done, pieces: For a chunk that runs in pieces: steps that have run, and their outputs.
+        keeps_workspace: The chunk needs an arena row of its own from its first batch on, because it has a `state_row`
+            or runs in pieces among short chunks.
+        workspace: Arena row that holds the state between pieces.
+        running: The chunk is in a running batch, or its commit is pending.
+        abandoned: Error to fail with, unless the running batch or commit completes the chunk.
+        listeners: Called with the outcome; must not raise.
     """
 
     # Defaults stay in the class, because a chunk is created for every request and most never change them.
@@ -82,7 +91,7 @@ class Chunk(Work):
 
     @property
     def is_new(self) -> bool:
-        """It waits, and nothing of it has run."""
+        """Whether it is waiting and has run no step."""
         return self.outcome is None and self.done == 0
 
     @property
@@ -92,7 +101,7 @@ class Chunk(Work):
         return (self.tenant if self.opening is None else tenant_of(self.opening.session_id)) or 0
 
     def prepare_next(self) -> UnrollError | None:
-        """A piece of the chunk has run, and more are to come. Returns the error that ends it instead."""
+        """Called between two pieces. Returns an error to end the chunk early."""
         return None
 
     def answer(self, outcome: Outcome) -> None:
@@ -105,10 +114,13 @@ class Chunk(Work):
 class GroupReply:
     """The answer to a group.
 
-    rows: the rows of the submission that the group was made of. positions: reached by each, uint64.
-    outputs: each (rows, time, *shape), or (rows, *shape) without time. errors: by index in `rows`; the outputs of a row
-    that failed mean nothing. cohort: the cohort that the sessions have become, if they will step together again.
-    kept: false if there was no room to keep the reply of some row.
+    Attributes:
+        rows: Rows of the submission that the group covers.
+        positions: New position of each row, uint64.
+        outputs: Each (rows, time, *shape), or (rows, *shape) without time. Those of failed rows are undefined.
+        errors: By index in `rows`.
+        cohort: The cohort that the sessions now form, if they are expected to step together again.
+        kept: False if there was no room to keep the reply of some row for retries.
     """
 
     rows: list[int] | slice
@@ -121,12 +133,18 @@ class GroupReply:
 
 @dataclass(slots=True, eq=False)
 class Group(Work):
-    """The next T steps of several sessions that were idle: accepted, run and answered as one piece of work.
+    """The next T steps of several idle sessions, accepted, run and answered as a unit.
 
-    inputs: each (len(sessions), time, *shape). rows: the rows of the submission that it is made of. A group is never
-    cancelled: a session that is closed before the group is done stays until then. followed: one of the sessions was
-    closed, or has more work now. followers: retries of a row, answered with it. cohort: of its sessions, when it was
-    submitted. again: the sessions will probably step together again. is_durable: all of the sessions are, or none.
+    A group is never cancelled. A session that is closed stays until the group is done.
+
+    Attributes:
+        inputs: Each (len(sessions), time, *shape).
+        rows: Rows of the submission that the group covers.
+        cohort: The sessions' cohort at submission, if they form one.
+        again: The sessions are expected to step together again.
+        is_durable: Whether the sessions are durable: either all or none.
+        followed: A session was closed or has further work.
+        followers: Retries as (row, chunk), answered together with that row.
     """
 
     sessions: list[Session]
@@ -161,7 +179,7 @@ class Group(Work):
 
 @dataclass(slots=True, eq=False)
 class Action(Work):
-    """A function that runs between batches, in its turn among the session's chunks."""
+    """A function that runs between batches, in order with the session's chunks."""
 
     session: Session
     run: Callable[[], object]
@@ -175,6 +193,6 @@ class Action(Work):
             listener(outcome)
 
 
-#: Work of durable sessions that has run, its outputs, and the errors of a group's rows that failed. It counts as
-#: applied only once the store has it.
+#: Work of durable sessions that has run but is not applied until the store has it: the work, its outputs, and the
+#: errors of a group's failed rows.
 PendingCommit = tuple[Chunk | Group, Tensors, dict[int, UnrollError]]

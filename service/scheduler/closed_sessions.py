@@ -1,4 +1,4 @@
-"""What became of sessions that are no longer here: for a while, the table can still say so."""
+"""Tombstones: remember for a while why a session ended."""
 
 from collections import OrderedDict
 from collections.abc import Container
@@ -26,7 +26,7 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """Why and since when a session is gone. opened_with: the digest of the request that opened it."""
+    """Why and when a session ended. opened_with: digest of the request that opened it."""
 
     cause: type[SessionGone]
     since: float
@@ -34,7 +34,7 @@ class Tombstone:
 
 
 class _Ends:
-    """What is remembered for one tenant, oldest first. nbytes: of the replies."""
+    """Ended sessions of one tenant, oldest first. nbytes: size of the kept replies."""
 
     __slots__ = ("closing_chunks", "nbytes", "tombstones")
 
@@ -61,15 +61,15 @@ _NOTHING = _Ends()
 
 
 class ClosedSessions:
-    """Tombstones, and the chunks that closed sessions, so that their retries are answered.
+    """Tombstones, and the chunks that closed sessions, which answer retries.
 
-    There is a limit for all. Beyond it, the oldest of the tenant that has the most is forgotten: a tenant that closes
-    many sessions does not push out what is remembered for the others.
+    The limits are shared by all tenants. Beyond them, the tenant with the most entries loses its oldest, so one tenant
+    cannot displace another's tombstones by closing many sessions.
     """
 
     def __init__(self, limits: SessionLimits) -> None:
         self._limits = limits
-        self._of_tenants: OrderedDict[str, _Ends] = OrderedDict()  # the next whose old ones are looked at first
+        self._of_tenants: OrderedDict[str, _Ends] = OrderedDict()  # in the order of expiry checks
         self._count = self._bytes = 0
 
     def __len__(self) -> int:
@@ -86,11 +86,11 @@ class ClosedSessions:
         opened_with: bytes,
         last: AppliedChunk | None = None,
     ) -> None:
-        """Remember a session that is gone since `now`. last: the chunk that closed it, if one did."""
+        """Add a session that ended at `now`. last: the chunk that closed it, if any."""
         self._put(session_id, Tombstone(cause, now, opened_with), last)
         self._of(session_id).tombstones.move_to_end(session_id)
         self._expire(tenant_of(session_id), now)
-        self._expire(next(iter(self._of_tenants)), now)  # another's, if there is another
+        self._expire(next(iter(self._of_tenants)), now)  # and one other tenant's, in turn
         while self._count > self._limits.tombstones:
             most = max(self._of_tenants.values(), key=lambda ends: len(ends.tombstones))
             self.forget(next(iter(most.tombstones)))
@@ -107,7 +107,7 @@ class ClosedSessions:
             del self._of_tenants[tenant]
 
     def merge(self, other: "ClosedSessions", living: Container[str]) -> None:
-        """Take over what another table remembers, except of ids that are known here or `living`."""
+        """Add the entries of another table, except for ids that have one here or are in `living`."""
         for ends in other._of_tenants.values():
             for session_id, tombstone in ends.tombstones.items():
                 if session_id not in living and session_id not in self:
@@ -118,28 +118,28 @@ class ClosedSessions:
         return None if tombstone is None or self._has_expired(tombstone, now) else tombstone
 
     def error(self, session_id: str, now: float) -> UnrollError:
-        """The error that says what became of a session that is not here."""
+        """The error for a request to a session that is not open."""
         tombstone = self.get(session_id, now)
         if tombstone is None:
             return SessionUnknown(f"no session {shown(session_id)!r}: it was never opened here, or its state is lost")
         return tombstone.cause(f"session {shown(session_id)!r} {_REASONS[tombstone.cause]}")
 
     def reply_to(self, session_id: str, position: int, inputs: Tensors, now: float) -> Reply | None:
-        """The reply to the chunk that closed the session, if this is that chunk again."""
+        """The reply to the chunk that closed the session, if these inputs are a retry."""
         last = self._of(session_id).closing_chunks.get(session_id)
         if last is None or self.get(session_id, now) is None:
             return None
         return last.reply if (position, payload_digest(inputs)) == (last.start, last.digest) else None
 
     def was_opened_with(self, session_id: str, digest: bytes, now: float) -> bool:
-        """Did the request of this payload digest open the session, and may its duplicates still arrive?"""
+        """Whether a request with this payload digest opened the session, recently enough to expect duplicates."""
         tombstone = self.get(session_id, now)
         if tombstone is None or not tombstone.opened_with or now >= tombstone.since + self._limits.duplicates_life:
             return False
         return digest == tombstone.opened_with
 
     def knows_request(self, session_id: str, inputs: Tensors, now: float) -> bool:
-        """Did a request of these inputs open or close the session?"""
+        """Whether a request with these inputs opened or closed the session."""
         digest = payload_digest(inputs)
         if self.was_opened_with(session_id, digest, now):
             return True
@@ -153,7 +153,7 @@ class ClosedSessions:
         return self._of_tenants.get(tenant_of(session_id), _NOTHING)
 
     def _expire(self, tenant: str, now: float) -> None:
-        """Forget what is old of a tenant, whose turn comes again after the others'."""
+        """Forget a tenant's expired tombstones, and move the tenant to the end of the expiry order."""
         self._of_tenants.move_to_end(tenant)
         tombstones = self._of_tenants[tenant].tombstones
         while tombstones and self._has_expired(next(iter(tombstones.values())), now):

@@ -1,7 +1,7 @@
-"""Cohorts: sessions that step together time after time are handled as one record.
+"""Cohorts: sessions that repeatedly step together are handled as one record.
 
-A cohort steps, rests, and waits to expire or to be evicted as one of its sessions would. Whoever needs one of the
-sessions by itself detaches it, which dissolves the cohort: each session is then as if it had never been in one.
+A cohort steps, rests, expires and is evicted like a single session. Code that needs one session detaches it, which
+dissolves the cohort and leaves every session as it would be without.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ class Cohorts:
     """Forms, steps and dissolves cohorts.
 
     Args:
-        recency: the order of use of all sessions, in which a cohort has one place.
+        recency: Order of last use of all sessions, where a cohort has a single entry.
     """
 
     def __init__(self, recency: Recency[Session | Cohort], on_dissolved: Callable[[Cohort], None]) -> None:
@@ -27,7 +27,11 @@ class Cohorts:
         return (entry for entry in self._recency if isinstance(entry, Cohort))
 
     def form(self, sessions: list[Session], now: float) -> Cohort | None:
-        """One record for sessions that rest since `now`; None if the last chunk of one is not in the step table."""
+        """Form a cohort of sessions that became idle at `now`.
+
+        Returns:
+            None if the last chunk of a session is not in the step table.
+        """
         if not all(session.applied is None for session in sessions):
             return None
         positions = np.array([session.position for session in sessions], np.uint64)
@@ -39,14 +43,14 @@ class Cohorts:
         return cohort
 
     def step(self, cohort: Cohort, now: float) -> None:
-        """The active step is done for each of the sessions, and they rest."""
+        """Complete the active step of all sessions; the cohort becomes idle."""
         cohort.positions = cohort.positions + np.uint64(1)
         cohort.active = None
         cohort.last_used = now
         self._recency.touch(cohort)
 
     def detach(self, session: Session) -> Progress:
-        """The session's own progress; its cohort is dissolved for that."""
+        """Return the session's own progress, dissolving its cohort first."""
         if session.cohort is not None:
             self.dissolve(session.cohort)
         assert session.progress is not None

@@ -1,7 +1,7 @@
-"""Commits: what has run of durable sessions is put into the store, and counts as applied once the store has it.
+"""Commits: work of durable sessions is written to the store after it runs, and counts as applied afterwards.
 
-The store refuses a commit if another replica has updated the session. What the session accepted fails then, and begins
-again on the record that the refusal brought along.
+The store refuses a commit if another replica has updated the session. Then all accepted work of the session fails, and
+starts again on the record that the refusal brought.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from unroll.service.scheduler.session import OPEN, Session, Work
 from unroll.service.store.interface import Commit, Tokens
 from unroll.service.store.record import pack, pack_steps
 
-#: The commits, and the result of each.
+#: Each commit with its result.
 _Results = Iterator[tuple[Commit, UnrollError | None]]
 #: Writes the state in a slot.
 _WriteRow = Callable[[int, np.ndarray], None]
 
 
 class Commits:
-    """Makes the commits of what has run, and completes it once they have a result."""
+    """Builds commits from work that has run, and completes the work when the commits have a result."""
 
     def __init__(self, completion: Completion, groups: Groups) -> None:
         self._completion = completion
@@ -36,12 +36,12 @@ class Commits:
     def of(
         self, model: str, pending: Sequence[PendingCommit], read_rows: Callable[[list[int]], np.ndarray]
     ) -> list[Commit]:
-        """A commit of each chunk, and of each row of a group that did not fail.
+        """One commit per chunk, and one per successful row of a group.
 
         Args:
-            model: its name.
-            pending: what `Scheduler.complete` returned.
-            read_rows: returns the states in some slots.
+            model: The model's name.
+            pending: Returned by `Scheduler.complete`.
+            read_rows: Reads the states in the given slots.
         """
         rows = read_rows([session.slot for work, _, _ in pending for session in _sessions_of(work)])
         commits: list[Commit] = []
@@ -91,15 +91,16 @@ class Commits:
         now: float,
         write_row: _WriteRow,
     ) -> None:
-        """The store has taken the commits that were made of what is pending.
+        """Complete pending work after its commits.
 
-        With an error, it may not have it, and all that the session accepted fails.
+        After an error, the store may or may not have the commit, and all accepted work of the session fails.
 
         Args:
-            errors: of each commit; None: the store has it.
-            batch_rows: of the batch that they ran in.
-            now: the time.
-            write_row: writes the state in a slot.
+            pending: The work that the commits were built from.
+            commits: Returned by `of`.
+            errors: Result of each commit; None on success.
+            batch_rows: Rows of the work's batch.
+            write_row: Writes the state in a slot.
         """
         self._completion.batch_rows = batch_rows
         results = zip(commits, errors, strict=True)
@@ -152,7 +153,7 @@ class Commits:
     def _note(
         self, session: Session, commit: Commit, error: UnrollError | None, write_row: _WriteRow
     ) -> Sequence[Work]:
-        """What the result of its commit means for the session; returns the work that waits behind it and must fail."""
+        """Update the session after its commit. Returns the work queued behind it, which must fail after an error."""
         durable = session.durable
         assert durable is not None
         if error is None:
@@ -161,7 +162,7 @@ class Commits:
         progress = session.own_progress
         behind, progress.pending = progress.pending or [], None
         record = error.record if isinstance(error, SessionContended) else None
-        # A copy that is stale already stays it: calls wait for its lookup, and come before what begins again.
+        # A copy that was stale before remains stale: calls are waiting for its lookup, and precede what starts again.
         if record is None or record.origin != session.origin or session.life is not OPEN or durable.stale:
             durable.stale = True
         else:
@@ -188,6 +189,6 @@ def _sessions_of(work: Chunk | Group) -> list[Session]:
 
 
 def _bytes_of_rows(tensors: Tensors) -> np.ndarray:
-    """The values of each row's tensors one after another: (rows, bytes), uint8."""
+    """Each row's tensors concatenated: (rows, bytes), uint8."""
     blocks = [np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8) for array in tensors]
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)

@@ -1,8 +1,8 @@
-"""The end of a chunk: it is completed, it fails, or it is cancelled.
+"""How chunks end: they complete, fail, or are cancelled.
 
-A long chunk runs in pieces, and counts as applied once its last piece is done: only then does its session change. Until
-then, failing or cancelling it leaves the session as it was. A durable session's chunk counts as applied once the store
-has it: what has run is handed over as a `PendingCommit` before.
+A long chunk runs in pieces and is applied after its last piece. Until then its session does not change, so failing or
+cancelling the chunk needs no rollback. A chunk of a durable session is applied once the store has it; until then it is
+a `PendingCommit`.
 """
 
 from collections import Counter
@@ -28,10 +28,11 @@ from unroll.service.store.record import Record
 
 
 class Completion:
-    """Ends chunks with a reply or an error, and with them the sessions that end with a chunk.
+    """Ends chunks with a reply or an error, and closes the sessions that end with them.
 
-    commits: what has run, must be put into the store, and was not yet handed over.
-    batch_rows: of the batch whose work is being answered; 0 in between.
+    Attributes:
+        commits: Work that has run and is waiting to be committed.
+        batch_rows: Rows of the batch that is being answered; 0 in between.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Completion:
         self.batch_rows = 0
 
     def take_in(self, chunk: Chunk, outputs: Tensors, steps: int, now: float) -> None:
-        """A batch ran the next `steps` steps of the chunk; outputs: of these steps, as the model returns them."""
+        """Record that a batch ran the next `steps` steps of the chunk, with the model's `outputs` for them."""
         chunk.running = False
         self.admission.waiting_steps -= self.lanes.next_steps(chunk)
         chunk.done += steps
@@ -77,19 +78,19 @@ class Completion:
             self.commits.append((chunk, outputs, {}))
 
     def take_commits(self) -> list[PendingCommit]:
-        """What must be put into the store; it is the caller's now, and ends with `Commits.complete`."""
+        """Hand the work to be committed to the caller, who must pass it to `Commits.complete`."""
         commits, self.commits = self.commits, []
         return commits
 
     def complete(self, chunk: Chunk, outputs: Tensors, now: float) -> None:
-        """Apply the chunk and answer it: all of its steps have run and, of a durable session, are in the store."""
+        """Apply and answer a chunk after all steps have run and, if its session is durable, are in the store."""
         self.counters.chunks += 1
         self.counters.steps += chunk.length
         reply = Reply(outputs, chunk.start + chunk.length)
         session = chunk.session
         if session is not None:
             progress = session.progress
-            assert progress is not None  # what has work is in no cohort
+            assert progress is not None  # a session with a chunk is not in a cohort
             progress.position = reply.position
             session.source = session.slot
             if session.applied is not None or len(chunk.inputs[0]) > 1 or chunk.final:
@@ -109,30 +110,30 @@ class Completion:
         session.source = session.slot if record.row else INITIAL
 
     def fail(self, chunk: Chunk, error: UnrollError, now: float) -> None:
-        """Answer the chunk with an error; a session that it opened is closed, and what comes after it is renumbered."""
+        """Answer the chunk with an error, close the session if the chunk opened it, and renumber later chunks."""
         self._answer(chunk, error, now)
         session = chunk.session
         if session is None:
             return
         if chunk.opening is not None and session.life is OPEN:
-            session.opened_with = b""  # nothing was applied: the request may be tried again
+            session.opened_with = b""  # nothing was applied, so the request may be retried
             self.close(session, now)
             if session.durable is not None:
-                self.sessions.closed.forget(session.id)  # the store knows whether there is one
+                self.sessions.closed.forget(session.id)  # only the store knows whether the session exists
         self.renumber(session, now)
 
     def cancel(self, chunk: Chunk, error: UnrollError, now: float) -> None:
-        """Fail the chunk; if a batch runs it, it fails afterwards, or is completed if that was its last piece."""
+        """Fail the chunk. If it is running, it fails afterwards, unless that was its last piece."""
         if chunk.running:
             chunk.abandoned = error
         else:
             self.fail(chunk, error, now)
 
     def shed(self, joined: Sequence[Session], now: float) -> None:
-        """An overload has begun: refuse what waits longer than new work may, of every owner what came last.
+        """Refuse waiting chunks at the start of an overload: each owner keeps its oldest, up to an equal share.
 
         Args:
-            joined: whose steps have joined the open group, which the next batch takes.
+            joined: Sessions with a step in the open group, which the next batch takes.
         """
         waiting = [work for work in self.lanes if isinstance(work, Chunk) and work.is_new and not work.patient]
         steps = Counter[Owner](session.owner for session in joined)
@@ -143,7 +144,7 @@ class Completion:
                 self.fail(chunk, self.admission.refusal(), now)
 
     def close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
-        """Close a session at once: waiting work fails with `session_closed`, what runs is completed first."""
+        """Close a session. Waiting work fails with `session_closed`; running work completes first."""
         progress = session.own_progress
         accepted, active = progress.queue(), progress.active
         running = isinstance(active, Chunk) and active.running
@@ -161,13 +162,13 @@ class Completion:
                 work.answer(error)
 
     def renumber(self, session: Session, now: float) -> None:
-        """Give accepted chunks new positions; those that insist on the old one fail."""
+        """Assign new positions to accepted chunks, and fail those that are pinned to another."""
         for chunk, gap in self.queues.renumber(session):
-            if chunk.outcome is None:  # the listener of one may have cancelled another
+            if chunk.outcome is None:  # a previous chunk's listener may have cancelled this one
                 self._answer(chunk, gap, now)
 
     def _continue(self, chunk: Chunk, now: float) -> None:
-        """Let a chunk that runs in pieces wait for its next one."""
+        """Queue a chunk for its next piece."""
         error = chunk.abandoned or chunk.prepare_next()
         self.admission.waiting_steps += self.lanes.next_steps(chunk)
         if error is not None:
@@ -176,7 +177,7 @@ class Completion:
             self.lanes.put(chunk, now)
 
     def _answer(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
-        """Answer, and let the session's next work take its turn."""
+        """Answer the chunk, and activate the session's next work."""
         self.admission.in_flight -= 1
         if chunk.done < chunk.length:
             self.admission.waiting_steps -= self.lanes.next_steps(chunk)

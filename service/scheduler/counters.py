@@ -1,4 +1,4 @@
-"""What happened so far, for metrics."""
+"""Counters for metrics."""
 
 from dataclasses import dataclass, field
 
@@ -7,9 +7,12 @@ from unroll.service.core.errors import SessionGone, UnrollError
 
 @dataclass(slots=True)
 class Counters:
-    """failed: chunks, by the code of their error. gone: sessions, by the error code of the cause.
+    """Totals since the start.
 
-    rollout_steps: steps of rollouts that ran, also of those that were cancelled.
+    Attributes:
+        failed: Chunks, by error code.
+        gone: Expired and evicted sessions, by error code.
+        rollout_steps: Steps that rollouts ran, including cancelled rollouts.
     """
 
     steps: int = 0

@@ -1,4 +1,4 @@
-"""A queue in which owners take turns: nobody waits behind all the work of another."""
+"""A queue in which owners take turns, so that no owner waits for another's whole backlog."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,14 +11,14 @@ W = TypeVar("W", bound=Work)
 
 
 class FairQueue(Generic[W]):
-    """In place of a `deque`, for work of several owners. The next is the one of whom the fewest rows were taken.
+    """A `deque` that is fair to owners: the next work belongs to the owner that has had the fewest rows taken.
 
-    An owner that had nothing waiting begins where the others are, so that nobody saves up turns.
+    An owner that had nothing waiting starts at the count of the owner served last, so turns cannot be saved up.
     """
 
     def __init__(self, waiting: Iterable[W] = ()) -> None:
         self._waiting: dict[Owner, deque[W]] = {}
-        self._turns: list[tuple[int, int, Owner]] = []  # a heap: rows taken, who came first, owner
+        self._turns: list[tuple[int, int, Owner]] = []  # a heap of (rows taken, order of arrival, owner)
         self._taken = self._came = 0
         for work in waiting:
             self.append(work)
@@ -34,7 +34,7 @@ class FairQueue(Generic[W]):
             yield from waiting
 
     def __getitem__(self, index: int) -> W:
-        assert index == 0, "only the next work can be looked at"
+        assert index == 0, "only the head can be read"
         return self._waiting[self._turns[0][2]][0]
 
     def owners(self) -> set[Owner]:

@@ -1,6 +1,6 @@
-"""Groups: the next steps of many sessions, which arrive in one frame, are queued, run and answered as one.
+"""Groups: the steps of many sessions from one frame are queued, run and answered as a unit.
 
-A group that comes again makes its sessions a cohort; then not even their positions are touched one by one.
+Sessions that step together repeatedly become a cohort, which avoids all per-session work.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from unroll.service.scheduler.session import OPEN, Cohort, Session
 
 class Groups:
     def __init__(self, completion: Completion) -> None:
-        """They work on the same parts as the completion of chunks."""
+        """Uses the same components as the completion of chunks."""
         self._completion = completion
         self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
         self._sessions, self._replay, self._counters = completion.sessions, completion.replay, completion.counters
@@ -34,21 +34,22 @@ class Groups:
         *,
         again: bool = False,
     ) -> list[int]:
-        """Queue the next steps of each session that is idle and at its position.
+        """Queue the next steps of each session that is idle and at the specified position.
 
         Args:
-            positions: the position that the client named for each, or None.
-            inputs: each (len(sessions), time, *shape).
-            now, deadline: the time, and when the steps must have begun.
-            then: called once with the replies of all rows, or once for each `max_batch` of them.
-            again: the sessions will probably step together again; then the reply has a cohort, if they can form one.
+            sessions: One per row.
+            positions: The position that the client specified for each row, or None.
+            inputs: Each (len(sessions), time, *shape).
+            deadline: The time by which the steps must start.
+            then: Called with the replies of all rows, or once per `max_batch` rows.
+            again: The sessions are expected to step together again. The reply then has a cohort if they can form one.
 
         Returns:
-            The rows that were rejected, because the session is busy, gone, elsewhere or durable, or has an earlier row.
-            `Scheduler.submit` accepts these steps one by one, or says why not.
+            The rejected rows: their session is busy, closed, at another position, durable, or has an earlier row.
+            Submit these steps with `Scheduler.submit`, which accepts them or explains why not.
 
         Raises:
-            QueueFull, DeadlineUnreachable: nothing was queued.
+            QueueFull, DeadlineUnreachable: Nothing was queued.
         """
         steps = inputs[0].shape[1]
         if self._lanes.is_long(steps):
@@ -92,20 +93,20 @@ class Groups:
         deadline: float,
         then: Callable[[GroupReply], None],
     ) -> bool:
-        """Queue the next step of every session of some cohorts: all of them, or none.
+        """Queue the next step of every session of the cohorts, all or nothing.
 
         Args:
-            cohorts: in the order of the rows.
-            positions: the positions that the client named, None if it named none.
-            inputs: each (sessions of all cohorts, 1, *shape).
-            now, deadline: the time, and when the steps must have begun.
-            then: called with the replies, once for each cohort.
+            cohorts: In row order.
+            positions: The positions that the client specified, or None.
+            inputs: Each (sessions of all cohorts, 1, *shape).
+            deadline: The time by which the steps must start.
+            then: Called with the replies, once per cohort.
 
         Returns:
-            False if nothing was queued because a cohort is dissolved, busy or elsewhere: `submit` takes these steps.
+            False if nothing was queued because a cohort is dissolved, busy, or at another position; use `submit`.
 
         Raises:
-            QueueFull, DeadlineUnreachable: nothing was queued.
+            QueueFull, DeadlineUnreachable: Nothing was queued.
         """
         self._sessions.expire(now)
         parts, end = [], 0
@@ -122,12 +123,21 @@ class Groups:
             self._queue(group, now)
         return True
 
+    def take_in(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
+        """Record that a batch ran the group. outputs, errors: as for `complete`."""
+        count = len(group.sessions)
+        self._admission.waiting_steps -= count * group.length
+        if group.is_durable and len(errors) < count:
+            self._completion.commits.append((group, outputs, errors))
+        else:
+            self.complete(group, outputs, errors, now)
+
     def complete(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
-        """Apply and answer a group that ran and, of durable sessions, is in the store, except for the rows with errors.
+        """Apply and answer a group that has run and, if its sessions are durable, is in the store.
 
         Args:
-            outputs: each (len(group.sessions), ...).
-            errors: by row of the group.
+            outputs: Each (len(group.sessions), ...).
+            errors: By row of the group. These rows are not applied.
         """
         count = len(group.sessions)
         self._admission.in_flight -= count
@@ -140,7 +150,7 @@ class Groups:
             positions = cohort.positions
         else:
             if cohort is not None and len(errors) < count:
-                self._sessions.cohorts.detach(group.sessions[0])  # which writes the step before this one
+                self._sessions.cohorts.detach(group.sessions[0])  # also writes the previous step
                 self._replay.write_steps(cohort.slots, group.inputs, outputs, errors)
             positions, kept = self._apply(group, outputs, errors)
             cohort = self._rest(group, errors, now)
@@ -160,7 +170,7 @@ class Groups:
         self._lanes.put(group, now)
 
     def _apply(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError]) -> tuple[np.ndarray, bool]:
-        """Move each session on by itself; returns their positions, uint64, and whether all replies are kept."""
+        """Advance each session on its own. Returns the new positions, uint64, and whether all replies were kept."""
         steps, detach, kept = group.length, self._sessions.cohorts.detach, True
         positions = []
         for row, session in enumerate(group.sessions):
@@ -175,7 +185,7 @@ class Groups:
         return np.array(positions, np.uint64), kept
 
     def _rest(self, group: Group, errors: dict[int, UnrollError], now: float) -> Cohort | None:
-        """Let the sessions rest, or take up what came after the group; returns the cohort they have become, if any."""
+        """Make the sessions idle or activate their next work. Returns the cohort that they form, if any."""
         if group.followed:
             for session in group.sessions:
                 self._queues.advance(session, now)

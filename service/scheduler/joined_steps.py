@@ -1,10 +1,10 @@
-"""Single steps that arrive one by one while nothing else waits: they join a group, which the next batch takes.
+"""Joined steps: single steps that arrive one by one form a group, which the next batch takes.
 
-A step that cannot join is submitted as a chunk. Until the batch is formed a step can leave its group, and then it is as
-if it had never come.
+Steps join only while nothing but single steps and long chunks is waiting; otherwise they are submitted as chunks. Until
+the batch is formed, a step can leave the group without a trace.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,37 +17,40 @@ from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.session import OPEN, Owner, Session
 
-#: Of each input: the bytes of a row, the dtype, and the shape of all rows.
+#: Per input: bytes per row, dtype, and the shape of all rows.
 Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
 
 _NO_POSITIONS = np.zeros(0, np.uint64)
-#: A group has one deadline, that of its first step: others join only in the first tenth of the time until then.
-_SHARE = 10
 
 
-class StepForm(Protocol):
-    """How the joined steps of a model are checked and answered. `Any`: a listener, which only this calls."""
+class StepListener(Protocol):
+    """Receives the outcome of a joined step. Its methods must not raise."""
 
-    def faults(self, inputs: Tensors) -> dict[int, UnrollError]:
-        """The errors in the values of the rows; inputs: each (rows, 1, *shape)."""
-        ...
+    @property
+    def write(self) -> Callable[[Tensors], Sequence[Any]]:
+        """Encodes a group's outputs, one element per row. Called once for all listeners with the same function."""
 
-    def answer(self, listeners: Sequence[Any], reply: GroupReply) -> None:
-        """Answer each row. Must not raise."""
-        ...
+    def complete(self, written: Any, position: int) -> None:
+        """The step ran. written: the row's element from `write`. position: The session's, after the step."""
+
+    def fail(self, error: UnrollError) -> None: ...
 
 
 class OpenGroup(Group):
-    """A group that steps join. values: of each row, its inputs one after another; `inputs` are made of them at last."""
+    """A group that accepts steps until a batch is formed.
 
-    __slots__ = ("_layout", "form", "listeners", "values")
+    values: each row's inputs, concatenated. `JoinedSteps.close` decodes them into `inputs`. deadlines: each row's;
+    `deadline` is the earliest.
+    """
 
-    def __init__(self, layout: Layout, deadline: float, form: StepForm) -> None:
+    __slots__ = ("_layout", "deadlines", "listeners", "values")
+
+    def __init__(self, layout: Layout, deadline: float) -> None:
         self._layout = layout
-        self.form = form
         self.values: list[bytes] = []
-        self.listeners: list[Any] = []
-        super().__init__([], slice(0), (), 1, deadline, partial(form.answer, self.listeners))
+        self.deadlines: list[float] = []
+        self.listeners: list[StepListener] = []
+        super().__init__([], slice(0), (), 1, deadline, partial(_answer, self.listeners))
 
     @property
     def owners(self) -> set[Owner]:
@@ -57,7 +60,7 @@ class OpenGroup(Group):
         return tuple([array[0] for array in self.read(self.values[row : row + 1])])
 
     def read(self, values: Sequence[bytes]) -> Tensors:
-        """Such rows as inputs, each (rows, 1, *shape)."""
+        """Decode rows of `values` into inputs, each (rows, 1, *shape)."""
         block = np.frombuffer(b"".join(values), np.uint8).reshape(-1, sum([size for size, _, _ in self._layout]))
         end, arrays = 0, []
         for size, dtype, shape in self._layout:
@@ -67,17 +70,17 @@ class OpenGroup(Group):
 
 
 class JoinedSteps:
-    """The group that is open, if there is one."""
+    """Owns the open group, if there is one."""
 
     def __init__(self, traits: ModelTraits, completion: Completion) -> None:
         self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
         self._most = completion.lanes.most_rows(1)
-        self._is_small = completion.replay.has_table
         self._completion = completion
+        self._faults = traits.faults
         self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
-        self._sessions, self._counters = completion.sessions, completion.counters
+        self._sessions, self._replay, self._counters = completion.sessions, completion.replay, completion.counters
         self.group: OpenGroup | None = None
-        self._room = self._most  # rows that it may have, beside what waits for the same batch
+        self._room = self._most  # rows left for the group, after the work already waiting for the same batch
 
     def join(
         self,
@@ -86,25 +89,25 @@ class JoinedSteps:
         step: bytes,
         now: float,
         deadline: float,
-        form: StepForm,
-        listener: Any,
+        listener: StepListener,
     ) -> bool:
-        """Queue the next step of a session. False: it must be submitted as a chunk, and nothing was changed.
+        """Queue the next step of a session.
 
         Args:
-            position: the position that the client named, or None.
-            step: its inputs one after another, of the right length.
-            deadline: when it must have begun; not earlier than that of any step that joined before.
-            form: of the model.
-            listener: to be answered by the form.
+            position: The position that the client specified, or None.
+            step: The step's inputs, concatenated, of the right length.
+            deadline: The time by which the step must start.
+            listener: Receives the outcome.
+
+        Returns:
+            False if nothing was changed, and the step must be submitted as a chunk.
         """
         progress = session.progress
         if (
             progress is None
             or progress.active is not None
             or (position is not None and position != progress.position)
-            or session.depth > 1
-            or not self._is_small
+            or (session.applied is not None and not self._replay.has_row(session))
         ):
             return False
         group, durable = self.group, session.durable
@@ -114,16 +117,12 @@ class JoinedSteps:
             self._room = self._most
             if not self._lanes.idle:
                 self._room -= self._admission.in_flight
-                if self._room <= 0 or not self._lanes.has_single_steps_only:
+                if self._room <= 0 or not self._lanes.steps_may_join:
                     return False
             self._sessions.expire(now)
-            group = OpenGroup(self._layout, deadline, form)
+            group = OpenGroup(self._layout, deadline)
             group.is_durable = durable is not None
-        elif (
-            group.is_durable is (durable is None)
-            or type(group.form) is not type(form)
-            or (now - group.ready_at) * _SHARE > deadline - now
-        ):
+        elif group.is_durable is (durable is None):
             return False
         if session.life is not OPEN or len(group.sessions) >= self._room or not self._admission.take(1, now, deadline):
             return False
@@ -131,68 +130,97 @@ class JoinedSteps:
         progress.expected = progress.position + 1
         group.sessions.append(session)
         group.values.append(step)
+        group.deadlines.append(deadline)
+        if deadline < group.deadline:
+            group.deadline = deadline
         group.listeners.append(listener)
         if self.group is None:
             self.group = group
-            self._lanes.put(group, now)  # which asks whose it is
+            self._lanes.put(group, now)  # not earlier: a fair queue needs the group's owner
         return True
 
     def close(self, now: float) -> None:
-        """No more steps may join, because a batch is formed. Those with invalid values leave with the error."""
+        """Close the group for the next batch. Steps with invalid values fail."""
         group, self.group = self.group, None
-        if group is None:
-            return
-        if group.sessions:
-            group.inputs = group.read(group.values)
-            if faults := group.form.faults(group.inputs):
-                for row in sorted(faults, reverse=True):
-                    self._fail(group, row, faults[row], now)
-                group.inputs = group.read(group.values)
-        if not group.sessions:
-            group.outcome = GroupReply(slice(0), _NO_POSITIONS, (), {})
+        if group is not None:
+            self._make_inputs(group)
+            if group.sessions and (faults := self._faults(group.inputs)):
+                self._drop(group, faults, now)
 
-    def cancel(self, session: Session, listener: Any, now: float) -> None:
-        """The client went away: its step leaves the group, unless a batch has it, or a retry waits for it, too."""
+    def end_late(self, group: OpenGroup, error: UnrollError, now: float) -> None:
+        """Fail the rows of a closed group whose deadline has passed, before a batch takes the group."""
+        late = {row: error for row, deadline in enumerate(group.deadlines) if now >= deadline}
+        for _ in late:
+            self._counters.count_failed(error)
+        self._drop(group, late, now)
+        group.deadline = min(group.deadlines, default=now)
+
+    def cancel(self, session: Session, listener: StepListener, now: float) -> None:
+        """Remove the step of a client that disconnected, unless a batch has taken it or a retry also waits for it."""
         group = self.group
         if group is None or session not in group.sessions:
             return
         row = group.sessions.index(session)
         if group.listeners[row] is listener and all(row != followed for followed, _ in group.followers):
-            self._counters.count_failed(Cancelled("the client went away"))
+            self._counters.count_failed(Cancelled("the client disconnected"))
             self._remove(group, row, now)
 
     def check(self, session: Session, now: float) -> None:
-        """If a step of the session waits here and has invalid values, it fails now: it must not take a position."""
+        """Fail the session's waiting step now if its values are invalid, so that it does not occupy a position."""
         group = self.group
         if group is not None and session in group.sessions:
             row = group.sessions.index(session)
-            if faults := group.form.faults(group.read(group.values[row : row + 1])):
+            if faults := self._faults(group.read(group.values[row : row + 1])):
                 self._fail(group, row, faults[0], now)
 
     def refuse(self, session: Session, error: UnrollError, now: float) -> None:
-        """If a step of the session waits here, it fails."""
+        """Fail the session's waiting step, if there is one."""
         group = self.group
         if group is not None and session in group.sessions:
             self._counters.count_failed(error)
             self._fail(group, group.sessions.index(session), error, now)
 
+    def _drop(self, group: OpenGroup, errors: Mapping[int, UnrollError], now: float) -> None:
+        for row in sorted(errors, reverse=True):
+            self._fail(group, row, errors[row], now)
+        self._make_inputs(group)
+
+    def _make_inputs(self, group: OpenGroup) -> None:
+        if group.sessions:
+            group.inputs = group.read(group.values)
+        else:
+            group.outcome = GroupReply(slice(0), _NO_POSITIONS, (), {})
+
     def _fail(self, group: OpenGroup, row: int, error: UnrollError, now: float) -> None:
         retries = [follower for followed, follower in group.followers if followed == row]
-        listener = self._remove(group, row, now)
-        group.form.answer([listener], GroupReply(slice(1), _NO_POSITIONS, (), {0: error}))
+        self._remove(group, row, now).fail(error)
         for follower in retries:
             follower.answer(error)
 
-    def _remove(self, group: OpenGroup, row: int, now: float) -> Any:
-        """Returns the listener."""
-        session, _ = group.sessions.pop(row), group.values.pop(row)
+    def _remove(self, group: OpenGroup, row: int, now: float) -> StepListener:
+        """Remove a row. Returns its listener."""
+        session = group.sessions.pop(row)
+        del group.values[row], group.deadlines[row]
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]
         self._admission.in_flight -= 1
         self._admission.waiting_steps -= 1
         progress = session.own_progress
         if progress.pending is None and session.life is OPEN:
-            progress.active = None  # it does not rest: that would be a use
+            progress.active = None  # not `rest`, which would count as use
         else:
             self._queues.advance(session, now)
         self._completion.renumber(session, now)
         return group.listeners.pop(row)
+
+
+def _answer(listeners: Sequence[StepListener], reply: GroupReply) -> None:
+    positions, errors = reply.positions.tolist(), reply.errors
+    written: dict[Callable[[Tensors], Sequence[Any]], Sequence[Any]] = {}
+    for row, listener in enumerate(listeners):
+        if row in errors:
+            listener.fail(errors[row])
+            continue
+        rows = written.get(listener.write)
+        if rows is None:
+            rows = written[listener.write] = listener.write(reply.outputs)
+        listener.complete(rows[row], positions[row])

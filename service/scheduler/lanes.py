@@ -1,9 +1,9 @@
-"""The work that is ready to run. Decides which of it forms the next batch.
+"""Lanes hold the ready work and form the next batch from it.
 
-Work waits in one lane per length class, so that the rows of a batch are about equally long, and long chunks wait in a
-lane of their own. The lane whose head has waited longest goes first; one that had more than a batch waits again, behind
-the others, and its owners take turns. A long chunk runs in pieces: after each piece it waits again, behind the others
-("cellular batching": P. Gao et al., "Low latency RNN inference with cellular batching", EuroSys 2018).
+Each length class has a lane, so that the rows of a batch have similar lengths. Long chunks have a separate lane. The
+lane whose head has waited longest goes first. If its work does not fit in one batch, the lane moves to the back, and
+its owners take turns from then on. A long chunk runs in pieces and moves to the back after each piece ("cellular
+batching": P. Gao et al., "Low latency RNN inference with cellular batching", EuroSys 2018).
 """
 
 import sys
@@ -22,9 +22,9 @@ from unroll.service.state.slots import INITIAL, SCRATCH, Slots
 
 _Lane = deque[Chunk | Group] | FairQueue[Chunk | Group]
 
-#: The lane of the chunks that run in pieces.
+#: Length class of the chunks that run in pieces.
 _LONG = sys.maxsize
-#: Between two looks at all chunks that are starved: a look at thousands takes longer than a batch.
+#: Interval between sweeps over all starved chunks; a sweep over thousands takes longer than a batch.
 _SWEEP_SECONDS = 0.1
 
 
@@ -32,8 +32,8 @@ class Lanes:
     """Queues of ready work.
 
     Args:
-        workspaces: arena rows of chunks between their pieces.
-        drop: Is this work over, so that it must not run any more?
+        workspaces: Arena rows that hold the states of chunks between their pieces.
+        drop: Whether this work has ended and must not run.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Lanes:
         self._pace = pace
         self._drop = drop
         self._longest = limits.piece_steps if traits.cuttable else sys.maxsize
-        #: By length class, in the order in which they take turns. With more than a batch, a lane is a fair queue.
+        #: By length class, in the order of their turns. A lane becomes a fair queue once it exceeds one batch.
         self._lanes: dict[int, _Lane] = {}
-        self._starved: FairQueue[Chunk] = FairQueue()  # they need a workspace, and all are taken
-        self._sweep_at = 0.0  # when they are looked at again, all of them
+        self._starved: FairQueue[Chunk] = FairQueue()  # chunks waiting for a free workspace
+        self._sweep_at = 0.0  # time of the next sweep
 
     def __iter__(self) -> Iterator[Chunk | Group]:
         for lane in self._lanes.values():
@@ -71,18 +71,19 @@ class Lanes:
         return not self._starved and not self._lanes
 
     @property
-    def has_single_steps_only(self) -> bool:
-        return not self._starved and self._lanes.keys() <= {1}
+    def steps_may_join(self) -> bool:
+        """Whether nothing waits but single steps, and long chunks, which run in separate batches."""
+        return not self._starved and self._lanes.keys() <= {1, _LONG}
 
     def is_long(self, steps: int) -> bool:
-        """Would a chunk of so many steps run in pieces?"""
+        """Whether a chunk of this many steps runs in pieces."""
         return steps > self._longest
 
     def most_rows(self, steps: int) -> int:
         return min(self._limits.max_batch, max(1, self._limits.max_batch_steps // steps))
 
     def next_steps(self, work: Chunk | Group) -> int:
-        """Steps of each row that run next, about."""
+        """Approximately how many steps per row run next."""
         if isinstance(work, Rollout):
             return min(work.steps_ready, self._longest)
         if work.length <= self._longest or isinstance(work, Group):
@@ -98,13 +99,13 @@ class Lanes:
         lane.append(work)
 
     def give_back_workspace(self, chunk: Chunk) -> None:
-        """The chunk is done with the arena row of its pieces."""
+        """Free the chunk's workspace."""
         assert chunk.workspace is not None
         self._workspaces.give_back(chunk.workspace)
         chunk.pieces = None
 
     def take(self, now: float) -> Batch:
-        """The next batch; empty if nothing waits."""
+        """Form the next batch; it is empty if nothing is waiting."""
         self._feed_starved(now)
         while self._lanes:
             length, lane = next(iter(self._lanes.items()))
@@ -117,12 +118,12 @@ class Lanes:
         return Batch()
 
     def check_invariants(self) -> None:
-        """Raises AssertionError if a workspace belongs to no waiting chunk. Meant for a moment when no batch runs."""
+        """Raises AssertionError if a workspace has no waiting chunk. Call it only while no batch is running."""
         waiting = [work for work in self if isinstance(work, Chunk) and work.outcome is None]
         assert len({chunk.workspace for chunk in waiting} - {None}) == self._workspaces.taken, "a workspace is lost"
 
     def _length_class(self, steps: int) -> int:
-        """Steps a row of the lane is padded to at most."""
+        """The maximum length to which a lane's rows are padded."""
         if steps > self._longest:
             return _LONG
         return 1 << (steps - 1).bit_length() if self._traits.ragged else steps
@@ -149,7 +150,7 @@ class Lanes:
         return batch
 
     def _has_room(self, work: Chunk | Group, batch: Batch) -> bool:
-        """Give a chunk that needs one an arena row, with the state that it brings; without a free one, it waits."""
+        """Allocate a workspace if the work needs one, and upload its state. Without a free one, it starves."""
         if isinstance(work, Group) or not work.keeps_workspace:
             return True
         if work.workspace is None:
@@ -164,7 +165,7 @@ class Lanes:
         return True
 
     def _fill_long(self, lane: _Lane, now: float) -> Batch:
-        """One piece of each long chunk. All pieces end with the shortest chunk, so that nothing is padded."""
+        """One piece of each long chunk, none longer than the shortest remainder, so that nothing is padded."""
         batch = Batch()
         chunks: list[Chunk] = []
         while lane and len(chunks) < self._limits.max_batch:
@@ -187,14 +188,14 @@ class Lanes:
         return batch
 
     def _feed_starved(self, now: float) -> None:
-        """Return as many starved chunks to the lanes as there are workspaces for; now and then, drop what is over."""
+        """Requeue as many starved chunks as there are free workspaces; periodically drop those that have ended."""
         if not self._starved:
             return
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_SECONDS
-            left = [chunk for chunk in self._starved if not self._drop(chunk, now)]
-            if len(left) < len(self._starved):
-                self._starved = FairQueue(left)
+            remaining = [chunk for chunk in self._starved if not self._drop(chunk, now)]
+            if len(remaining) < len(self._starved):
+                self._starved = FairQueue(remaining)
         free = self._workspaces.count - self._workspaces.taken
         while self._starved and free > 0:
             chunk = self._starved.popleft()
@@ -204,7 +205,6 @@ class Lanes:
 
 
 def _add_piece(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int) -> None:
-    """The next `steps` steps of a chunk that has a workspace."""
     assert chunk.workspace is not None
     chunk.running = True
     end = chunk.done + steps
@@ -221,7 +221,7 @@ def _add(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int, source: int, t
 
 
 def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
-    """Arena rows: of the state that the chunk begins with, and of the state after it."""
+    """Arena rows of the chunk's initial and final state."""
     if chunk.session is not None:
         return chunk.session.source, chunk.session.slot
     if chunk.state_row is not None and chunk.workspace is not None:
@@ -230,7 +230,7 @@ def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
 
 
 def _rows_of(group: Group) -> tuple[Indices, Indices]:
-    """Arena rows that the group reads, and that it writes."""
+    """Arena rows that the group reads and writes."""
     if group.cohort is not None:
         return group.cohort.slots, group.cohort.slots
     sources, targets = [session.source for session in group.sessions], [session.slot for session in group.sessions]

@@ -1,29 +1,40 @@
-"""What the scheduler knows of a model, and its limits."""
+"""The model properties that the scheduler uses, and its limits."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from unroll.bundle import TensorSpec
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.engine import Tensors
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
-    """The properties of a model that scheduling depends on.
+    """Model properties that affect scheduling.
 
-    cuttable: chunks may run in pieces; an output without time has its value from the last piece. ragged: rows of
-    different length may share a batch.
+    cuttable: chunks may run in pieces; an output without time takes its value from the last piece. ragged: a batch may
+    mix rows of different lengths. faults: returns the errors of rows with invalid values, from the inputs of single
+    steps, each (rows, 1, *shape).
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     cuttable: bool
     ragged: bool
+    faults: Callable[[Tensors], Mapping[int, UnrollError]] = lambda inputs: {}
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """max_batch: rows in a batch. max_batch_steps: rows times steps. piece_steps: a longer chunk runs in pieces.
-    max_queue: chunks accepted and not yet answered. overload_wait: seconds that new work may wait while more arrives
-    than runs; 0: as long as its deadline allows."""
+    """Limits of batches and of the queue.
+
+    Attributes:
+        max_batch: Rows per batch.
+        max_batch_steps: Rows times steps per batch.
+        piece_steps: Longer chunks run in pieces.
+        max_queue: Chunks accepted and not yet answered.
+        overload_wait: Seconds that new work may wait during an overload; 0: until its deadline.
+    """
 
     max_batch: int = 256
     max_batch_steps: int = 2048
@@ -34,12 +45,16 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """capacity: sessions at once. idle_timeout: seconds; None keeps idle sessions for ever.
+    """Limits of sessions, per model.
 
-    tombstone_life: seconds for which the end of a session is remembered. tombstones: number of remembered ends.
-    duplicates_life: seconds after a session's end in which a repeat of the request that opened it is recognised.
-    closing_reply_bytes: of the replies kept for retries of chunks that closed sessions.
-    reply_bytes: of the replies kept for retries of other chunks; single small steps have rows of their own.
+    Attributes:
+        capacity: Number of open sessions.
+        idle_timeout: Seconds; None keeps idle sessions forever.
+        tombstone_life: Seconds for which a tombstone is kept.
+        tombstones: Number of tombstones.
+        duplicates_life: Seconds after a session's end during which a repeated opening request is recognised.
+        closing_reply_bytes: Total size of the replies kept for retries of chunks that closed sessions.
+        reply_bytes: Total size of the replies kept for other retries, except small single steps, which have a table.
     """
 
     capacity: int = 65_536

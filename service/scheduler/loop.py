@@ -1,4 +1,4 @@
-"""The asynchronous shell of the scheduler: runs what it decides, and calls listeners with the answers."""
+"""The asynchronous shell of the scheduler: runs its batches and actions, and calls the listeners."""
 
 import asyncio
 from collections import deque
@@ -18,7 +18,7 @@ from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, PendingCommit
-from unroll.service.scheduler.joined_steps import StepForm
+from unroll.service.scheduler.joined_steps import StepListener
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
@@ -26,12 +26,12 @@ from unroll.service.store.interface import Store
 
 T = TypeVar("T")
 
-#: A batch that takes longer, by estimate, runs in the engine's thread, so that the event loop stays free. A shorter one
-#: would lose more by the way there and back; on a single core, the thread gains only fairness.
+#: A batch with a longer estimate runs in the engine's thread and leaves the event loop free. For a shorter one, the
+#: thread switch costs more than it gains. On a single core, the thread improves only fairness.
 INLINE_SECONDS = 0.004 if usable_cores() > 1 else 0.02
-#: The same for a batch that the device runs by itself, while the event loop can do other work.
+#: The same threshold for a batch that was launched on a device and runs asynchronously there.
 LAUNCHED_SECONDS = 0.0005
-#: Interval at which idle sessions expire when nothing else happens.
+#: Interval at which sessions expire when there is no work.
 _TICK_SECONDS = 1.0
 
 
@@ -39,7 +39,7 @@ _TICK_SECONDS = 1.0
 class EngineThread:
     """An engine and the thread for its long calls.
 
-    executor: has one thread, the device's. cost: seconds of a call, by rows and steps.
+    executor: the device's single thread. cost: estimated seconds of a call, by rows and steps.
     """
 
     engine: Engine
@@ -51,7 +51,7 @@ class Loop:
     """Runs the batches of one model version, and calls the listeners of their work.
 
     Args:
-        on_batch: called after each batch with the number of failed rows and the seconds it took.
+        on_batch: Called after each batch with the number of failed rows and the duration in seconds.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Loop:
         self._launched: deque[_BegunBatch] = deque()
         self._commits: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
-        self._ended = 0.0  # when the last batch was
+        self._ended = 0.0  # when the last batch ended
 
-    # ── work, and who is called when it is done ──────────────────────────────────────────────────
+    # ── submission ───────────────────────────────────────────────────────────────────────────────
 
     def submit_sequences(
         self,
@@ -88,14 +88,14 @@ class Loop:
         rows: Sequence[np.ndarray | None] | None = None,
         tenant: str = "",
     ) -> Callable[[], None]:
-        """Queue whole sequences. Raises what `Scheduler.submit` raises; nothing is queued then.
+        """Queue whole sequences, all or nothing. Raises the errors of `Scheduler.submit`.
 
         Args:
-            batch: the inputs of each sequence, each (time, *shape).
-            timeout: seconds until they must have begun.
-            then: called once, with all replies, or with the first error; then the other sequences are cancelled.
-            rows: the state that each begins with, None for the initial state.
-            tenant: whose they are; empty without keys.
+            batch: The inputs of each sequence, each (time, *shape).
+            timeout: Seconds within which they must start.
+            then: Called once with all replies, or with the first error; an error cancels the other sequences.
+            rows: The initial state of each sequence, None for the model's own.
+            tenant: The tenant; empty without keys.
 
         Returns:
             A function that cancels the sequences.
@@ -105,7 +105,7 @@ class Loop:
         try:
             for inputs, row in zip(batch, rows or [None] * len(batch), strict=True):
                 chunk = Chunk(inputs, state_row=row)
-                chunk.tenant, chunk.patient = tenant, bool(gathering.chunks)  # the first decides for all
+                chunk.tenant, chunk.patient = tenant, bool(gathering.chunks)  # an overload can refuse only the first
                 self.scheduler.submit(chunk, now, now + timeout)
                 gathering.chunks.append(chunk)
         except UnrollError:
@@ -117,16 +117,16 @@ class Loop:
         return gathering.cancel
 
     def submit(self, chunk: Chunk, timeout: float, then: Callable[[Outcome], None]) -> Chunk | None:
-        """Queue a chunk, see `Scheduler.submit`, which also says what this raises.
+        """Queue a chunk. Raises the errors of `Scheduler.submit`.
 
         Args:
-            chunk: of a session, or a stateless sequence.
-            timeout: seconds until it must have begun.
-            then: called once, with the reply or the error.
+            chunk: A chunk of a session, or a stateless sequence.
+            timeout: Seconds within which it must start.
+            then: Called once, with the reply or the error.
 
         Returns:
-            The chunk to `leave` if the answer is no longer wanted: this one or, if it is a retry, the accepted one.
-            None if the reply was known; then `then` was called already.
+            The chunk to pass to `leave` if the answer is no longer wanted: this one, or for a retry the accepted one.
+            None if `then` has already been called with a remembered reply.
         """
         now = self.clock.now()
         accepted = self.scheduler.submit(chunk, now, now + timeout)
@@ -138,31 +138,29 @@ class Loop:
         return accepted
 
     def leave(self, chunk: Chunk, then: Callable[[Outcome], None]) -> None:
-        """Do not call `then` any more; a chunk without listeners is cancelled."""
+        """Remove the listener `then`. A chunk without listeners is cancelled."""
         chunk.listeners = tuple(listener for listener in chunk.listeners if listener != then)
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
-    def join(
-        self, session: Session, position: int | None, step: bytes, timeout: float, form: StepForm, listener: object
-    ) -> bool:
-        """Queue the next step of a session with those of others, see `JoinedSteps.join`."""
-        now, joined = self.clock.now(), self.scheduler.joined
-        if not joined.join(session, position, step, now, now + timeout, form, listener):
+    def join(self, session: Session, position: int | None, step: bytes, timeout: float, listener: StepListener) -> bool:
+        """Add the next step of a session to the open group, see `JoinedSteps.join`."""
+        now = self.clock.now()
+        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener):
             return False
         self._work.set()
         return True
 
-    def leave_joined(self, session: Session, listener: object) -> None:
-        """Cancel such a step."""
+    def leave_joined(self, session: Session, listener: StepListener) -> None:
+        """Cancel a joined step, unless a batch has taken it."""
         self.scheduler.joined.cancel(session, listener, self.clock.now())
 
     def wake(self) -> None:
-        """Something was queued at the scheduler itself."""
+        """Call this after queueing work directly at the scheduler."""
         self._work.set()
 
     def act(self, session: Session, run: Callable[[Session], T]) -> "asyncio.Future[T]":
-        """Run `run(session)` between batches, after the session's accepted work; until then it keeps its row."""
+        """Run `run(session)` between batches, after the session's accepted work. It keeps its row until then."""
         action = self.scheduler.submit_action(session, run, self.clock.now())
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         action.listeners.append(partial(_resolve, future))
@@ -172,7 +170,7 @@ class Loop:
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 
     async def run(self) -> None:
-        """Run until cancelled; then wait for the commits that are under way."""
+        """Run until cancelled; then wait for pending commits."""
         self._tick()
         try:
             while True:
@@ -202,7 +200,7 @@ class Loop:
             await self._work.wait()
 
     async def _begin(self, batch: Batch) -> None:
-        """Launch the batch if the device works by itself, so that others can be answered; else run it."""
+        """Launch the batch if the device runs asynchronously, so that replies can be sent; else run it."""
         for slot, row in batch.uploads:
             self.engine.write(slot, row)
         started = perf_counter()
@@ -222,9 +220,9 @@ class Loop:
             await self._end(begun)
 
     async def _gather_work(self) -> None:
-        """Let replies leave and work arrive, until a look at the sockets brings nothing more, or the batch is full.
+        """Yield to the event loop until a poll of the sockets brings no more work, or the batch is full.
 
-        This waits for nothing: a request that is there must be read anyway, and costs less in the next batch.
+        This never blocks. Requests that have already arrived must be read anyway, and joining this batch is cheaper.
         """
         seen = -1
         while seen < (in_flight := self.scheduler.in_flight):
@@ -251,14 +249,13 @@ class Loop:
     # ── durable sessions ─────────────────────────────────────────────────────────────────────────
 
     async def _commit(self, pending: Sequence[PendingCommit], batch_rows: int) -> None:
-        """Put what has run into the store, and complete it. Other batches run in the meantime."""
+        """Write work that has run to the store, and complete it. Other batches run concurrently."""
         assert self.store is not None
         commits = self.scheduler.commits.of(self.name, pending, self.engine.read_rows)
         failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
         failpoints.reach("after_commit")
-        now = self.clock.now()
-        self.scheduler.commits.complete(pending, commits, errors, batch_rows, now, self.engine.write)
+        self.scheduler.commits.complete(pending, commits, errors, batch_rows, self.clock.now(), self.engine.write)
         self._work.set()
 
     def _committed(self, task: asyncio.Task[None]) -> None:
@@ -282,7 +279,7 @@ class Loop:
 
 @dataclass(slots=True)
 class _BegunBatch:
-    """A batch that has begun. result: waits for its result. future: of the engine's thread, if that waits for it."""
+    """A batch that has begun. result: blocks until it is done. future: set if the engine's thread calls `result`."""
 
     batch: Batch
     started: float
@@ -291,12 +288,12 @@ class _BegunBatch:
 
     @property
     def ready(self) -> bool:
-        """Can it be ended without a wait?"""
+        """Whether it can be ended without blocking."""
         return self.future is None or self.future.done()
 
 
 class _Gathering:
-    """Several chunks as one: calls `then` once, with all their replies or with the first error."""
+    """Waits for several chunks: calls `then` once, with all replies or with the first error."""
 
     def __init__(self, loop: Loop, then: Callable[[list[Reply] | UnrollError], None]) -> None:
         self.chunks: list[Chunk] = []

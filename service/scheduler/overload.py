@@ -1,31 +1,34 @@
-"""Notices an overload: more work arrives than runs. A full queue alone is none."""
+"""Overload detection: an overload means that more work arrives than runs; a long queue by itself does not."""
 
 import math
 
 from unroll.service.scheduler.limits import SchedulerLimits
 
-#: Fewer chunks than that in flight are no overload, however long they wait.
+#: With no more chunks than this in flight, there is no overload, however long they wait.
 _CROWD = 256
-#: Work that arrives in a round, in multiples of what ran: at once an overload, and one if it is so in several rounds.
+#: Ratio of arriving work to completed work per round: above the first, an overload begins at once; above the second, it
+#: begins after this many consecutive rounds.
 _TWICE, _MORE, _ROUNDS = 2.0, 1.1, 3
-#: A queue that stays so many times as long as `most_wait` would be.
+#: A standing queue is an overload if it exceeds the permitted wait this many times.
 _STANDING = 5.0
-#: An overload is over when nothing was refused for so long.
+#: An overload ends after this long without a refusal.
 _CALM_SECONDS = 0.8
 
 
 class Overload:
-    """Notices that more work arrives than runs, and says how long new work may wait then.
+    """Detects overloads, and limits how long new work may wait during one.
 
-    A queue alone is no overload: clients that each wait for their answer fill it once, and then it stays as long as
-    they are many. So the work that arrives while everything that waits runs, one round, is compared with what waited.
-    It is an overload if twice as much arrives in a round, or somewhat more in each of several rounds. Many clients that
-    wait look like a load generator whose connections are all taken, which sends as soon as it can: a queue that
-    stays several times as long as it may be in an overload is one. Fewer chunks than `_CROWD`, or than fit in a batch,
-    never are one.
+    A long queue by itself is not an overload: clients that wait for each answer fill the queue once, and it then keeps
+    its length. Therefore arrivals are compared with completed work in rounds. A round lasts as long as the waiting work
+    takes to run. An overload begins when twice as much work arrives in a round as ran in it, or somewhat more in each
+    of several rounds. A load generator with all its connections in use behaves like many waiting clients, so a queue
+    that stays at several times the permitted wait is an overload, too. There is none while `_CROWD` chunks or fewer are
+    in flight, or no more than fit in a batch.
 
-    most_wait: seconds that new work may wait; infinite as long as there is no overload. efficient_seconds: of the
-    smallest batch in which a step costs about the least: while one runs, the next must be able to fill.
+    Attributes:
+        most_wait: Seconds that new work may wait; infinite when there is no overload.
+        efficient_seconds: Duration of the smallest batch with nearly the lowest cost per step. While one such batch
+            runs, the next must be able to fill.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -34,12 +37,17 @@ class Overload:
         self.efficient_seconds = 0.0
         self.most_wait = math.inf
         self._refused_at = -math.inf
-        self._began: float | None = None  # when the round did
-        self._waited = 0.0  # seconds of work that waited then
-        self._growing = 0  # rounds in which more arrived than waited
+        self._began: float | None = None  # start of the round
+        self._waited = 0.0  # seconds of work that was waiting at the start
+        self._growing = 0  # consecutive rounds with more arriving than completed work
 
     def begins(self, in_flight: int, wait: float, now: float) -> bool:
-        """A batch has run, and so many chunks and seconds of work wait: is this an overload, and was none before?"""
+        """Update after a batch; return whether an overload has just begun.
+
+        Args:
+            in_flight: Chunks in flight.
+            wait: Seconds of waiting work.
+        """
         if self.most_wait < math.inf:
             if now - self._refused_at > _CALM_SECONDS:
                 self.most_wait, self._began = math.inf, None
@@ -58,7 +66,7 @@ class Overload:
         return max(self._target, 2 * self.efficient_seconds)
 
     def _grows(self, wait: float, now: float) -> bool:
-        """Compare the work that has arrived in this round with what has run. Also true if too much stays."""
+        """Whether more work arrived in this round than ran, or the queue stays too long."""
         assert self._began is not None
         passed = now - self._began
         arrived, ran = wait - max(0.0, self._waited - passed), max(self._waited, passed)
@@ -72,10 +80,10 @@ class Overload:
         return self._growing == _ROUNDS
 
     def refuse(self, wait: float, now: float) -> bool:
-        """Must work that would wait so long be refused?"""
+        """Whether to refuse work that would wait for `wait` seconds."""
         if wait <= self.most_wait:
             return False
-        if now - self._refused_at > _CALM_SECONDS:  # all work ended since, and nothing was refused
+        if now - self._refused_at > _CALM_SECONDS:  # all work has ended since then, without a refusal
             self.most_wait, self._began = math.inf, None
             return False
         self._refused_at = now

@@ -1,11 +1,11 @@
-"""The order of last use: a linked list, so that several entries can take the place of one."""
+"""The order of last use, as a linked list where several entries can replace one."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 
 class Used:
-    """An entry of the order. Its links belong to `Recency`."""
+    """Base class of entries; `Recency` owns the links."""
 
     __slots__ = ("newer", "older")
     newer: "Used"
@@ -19,7 +19,7 @@ class Recency(Generic[T]):
     """Least recently used first."""
 
     def __init__(self) -> None:
-        self._ends = ends = Used()  # the list is a ring that begins and ends here
+        self._ends = ends = Used()  # sentinel of a circular list
         ends.newer = ends.older = ends
 
     def __iter__(self) -> Iterator[T]:
@@ -34,14 +34,14 @@ class Recency(Generic[T]):
         return None if entry is self._ends else entry
 
     def add(self, entry: T) -> None:
-        """The last to be used."""
+        """Add an entry as the most recently used."""
         _link(entry, self._ends.older, self._ends)
 
     def remove(self, entry: T) -> None:
         entry.older.newer, entry.newer.older = entry.newer, entry.older
 
     def touch(self, entry: T) -> None:
-        """It is used again."""
+        """Make an entry the most recently used."""
         ends = self._ends
         older, newer, last = entry.older, entry.newer, ends.older
         if newer is not ends:
@@ -49,7 +49,7 @@ class Recency(Generic[T]):
             last.newer, entry.older, entry.newer, ends.older = entry, last, ends, entry
 
     def replace(self, entry: T, others: Iterable[T]) -> None:
-        """They take its place, in their order."""
+        """Replace an entry with several, in order."""
         for other in others:
             _link(other, entry.older, entry)
         self.remove(entry)

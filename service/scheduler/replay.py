@@ -1,8 +1,8 @@
-"""What answers retries: the chunks that sessions applied last, with their replies.
+"""The replay cache answers retries with the replies of the chunks that each session applied last.
 
-A chunk that a session sends again at a position it has passed is a retry. It gets the reply of the first time, if the
-chunk is still remembered and has the same payload. A session remembers its last `depth` chunks. Most often that is one
-single step: such steps are rows of a table, written once per batch; everything else is kept by the session.
+A chunk at a position that the session has passed is a retry. It gets the original reply if the chunk is still
+remembered and has the same payload. A session remembers its last `depth` chunks, usually a single step. Single steps
+are rows of a table, which is written once per batch; all other chunks are kept with the session.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.state.step_table import StepTable
 from unroll.service.store.record import Kept, pack_last, pack_last_chunk
 
-#: As many of the largest replies fit in the limit of all.
+#: The limit has room for this many replies of the largest size.
 _LEAST_REPLIES = 64
 
 
@@ -26,27 +26,26 @@ class ReplayCache:
     """Remembers applied chunks and recognises their retries.
 
     Args:
-        limit: bytes of all replies that sessions keep, except of single steps in the table.
+        limit: Maximum total size of the replies that sessions keep; the table of single steps does not count.
 
     Attributes:
-        kept_bytes: of those replies.
-        has_table: single steps are so small that the table has the last one of each session.
+        kept_bytes: Current total size of those replies.
     """
 
     def __init__(self, traits: ModelTraits, rows: int, limit: int) -> None:
         self._outputs = traits.outputs
         self._limit = limit
-        self._largest = limit // _LEAST_REPLIES  # bytes of one: a few large ones must not take the room of all others
+        self._largest = limit // _LEAST_REPLIES  # bytes of one reply: a few large ones must not displace the rest
         self.kept_bytes = 0
-        self.has_table = StepTable.fits(traits.inputs, traits.outputs)
-        self._steps = StepTable(rows, traits.inputs, traits.outputs) if self.has_table else None
+        fits = StepTable.fits(traits.inputs, traits.outputs)
+        self._steps = StepTable(rows, traits.inputs, traits.outputs) if fits else None
 
     # ── remembering ──────────────────────────────────────────────────────────────────────────────
 
     def write_steps(
         self, slots: np.ndarray, inputs: Tensors, outputs: Tensors, failed: Mapping[int, UnrollError]
     ) -> None:
-        """Put single steps into the table, except of the rows that failed; tensors: each (rows, ...)."""
+        """Write single steps to the table, except failed rows. Tensors: each (rows, ...)."""
         if self._steps is None:
             return
         if failed:
@@ -56,22 +55,23 @@ class ReplayCache:
         self._steps.write(slots, inputs, outputs)
 
     def write_last_step(self, cohort: Cohort) -> None:
-        """Put the last step of a cohort into the table, unless it is there."""
+        """Write a cohort's last step to the table, unless it is there already."""
         if cohort.last is not None and self._steps is not None:
             self._steps.write(cohort.slots, *cohort.last)
 
     def remember(
         self, session: Session, start: int, inputs: Tensors, outputs: Tensors, *, closes: bool = False
     ) -> bool:
-        """Remember the chunk that the session has just applied; a single step must be in the table already.
+        """Remember the chunk that the session has just applied. A single step must already be in the table.
 
         Args:
-            closes: the session closes with it and loses its row of the table.
+            start: Position of the chunk's first step.
+            closes: The chunk closes the session, which then loses its row of the table.
 
         Returns:
-            False if there is no room for its reply: a retry is recognised, and refused.
+            False if there is no room for the reply. A retry is then recognised but refused.
         """
-        if len(inputs[0]) == 1 and session.depth == 1 and self._steps is not None and not closes:
+        if len(inputs[0]) == 1 and self.has_row(session) and not closes:
             self._replace(session, None)
             return True
         before = session.applied or ()
@@ -82,17 +82,20 @@ class ReplayCache:
         self._replace(session, (*(session.applied or ()), applied))
         return fits
 
+    def has_row(self, session: Session) -> bool:
+        """Whether the table has the session's single steps, so that there is always room for the reply."""
+        return session.depth == 1 and self._steps is not None
+
     def forget(self, session: Session) -> None:
-        """No chunk of the session can be retried any more."""
         self._replace(session, ())
 
     def adopt(self, session: Session, kept: Iterable[Kept]) -> None:
-        """Remember the chunks that a session's record has, as far as there is room."""
+        """Remember the chunks from a session's record, as far as there is room."""
         self._replace(session, ())
         self._replace(session, tuple(self.read(chunk) for chunk in kept if self._has_room(len(chunk.outputs))))
 
     def set_depth(self, session: Session, depth: int) -> None:
-        """From now on the session's last `depth` chunks can be retried."""
+        """Keep the session's last `depth` chunks for retries."""
         if depth > 1 or session.applied is not None:
             self._replace(session, self.applied_chunks(session)[-depth:])
         session.depth = depth
@@ -100,18 +103,18 @@ class ReplayCache:
     # ── recognising ──────────────────────────────────────────────────────────────────────────────
 
     def recognise(self, session: Session, chunk: Chunk) -> Chunk | Reply:
-        """Find the accepted chunk, or the reply of the applied one, that `chunk` is a retry of.
+        """Find the accepted chunk that `chunk` repeats, or the reply if that chunk was applied.
 
         Raises:
-            PositionGap: the position lies ahead of the session.
-            PositionTooOld: the chunk that began there is not remembered any more.
-            PayloadMismatch: another chunk began there.
+            PositionGap: The position is ahead of the session.
+            PositionTooOld: The chunk at this position is no longer remembered.
+            PayloadMismatch: The chunk at this position has another payload.
         """
         expected, position = session.expected, chunk.start
         if position > expected:
             raise PositionGap(f"the session is at {expected}, the chunk begins at {position}", expected=expected)
         if (accepted := _accepted(session, chunk)) is not None:
-            accepted.abandoned = None  # its first client went away; now there is one again
+            accepted.abandoned = None  # if its first client disconnected, this one replaces it
             return accepted
         reply = self._reply_to(session, chunk)
         if reply is None:
@@ -125,7 +128,7 @@ class ReplayCache:
         return reply
 
     def applied_chunks(self, session: Session) -> tuple[AppliedChunk, ...]:
-        """The chunks of a session that can be retried, latest last."""
+        """The session's remembered chunks, latest last."""
         if session.applied is not None:
             return session.applied
         assert self._steps is not None
@@ -133,7 +136,7 @@ class ReplayCache:
         return (AppliedChunk(session.position - 1, payload_digest(self._steps.inputs(session.slot)), reply),)
 
     def last_outputs(self, session: Session) -> Tensors | None:
-        """A copy of the outputs of the session's last chunk; None if they are not kept."""
+        """A copy of the last chunk's outputs; None if they were not kept."""
         applied = self.applied_chunks(session)
         reply = applied[-1].reply if applied else None
         return reply.copy().outputs if reply is not None and reply.position == session.position else None
@@ -163,11 +166,11 @@ class ReplayCache:
     # ── records ──────────────────────────────────────────────────────────────────────────────────
 
     def kept(self, session: Session) -> tuple[Kept, ...]:
-        """The chunks of a session that can be retried, as its record has them."""
+        """The session's remembered chunks, in record form."""
         return _kept(self.applied_chunks(session))
 
     def last_after(self, session: Session, chunk: Chunk, outputs: Tensors) -> bytes:
-        """The record's `last` once the session has applied the chunk."""
+        """The record's `last` field after the session has applied the chunk."""
         content, depth = _bytes(outputs), session.depth
         fits = len(content) <= self._largest
         if depth == 1 and fits:
@@ -179,7 +182,7 @@ class ReplayCache:
         return pack_last(depth, (*before, new)[-depth:])
 
     def read(self, kept: Kept) -> AppliedChunk:
-        """A chunk as a record has it."""
+        """Convert a chunk from its form in a record."""
         return AppliedChunk(kept.start, kept.digest, Reply(self._tensors(kept), kept.start + kept.steps))
 
     def _tensors(self, kept: Kept) -> Tensors:
@@ -204,13 +207,13 @@ class ReplayCache:
         session.applied = applied
 
     def check_invariants(self, sessions: Iterable[Session]) -> None:
-        """Raises AssertionError if the bytes of the replies that these sessions keep are miscounted."""
+        """Raises AssertionError if `kept_bytes` differs from the replies that these sessions keep."""
         kept = sum(chunk.nbytes for session in sessions for chunk in session.applied or ())
         assert kept == self.kept_bytes <= self._limit, f"{self.kept_bytes} bytes of {kept} are counted"
 
 
 def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
-    """The accepted chunk that begins where `chunk` does. If a group has that step, `chunk` joins it."""
+    """The accepted chunk at the position of `chunk`. If a group has that step, `chunk` becomes its follower."""
     position = chunk.start
     for work in session.own_progress.queue():
         if isinstance(work, Chunk) and work.start == position:
@@ -228,7 +231,7 @@ def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
 
 
 def _same(one: Tensors, other: Tensors) -> bool:
-    if len(one) != len(other):  # one of them is a rollout
+    if len(one) != len(other):  # one of the two is a rollout
         return False
     return all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
 

@@ -1,4 +1,4 @@
-"""The answer to a chunk, and what is kept of an applied chunk so that its retry gets the same answer."""
+"""Replies to chunks, and applied chunks, which are kept to answer retries."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
 
-#: A copy of it takes half the time of a new one.
+#: Copying a hash object takes half the time of creating one.
 _NOTHING: Final = hashlib.blake2b(digest_size=16)
 
 
@@ -17,9 +17,10 @@ _NOTHING: Final = hashlib.blake2b(digest_size=16)
 class Reply:
     """The answer to a chunk.
 
-    outputs: as the model returns them, without the batch axis; they may be views into a whole batch, so keep a `copy`.
-    position: time steps the session has consumed, this chunk included.
-    kept: false if there was no room to keep the reply: a retry of the chunk is refused.
+    Attributes:
+        outputs: The model's outputs without the batch axis. They may be views of a whole batch; to keep them, `copy`.
+        position: Time steps that the session has consumed, including this chunk.
+        kept: False if there was no room to keep the reply; a retry of the chunk is then refused.
     """
 
     outputs: Tensors
@@ -39,9 +40,9 @@ Outcome = Reply | UnrollError
 
 @dataclass(frozen=True, slots=True)
 class AppliedChunk:
-    """A chunk that a session consumed.
+    """A chunk that a session has consumed.
 
-    start: its position. digest: of its payload, by which a retry is recognised. reply: None if it was not kept.
+    start: position of the first step. digest: payload digest, which identifies a retry. reply: None if it was not kept.
     """
 
     start: int
@@ -54,7 +55,7 @@ class AppliedChunk:
 
 
 def payload_digest(inputs: Tensors) -> bytes:
-    """Digest of a payload's values: the same for every encoding in which a client can send them."""
+    """Digest of a payload's values, independent of the client's encoding."""
     digest = _NOTHING.copy()
     for array in inputs:
         digest.update(array.tobytes())
@@ -62,7 +63,7 @@ def payload_digest(inputs: Tensors) -> bytes:
 
 
 def payload_digests(rows: np.ndarray) -> list[bytes]:
-    """`payload_digest` of many payloads; rows: the values of each one after another, (payloads, bytes), uint8."""
+    """`payload_digest` of each row; rows: concatenated values, (payloads, bytes), uint8."""
     digests = []
     for row in rows:
         digest = _NOTHING.copy()

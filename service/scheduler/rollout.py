@@ -1,7 +1,7 @@
-"""Rollouts: chunks whose later inputs are made of their own outputs, one time step at a time.
+"""Rollouts: chunks that compute their later inputs from their own outputs, one time step at a time.
 
-A rollout is a chunk that runs in pieces. Each of its steps waits in the lane of single steps, so it shares batches with
-the steps of clients, and they go on between its steps. Like every chunk it is applied as a whole, or not at all.
+A rollout is a chunk that runs in pieces. Each step waits in the lane of single steps, so it shares batches with other
+sessions' steps. Like every chunk, a rollout is applied as a whole or not at all.
 """
 
 from collections.abc import Callable
@@ -16,24 +16,30 @@ from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.reply import Outcome
 from unroll.service.scheduler.session import Session
 
-#: Makes the inputs of one step, each (1, *shape), of the outputs of the piece before it and the step's position.
+#: Computes the inputs of one step, each (1, *shape), from the previous piece's outputs and the step's position.
 Feed = Callable[[Tensors, int], Tensors]
-#: Time steps that have run: their inputs and outputs.
+#: Inputs and outputs of time steps that have run.
 Piece = tuple[Tensors, Tensors]
 
 
 class Rollout(Chunk):
-    """`length` time steps, of which only the first are given.
+    """`length` time steps, where the request gives only the first ones.
 
-    inputs: what a retry is recognised by, the digest of the request. given: the first time steps. ran: the pieces that
-    have run, but the last, whose outputs come with the reply. begun: the inputs of the last piece that has begun.
-    followers: called after each of `ran`.
+    Attributes:
+        inputs: The digest of the request, by which a retry is recognised.
+        given: The first time steps.
+        ran: Completed pieces, except the last, which comes with the reply.
+        begun: Inputs of the last piece that has begun.
+        followers: Called after each piece is added to `ran`.
 
     Args:
-        digest: of the request, (n,) uint8 with n > 1.
-        given: inputs, each (T, *shape).
-        feed: makes the inputs of the others. If it raises UnrollError, the rollout fails.
-        session, state_row: as of a chunk; without a session the rollout runs on the state row alone.
+        digest: Digest of the request, (n,) uint8 with n > 1.
+        given: Inputs, each (T, *shape).
+        length: Time steps in total.
+        feed: Computes the inputs of the other steps. If it raises UnrollError, the rollout fails.
+        position: Position of the first step.
+        session: None to run on `state_row` only.
+        state_row: See `Chunk`.
     """
 
     keeps_workspace = True
@@ -56,16 +62,16 @@ class Rollout(Chunk):
         self.ran: list[Piece] = []
         self.followers: list[Callable[[], None]] = []
         self.counters: Counters | None = None
-        self._ready = given  # inputs of steps that have not run
+        self._ready = given  # inputs of the next steps
         self.begun: Tensors = ()
 
     @property
     def steps_ready(self) -> int:
-        """Time steps whose inputs are known and that have not run."""
+        """How many of the next time steps have inputs."""
         return len(self._ready[0])
 
     def take_inputs(self, steps: int) -> Tensors:
-        """The inputs of the next piece, which runs now."""
+        """Take the inputs of the next piece, which is about to run."""
         self.begun = tuple([array[:steps] for array in self._ready])
         return self.begun
 
@@ -91,7 +97,7 @@ class Rollout(Chunk):
 
 
 class Rollouts:
-    """The rollouts of a model that have not ended. Each keeps an arena row, of which long chunks need some, too."""
+    """Limits a model's running rollouts. Each occupies a workspace, and long chunks need workspaces, too."""
 
     def __init__(self, limits: SchedulerLimits, counters: Counters) -> None:
         self._most = max(1, limits.max_batch // 2)

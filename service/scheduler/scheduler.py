@@ -1,23 +1,24 @@
-"""Decides which steps run next. Synchronous, without I/O and without a clock: it is given `now` and returns work.
+"""The scheduler decides which steps run next. It is synchronous and has neither I/O nor a clock: `now` is an argument.
 
-A turn of the loop is:
+One turn of the loop:
 
-    actions, batch = scheduler.next_turn(now)        # what to do, decided here
-    outputs, failed = engine.run(batch)              # done elsewhere
-    scheduler.complete(batch, outputs, failed, now)  # answered here
+    actions, batch = scheduler.next_turn(now)        # decide
+    outputs, failed = engine.run(batch)              # run
+    scheduler.complete(batch, outputs, failed, now)  # answer
 
-Rules, and the files that hold them:
+Rules, and the files that implement them:
 
-- Nothing waits without bound: beyond `max_queue` chunks, or if the deadline cannot be met, work is refused at once
+- Waiting is bounded: beyond `max_queue` chunks, or if the deadline cannot be met, work is refused immediately
   (`admission.py`).
-- A session has at most one chunk in a batch, and its chunks run in the order of arrival (`session_queue.py`).
-- Long work does not keep short work waiting: long chunks run in pieces (`lanes.py`).
-- A chunk is completed, fails or is cancelled (`completion.py`). It counts as applied once its last piece is done, or
-  once the store has it, if the session is durable. Until then the session does not change.
-- The steps of one frame are one group (`groups.py`), and a group that comes again is a cohort (`cohorts.py`).
-- A retry gets the reply of the first time (`replay.py`); a session that is gone, its reason (`closed_sessions.py`).
-- The copy of a durable session here is enough to accept a new chunk, because its commit checks the copy. An error or a
-  stored reply needs a session that was just verified with the store, else it is `NeedsStoreLookup`.
+- A session has at most one chunk in a batch, and its chunks run in order of arrival (`session_queue.py`).
+- Long work does not block short work: long chunks run in pieces (`lanes.py`).
+- A chunk completes, fails or is cancelled (`completion.py`). It is applied after its last piece and, if the session is
+  durable, after its commit. Until then the session does not change.
+- The steps of one frame form a group (`groups.py`); sessions that repeatedly step together form a cohort
+  (`cohorts.py`).
+- A retry gets the original reply (`replay.py`); a request to a closed session gets the reason (`closed_sessions.py`).
+- The local copy of a durable session suffices to accept a new chunk, because the commit verifies the copy. An error or
+  a remembered reply requires a session that was just verified with the store; otherwise `NeedsStoreLookup` is raised.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,7 +41,7 @@ from unroll.service.scheduler.commits import Commits
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
-from unroll.service.scheduler.joined_steps import JoinedSteps
+from unroll.service.scheduler.joined_steps import JoinedSteps, OpenGroup
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
@@ -57,11 +58,11 @@ class Scheduler:
     """All sessions of one model on one device, and their work.
 
     Args:
-        is_verified: Was the session of this id looked up in the store for the call that is running?
-        spill: asked to keep a session that is about to be evicted; see `SessionTable`.
+        is_verified: Whether the current call has looked up this session id in the store.
+        spill: Offered each session that is about to be evicted; see `SessionTable`.
 
     Attributes:
-        workspaces: Arena rows of chunks that run in pieces, after those of the sessions.
+        workspaces: Arena rows for chunks that run in pieces; they follow the sessions' rows.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Scheduler:
 
     @property
     def answered_rows(self) -> int:
-        """Rows of the batch whose work is being answered, for listeners; 0 in between."""
+        """Rows of the batch that is being answered, for listeners; 0 in between."""
         return self._completion.batch_rows
 
     @property
@@ -125,16 +126,16 @@ class Scheduler:
         return session
 
     def submit(self, chunk: Chunk, now: float, deadline: float) -> Chunk | Reply:
-        """Queue a chunk; one that has neither a session nor an opening is a stateless sequence.
+        """Queue a chunk. A chunk with neither a session nor an opening is a stateless sequence.
 
         Returns:
-            This chunk. If it is the retry of an accepted chunk: that chunk; of an applied one: the reply.
+            The chunk itself. For a retry: the accepted chunk, or the reply if that chunk was applied.
 
         Raises:
-            SessionError: the session is not open, or the chunk does not belong at its position.
-            Overloaded: there is no room for the chunk, or for the session that it opens.
-            NeedsStoreLookup: the session must be looked up in the store before this can be decided.
-            In each case nothing was changed.
+            SessionError: The session is not open, or the chunk has the wrong position.
+            Overloaded: There is no room for the chunk, or for the session that it opens.
+            NeedsStoreLookup: The session must first be looked up in the store.
+            In each case nothing has changed.
         """
         chunk.deadline = deadline
         session = chunk.session
@@ -159,7 +160,7 @@ class Scheduler:
         return chunk
 
     def replay_closing(self, session_id: str, chunk: Chunk, now: float) -> Reply | None:
-        """The reply to the chunk that closed a session of that id, if this chunk is its retry."""
+        """The reply to the chunk that closed the session, if `chunk` is a retry."""
         if not chunk.final or not chunk.pinned:
             return None
         reply = self.sessions.closed.reply_to(session_id, chunk.start, chunk.inputs, now)
@@ -168,7 +169,7 @@ class Scheduler:
         return reply
 
     def submit_action(self, session: Session, run: Callable[[Session], object], now: float) -> Action:
-        """Run `run(session)` between batches, after the session's chunks accepted so far.
+        """Run `run(session)` between batches, after the chunks that the session has accepted so far.
 
         Raises SessionError if the session is not open.
         """
@@ -178,13 +179,13 @@ class Scheduler:
         return action
 
     def set_retry_depth(self, session: Session, depth: int) -> None:
-        """From now on the session's last `depth` chunks can be retried."""
+        """Keep the session's last `depth` chunks for retries."""
         self.replay.set_depth(self.sessions.detach_from_cohort(session), depth)
 
     def adopt(self, session_id: str, record: Record, now: float) -> Session:
-        """Take in a session as it was stored. It replaces the copy that is here, which must be idle.
+        """Load a session from its record, replacing the local copy, which must be idle.
 
-        The caller writes the record's state row, if it has one, into the arena row `slot`. Raises CapacityExhausted.
+        The caller writes the record's state row, if there is one, to the session's `slot`. Raises CapacityExhausted.
         """
         session = self.sessions.get_detached(session_id, now)
         if session is not None and session.origin != record.origin:
@@ -198,7 +199,7 @@ class Scheduler:
         return session
 
     def close(self, session: Session, now: float) -> None:
-        """Close at once: what waits fails with `session_closed`, what runs is completed and answered.
+        """Close a session. Waiting work fails with `session_closed`; running work is completed and answered.
 
         Raises SessionError if the session is not open.
         """
@@ -207,19 +208,19 @@ class Scheduler:
         self.joined.refuse(session, SessionClosed(f"session {shown(session.id)!r} was closed"), now)
 
     def restart(self, session: Session, now: float) -> None:
-        """Close a session because its client began another under the same id; counted."""
+        """Close a session because its client opened another under the same id; counted as a restart."""
         self.counters.restarted += 1
         self.close(session, now)
 
     def cancel(self, chunk: Chunk, now: float) -> None:
-        """The client went away: drop the chunk, unless the batch that completes it is running."""
+        """Cancel the chunk of a client that disconnected, unless the running batch completes it."""
         if chunk.outcome is None:
-            self._completion.cancel(chunk, Cancelled("the client went away"), now)
+            self._completion.cancel(chunk, Cancelled("the client disconnected"), now)
 
     # ── one turn ─────────────────────────────────────────────────────────────────────────────────
 
     def next_turn(self, now: float) -> tuple[list[Action], Batch]:
-        """The actions to run first, then the batch, which is empty when nothing waits."""
+        """The actions to run first, and the batch, which is empty if nothing is waiting."""
         self.sessions.expire(now)
         if self.joined.group is not None:
             self.joined.close(now)
@@ -230,7 +231,7 @@ class Scheduler:
         return actions, batch
 
     def complete_action(self, action: Action, outcome: object, now: float) -> None:
-        """Answer an action that has run; the session's next work becomes ready."""
+        """Answer an action that has run, and activate the session's next work."""
         action.answer(outcome)
         self._queues.advance(action.session, now)
         self._completion.renumber(action.session, now)
@@ -246,12 +247,12 @@ class Scheduler:
         """Answer the work of a batch that has run.
 
         Args:
-            outputs: each (rows, longest, *shape), or (rows, *shape) without time.
-            failed: the errors of the rows that failed.
-            seconds: how long the batch took, for the estimate of waiting times.
+            outputs: Each (rows, longest, *shape), or (rows, *shape) without time.
+            failed: Errors by row.
+            seconds: Duration of the batch, used to estimate waiting times.
 
         Returns:
-            What must be put into the store, to be followed by `Commits.complete`; until then its sessions are busy.
+            Work to commit to the store. Its sessions stay busy until `Commits.complete`.
         """
         steps, longest = batch.steps, batch.longest
         self._completion.batch_rows = batch.rows
@@ -268,12 +269,7 @@ class Scheduler:
             if isinstance(work, Group):
                 end = row + len(work.sessions)
                 errors = {i - row: failed[i] for i in range(row, end) if i in failed} if failed else {}
-                own = tuple([array[row:end] for array in outputs])
-                self._admission.waiting_steps -= (end - row) * work.length
-                if work.is_durable and len(errors) < end - row:
-                    self._completion.commits.append((work, own, errors))
-                else:
-                    self.groups.complete(work, own, errors, now)
+                self.groups.take_in(work, tuple([array[row:end] for array in outputs]), errors, now)
                 row = end
                 continue
             if row in failed:
@@ -288,11 +284,11 @@ class Scheduler:
         return self._completion.take_commits() if self._completion.commits else []
 
     def estimated_wait(self) -> float:
-        """Seconds until work accepted now would begin, from the pace seen lately."""
+        """Seconds until work accepted now would begin, at the current pace."""
         return self._admission.estimated_wait()
 
     def check_room(self, now: float, deadline: float, session_id: str) -> None:
-        """Check that a chunk that opens a session of that id would be accepted now.
+        """Check that a chunk that opens this session would be accepted now.
 
         Raises QueueFull, DeadlineUnreachable or CapacityExhausted.
         """
@@ -300,7 +296,7 @@ class Scheduler:
         self._admission.check(now, deadline, tenant_of(session_id) or 0, patient=False)
 
     def _open_with(self, chunk: Chunk, opening: Opening, now: float) -> Session:
-        """Open the chunk's session; raises SessionGone for a late duplicate of a chunk that opened one."""
+        """Open the chunk's session. Raises SessionGone for a late duplicate of a chunk that opened one before."""
         session_id, origin = opening.session_id, opening.origin
         digest = payload_digest(chunk.inputs) if chunk.pinned and chunk.start == 0 else b""
         if digest and self.sessions.closed.was_opened_with(session_id, digest, now):
@@ -313,9 +309,9 @@ class Scheduler:
         return session
 
     def _recognise(self, session: Session, chunk: Chunk) -> Chunk | Reply:
-        """Answer a chunk that does not begin where the session is: it is a retry, or it raises a SessionError.
+        """Answer a chunk at another position than the session's: replay a retry, else raise a SessionError.
 
-        Raises NeedsStoreLookup instead, unless this copy of the session is certain to be the store's.
+        Raises NeedsStoreLookup instead, unless the local copy of the session is verified.
         """
         certain = session.durable is None or self._is_verified(session.id)
         try:
@@ -330,16 +326,18 @@ class Scheduler:
         return known
 
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
-        """Is the work answered already, or does it fail now because its deadline has passed?"""
-        if isinstance(work, Group):
-            if now >= work.deadline:
+        """Whether the work has been answered. Work past its deadline fails here."""
+        if now >= work.deadline:
+            if isinstance(work, OpenGroup):
+                self.joined.end_late(work, _late(), now)
+            elif isinstance(work, Group):
                 self.groups.fail(work, _late(), now)
-        elif work.is_new and now >= work.deadline:
-            self._completion.fail(work, _late(), now)
+            elif work.is_new:
+                self._completion.fail(work, _late(), now)
         return work.outcome is not None
 
     def check_invariants(self) -> None:
-        """Raises AssertionError if the records contradict each other. Meant for a moment when no batch runs."""
+        """Raises AssertionError if the data structures are inconsistent. Call it only while no batch is running."""
         self.sessions.check_invariants()
         self.replay.check_invariants(self.sessions.everyone)
         self._lanes.check_invariants()
@@ -358,4 +356,4 @@ class Scheduler:
 
 
 def _late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the work was begun")
+    return DeadlineExceeded("the deadline passed before the work started")

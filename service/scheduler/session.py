@@ -1,4 +1,4 @@
-"""The records of sessions: one session, and a cohort of sessions that step together. The rules are in other files."""
+"""Sessions and cohorts as data. The rules are in other files."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,15 +12,15 @@ from unroll.service.scheduler.recency import Used
 from unroll.service.scheduler.reply import AppliedChunk
 from unroll.service.store.record import Origin
 
-#: Whom work is for, where several compete: a tenant, without keys the number of a stream, or 0: HTTP without keys.
+#: The unit of fairness between clients: a tenant; without keys, the number of a stream, or 0 for HTTP.
 Owner = str | int
 
 
 class Work:
-    """What is accepted for a session, or for several of them: a chunk, a group or an action.
+    """Accepted work of one or several sessions: a chunk, a group or an action.
 
-    length: time steps of each session; 0 for an action. outcome: None until the work is done. owner: looked at only
-    where work must wait.
+    length: time steps per session; 0 for an action. outcome: None until the work is done. owner: read only when work
+    has to wait.
     """
 
     __slots__ = ()
@@ -38,19 +38,19 @@ class Work:
 
     @property
     def row_count(self) -> int:
-        """Rows of a batch that it takes."""
+        """Rows that it occupies in a batch."""
         return 1
 
 
 class Life(StrEnum):
-    """The states of a session; the session table has the transitions. An OPEN session without `active` work is idle."""
+    """States of a session. An OPEN session without `active` work is idle. `session_table.py` has the transitions."""
 
     OPEN = "open"
     LEAVING = "leaving"
     GONE = "gone"
 
 
-#: A member by itself, for code that runs for every row: on Python 3.11, `Life.OPEN` calls a function.
+#: For code that runs once per row: on Python 3.11, `Life.OPEN` calls a function.
 OPEN: Final = Life.OPEN
 
 
@@ -58,8 +58,10 @@ OPEN: Final = Life.OPEN
 class Durable:
     """The link between a session and its record in the store.
 
-    origin: the session's origin as bytes. token: of the commit that the next commit must follow; empty: none yet.
-    stale: the store may have another state, so the session must be looked up before it is used again.
+    Attributes:
+        origin: The session's serialised origin.
+        token: Token of the last commit, which the next commit must name; empty before the first.
+        stale: The store may have another state, so the session must be looked up before its next use.
     """
 
     origin: bytes
@@ -69,10 +71,14 @@ class Durable:
 
 @dataclass(slots=True, eq=False)
 class Progress:
-    """How far a session is, and its work.
+    """A session's position and its queue.
 
-    position: steps consumed. expected: the position once all accepted work is done. last_used: when it last rested.
-    active: the work that runs or is ready. pending: the work after that, None if there is none.
+    Attributes:
+        position: Steps consumed.
+        expected: Position after all accepted work.
+        last_used: When the session last became idle.
+        active: Work that is running or ready.
+        pending: Work queued behind `active`; None if there is none.
     """
 
     position: int
@@ -82,23 +88,26 @@ class Progress:
     pending: list[Work] | None = None
 
     def queue(self) -> list[Work]:
-        """The accepted work, in the order it will run."""
+        """The accepted work, in execution order."""
         work = [] if self.active is None else [self.active]
         return [item for item in [*work, *(self.pending or ())] if item.outcome is None]
 
 
 @dataclass(slots=True, eq=False)
 class Session(Used):
-    """One client's stream.
+    """One client's session.
 
-    slot: its row in the arena. source: the row its next chunk reads; the initial row until the first chunk is applied.
-    progress: its own; None while it is part of `cohort`, which has one for all of its sessions.
-    depth: how many chunks its client may have in flight on a stream, and so how many of its last chunks can be retried.
-    applied: those chunks, latest last; None: the last was a single step, the depth is 1, and the replay cache has the
-    step in its table.
-    opened_with: digest of the request that opened it at position 0, so that its late duplicate opens no other session.
-    origin: the first part of its record, once it has one. durable: the link to the store; None: a memory session.
-    stream: the number of the stream that it was last bound to; 0: none yet.
+    Attributes:
+        slot: Its row in the arena.
+        source: The row that its next chunk reads: the initial row until the first chunk is applied, then `slot`.
+        progress: None while the session is in a `cohort`, which tracks progress for all its sessions.
+        depth: How many chunks a stream may have in flight for the session, and so how many are kept for retries.
+        applied: The kept chunks, latest last. None if `depth` is 1 and the last chunk was a single step, which the
+            replay cache has in its table.
+        opened_with: Digest of the request that opened it at position 0. A late duplicate must not open it again.
+        origin: The first part of the record, once there is one.
+        durable: The link to the store; None for a memory session.
+        stream: Number of the stream that it was last bound to; 0 if none.
     """
 
     id: str
@@ -120,7 +129,7 @@ class Session(Used):
 
     @property
     def own_progress(self) -> Progress:
-        """Raises RuntimeError while a cohort has it: no stale position can be read. `detach_from_cohort` first."""
+        """Raises RuntimeError while the session is in a cohort, where its progress is stale; detach it first."""
         if self.progress is None:
             raise RuntimeError(f"{self!r} has no progress of its own")
         return self.progress
@@ -128,10 +137,6 @@ class Session(Used):
     @property
     def position(self) -> int:
         return self.own_progress.position
-
-    @position.setter
-    def position(self, position: int) -> None:
-        self.own_progress.position = position
 
     @property
     def expected(self) -> int:
@@ -154,12 +159,17 @@ class Session(Used):
 
 @dataclass(slots=True, eq=False)
 class Cohort(Used):
-    """Open sessions that take single steps together, time after time: one record instead of one for each of them.
+    """Open sessions that repeatedly take single steps together, tracked as one.
 
-    slots: their rows in the arena, which hold their states. positions: steps consumed, uint64. active: the step that
-    runs or waits; the sessions have no other work. last: inputs and outputs of the step before, which go to the step
-    table when the cohort is dissolved; None if they are there already. formed: false once the cohort is dissolved.
-    The other fields of each session stay as they were when the cohort was formed.
+    The sessions' other fields stay as they were when the cohort was formed.
+
+    Attributes:
+        slots: Their rows in the arena.
+        positions: Steps consumed by each, uint64.
+        active: The step that is running or waiting; the sessions have no other work.
+        last: Inputs and outputs of the last step, which go to the step table when the cohort is dissolved; None if they
+            are there already.
+        formed: False once the cohort is dissolved.
     """
 
     sessions: list[Session]

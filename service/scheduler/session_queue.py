@@ -1,4 +1,4 @@
-"""The queue of each session: its work runs one piece at a time, in the order of arrival."""
+"""Per-session queues: a session's work runs one item at a time, in order of arrival."""
 
 from collections import deque
 
@@ -10,9 +10,9 @@ from unroll.service.scheduler.session_table import SessionTable
 
 
 class SessionQueues:
-    """Decides which work of a session is active: ready or running. The rest is pending.
+    """Decides which work of a session is active, that is ready or running. The rest is pending.
 
-    actions: those that are ready; chunks and groups that are ready wait in the lanes.
+    actions: ready actions; ready chunks and groups wait in the lanes.
     """
 
     def __init__(self, lanes: Lanes, sessions: SessionTable) -> None:
@@ -34,7 +34,7 @@ class SessionQueues:
             progress.pending.append(work)
 
     def advance(self, session: Session, now: float) -> None:
-        """The session's active work is done: the next that is still wanted becomes active, or the session rests."""
+        """After the active work is done, activate the next that is still wanted, or make the session idle."""
         progress = session.progress
         if progress is not None and progress.pending is not None:
             while progress.pending:
@@ -47,10 +47,10 @@ class SessionQueues:
         self._sessions.rest(session, now)
 
     def renumber(self, session: Session) -> list[tuple[Chunk, PositionGap]]:
-        """Give the accepted chunks new positions, because one that they counted on was not applied.
+        """Assign new positions to the accepted chunks, because an earlier one was not applied.
 
         Returns:
-            The chunks that insist on their old position, with the error that they fail with.
+            The chunks that are pinned to their old position, with the error to fail each with.
         """
         misplaced = []
         progress = session.own_progress
@@ -67,7 +67,7 @@ class SessionQueues:
         return misplaced
 
     def take_actions(self) -> list[Action]:
-        """The actions that are ready and still wanted; they are the caller's now."""
+        """Remove and return the ready actions that are still wanted."""
         actions = [action for action in self.actions if action.outcome is None]
         self.actions.clear()
         return actions

@@ -1,14 +1,14 @@
-"""The session table: the open sessions, and the arena row of each.
+"""The session table: open sessions and their arena rows.
 
 The life of a session:
 
-- An OPEN session is idle, or has work: one piece of it is active, the rest is pending.
-- Only an idle session expires or is evicted, so that no accepted work is lost to either.
-- A session can be closed in any state. Waiting work fails with `session_closed`; running work is completed first, while
-  the session is LEAVING.
+- An OPEN session is idle or has work: one item is active, the rest is pending.
+- Only idle sessions expire or are evicted, so neither loses accepted work.
+- A session can be closed in any state. Waiting work fails with `session_closed`. Running work completes first; until
+  then the session is LEAVING.
 - A session that is GONE leaves a tombstone, see `closed_sessions.py`.
-- A durable session here is a copy: when it expires or is evicted, only the copy goes, without a tombstone.
-- Idle sessions can form a cohort, see `cohorts.py`. A session that is looked up for work is detached from its cohort.
+- A durable session here is a copy. When it expires or is evicted, the copy is dropped without a tombstone.
+- Idle sessions can form a cohort, see `cohorts.py`. Looking up a session for work detaches it from its cohort.
 
 A transition that is not in the table raises and changes nothing.
 """
@@ -36,7 +36,7 @@ from unroll.service.scheduler.session import OPEN, Cohort, Durable, Life, Progre
 from unroll.service.state.slots import INITIAL, Slots
 from unroll.service.store.record import Origin
 
-#: Sessions that are looked at to find one that can give up its row.
+#: How many sessions to examine for one that can give up its row.
 _MOST_LOOKED_AT = 1000
 
 TRANSITIONS = {
@@ -50,9 +50,11 @@ class SessionTable:
     """The open sessions of a model on a device.
 
     Args:
-        on_gone: called with the cause for each session that expires or is evicted.
-        spill: called with each memory session that is about to be evicted, and whether room may be made for it at the
-            cost of its tenant's other sessions; true if it keeps the session elsewhere.
+        on_gone: Called with the cause for each session that expires or is evicted.
+        on_dissolved: Called with each cohort that is dissolved.
+        spill: Called with each memory session that is about to be evicted, and whether its tenant's other sessions may
+            be discarded to make room for it. Returns true if it keeps the session elsewhere.
+        on_end: Called with each session that ends.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class SessionTable:
         self._spill = spill
         self._on_end = on_end
         self._live: dict[str, Session] = {}
-        self._recency: Recency[Session | Cohort] = Recency()  # of the open ones, alone or in a cohort
+        self._recency: Recency[Session | Cohort] = Recency()  # open sessions and cohorts
         self._leaving: set[Session] = set()
         self.cohorts = Cohorts(self._recency, on_dissolved)
         self.closed = ClosedSessions(limits)
@@ -80,7 +82,7 @@ class SessionTable:
         return len(self._live)
 
     def __iter__(self) -> Iterator[Session]:
-        """Least recently used first. Those in a cohort stay there: detach a session before reading its position."""
+        """Least recently used first. Cohorts stay intact, so detach a session before reading its position."""
         for entry in self._recency:
             yield from entry.sessions if isinstance(entry, Cohort) else (entry,)
 
@@ -88,7 +90,7 @@ class SessionTable:
         return session_id in self._live
 
     def get(self, session_id: str) -> Session | None:
-        """The open session of that id as it is: in its cohort, or idle for too long and not looked at since."""
+        """The open session as it is: possibly in a cohort, possibly past its idle timeout."""
         return self._live.get(session_id)
 
     def __repr__(self) -> str:
@@ -100,13 +102,13 @@ class SessionTable:
         """Open a session.
 
         Args:
-            position: steps consumed elsewhere.
-            origin: of a session that has a record, or will have one.
-            token: of its last commit, if there was one.
+            position: Steps that it has already consumed elsewhere.
+            origin: For a session that has a record or will have one.
+            token: Token of the last commit, if there was one.
 
         Raises:
-            SessionExists: a session of that id is open.
-            CapacityExhausted: every row is taken by a session with work.
+            SessionExists: A session with this id is open.
+            CapacityExhausted: Every row belongs to a session with work.
         """
         self.expire(now)
         if (living := self._live.get(session_id)) is not None:
@@ -130,16 +132,16 @@ class SessionTable:
         return [*self._live.values(), *self._leaving]
 
     def check_room(self) -> None:
-        """Raises CapacityExhausted if no session could be opened now."""
+        """Raises CapacityExhausted if no session can be opened now."""
         if self.slots.taken == self.slots.count and all(entry.active is not None for entry in self._recency):
             raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
 
     def find_detached(self, session_id: str, now: float) -> Session:
-        """The open session of that id, detached from its cohort.
+        """The open session with this id, detached from its cohort.
 
         Raises:
-            SessionUnknown: it was never open here.
-            SessionGone: one of the subclasses, which says what became of it.
+            SessionUnknown: It was never open here.
+            SessionGone: The subclass says why it ended.
         """
         session = self.get_detached(session_id, now)
         if session is None:
@@ -147,7 +149,7 @@ class SessionTable:
         return session
 
     def get_detached(self, session_id: str, now: float) -> Session | None:
-        """The open session of that id, detached from its cohort; None if there is none."""
+        """The open session with this id, detached from its cohort; None if there is none."""
         session = self._live.get(session_id)
         if session is None:
             return None
@@ -158,21 +160,21 @@ class SessionTable:
         return session
 
     def require_open(self, session: Session, now: float) -> Progress:
-        """The session's own progress; detached from its cohort.
+        """Detach the session from its cohort, and return its progress.
 
         Raises:
-            SessionUnknown, SessionGone: the session is not open any more, and this is what became of it.
+            SessionUnknown, SessionGone: The session is no longer open.
         """
         progress = session.progress or self.cohorts.detach(session)
         if session.life is OPEN and (now - progress.last_used < self._idle_timeout or progress.active is not None):
             return progress
         self.expire(now)
         if session.id in self._live:
-            raise SessionClosed(f"session {shown(session.id)!r} was closed; another of that id was opened since")
+            raise SessionClosed(f"session {shown(session.id)!r} was closed; its id now belongs to another session")
         raise self.closed.error(session.id, now)
 
     def detach_from_cohort(self, session: Session) -> Session:
-        """The session with its own progress; the cohort it is part of is dissolved for that."""
+        """Return the session with its own progress, dissolving its cohort if it is in one."""
         self.cohorts.detach(session)
         return session
 
@@ -184,16 +186,16 @@ class SessionTable:
         opened_with: bytes,
         last: AppliedChunk | None = None,
     ) -> None:
-        """Remember a session that ended somewhere else, unless one of that id lives here."""
+        """Add a tombstone for a session that ended elsewhere, unless one with this id is open here."""
         if session_id not in self._live:
             self.closed.add(session_id, cause, now, opened_with, last)
 
     def merge_closed(self, other: "SessionTable") -> None:
-        """Remember what became of the sessions of another table, which is being dropped."""
+        """Take over the tombstones of another table, which is being dropped."""
         self.closed.merge(other.closed, self._live)
 
     def advance(self, session: Session, event: str) -> None:
-        """Follow the transition table; raises KeyError if the event is illegal in the session's state."""
+        """Apply a transition. Raises KeyError if the session's state does not permit it."""
         session.life = TRANSITIONS[session.life, event]
         if session.life is Life.GONE:
             self._on_end(session)
@@ -202,7 +204,7 @@ class SessionTable:
                 self.slots.give_back(session.slot)
 
     def rest(self, session: Session, now: float) -> None:
-        """The session's work is done: its idle time begins, and it becomes the last to be evicted."""
+        """Make the session idle: its idle time begins, and it becomes the most recently used."""
         progress = session.progress
         assert progress is not None
         progress.active = None
@@ -218,19 +220,19 @@ class SessionTable:
         """Close a session.
 
         Args:
-            last: the chunk that closed it, if its retry must be answered.
-            running: its work runs and is completed first.
+            last: The chunk that closed it, if retries must be answered.
+            running: The session has running work, which completes first.
         """
         self._take_out(session, "leave" if running else "end")
         self.closed.add(session.id, SessionClosed, now, session.opened_with, last)
 
     def expire(self, now: float) -> None:
-        """Remove every session that was idle for the idle timeout."""
+        """Remove every session past its idle timeout."""
         while (oldest := self._recency.oldest) is not None:
             progress = oldest if isinstance(oldest, Cohort) else oldest.own_progress
             if now - progress.last_used < self._idle_timeout:
                 return
-            if progress.active is not None:  # its idle time has not begun
+            if progress.active is not None:  # it is not idle
                 progress.last_used = now
                 self._recency.touch(oldest)
             elif isinstance(oldest, Cohort):
@@ -241,11 +243,14 @@ class SessionTable:
                 self._lose(oldest, SessionExpired, now)
 
     def drop(self, session: Session) -> None:
-        """Remove a session that is somewhere else now, without a tombstone."""
+        """Remove a session that is kept elsewhere, without a tombstone."""
         self._take_out(session, "end")
 
     def _evict_one(self, tenant: str, now: float) -> None:
-        """Take a row from the least recently used idle session. One of another tenant loses nothing but its row."""
+        """Free the row of the least recently used idle session.
+
+        Another tenant's session may lose its row, but not its state.
+        """
         others_fit = True
         for entry in islice(self._recency, _MOST_LOOKED_AT):
             first = entry.sessions[0] if isinstance(entry, Cohort) else entry
@@ -260,8 +265,8 @@ class SessionTable:
                 self._lose(session, SessionEvicted, now)
                 return
             others_fit = False
-        whose = " or are of other tenants" if tenant else ""
-        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{whose}")
+        reason = " or belong to other tenants" if tenant else ""
+        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{reason}")
 
     def _lose(self, session: Session, cause: type[SessionGone], now: float) -> None:
         self._take_out(session, "end")

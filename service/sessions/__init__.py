@@ -1,1 +1,1 @@
-"""Where sessions are: on a served version, in host memory without a row, or in the store."""
+"""Session locations: on a served version, in host memory without a row, or in the store."""

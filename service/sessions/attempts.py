@@ -1,4 +1,4 @@
-"""Repeats a call whose session must first be looked up in the store, or was updated by another replica."""
+"""Repeats a call after a store lookup of its session, or after another replica updated the session."""
 
 from collections.abc import Callable
 
@@ -6,16 +6,16 @@ from unroll.service.core.errors import NeedsStoreLookup, SessionContended, Unrol
 from unroll.service.core.session_ids import shown
 from unroll.service.sessions.in_memory import MemorySessions
 
-#: How often one call begins again before it fails with `session_contended`.
+#: Times that a call starts again, and store lookups per call, before it fails with `session_contended`.
 ATTEMPTS = 8
 
 
 class Attempts:
-    """Calls `begin` until its session needs no further lookup. Calls for one session wait in the order they came.
+    """Calls `begin` until its session needs no further lookup. Calls for one session keep their order.
 
     Args:
-        begin: Begins the work; may raise NeedsStoreLookup.
-        fail: Called with the error if the session cannot be looked up.
+        begin: Starts the work; may raise NeedsStoreLookup.
+        fail: Called with the error if the lookup fails.
     """
 
     __slots__ = ("_begin", "_fail", "_left", "_lookups", "_name", "_sessions")
@@ -36,9 +36,9 @@ class Attempts:
             self.look_up(needed.session_id)
 
     def again(self) -> bool:
-        """Begin again because a commit was refused; False if that was done too often.
+        """Start again after a commit was refused; False after too many attempts.
 
-        Most often the refusal brought the record along; if it did not, the copy is stale, and is looked up first.
+        Usually the refusal brought the record. Otherwise the copy is stale, and `begin` raises NeedsStoreLookup.
         """
         if not self._left:
             return False

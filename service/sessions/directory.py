@@ -1,4 +1,4 @@
-"""Finds the version that a session lives on, or the one to ask about a session that ended."""
+"""Finds the version that serves a session, or that knows how the session ended."""
 
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import ModelChanged, SessionExists
@@ -16,8 +16,8 @@ class SessionDirectory:
     """The sessions of this process: those with a row on a served version, and the spilled ones.
 
     Attributes:
-        stranded: Model, id and record of the session that was just looked up in the store, or what is left of it, if
-            the version it began on is not here. Such a session can be closed or replaced, and nothing else.
+        stranded: Model, id and record (or tombstone) of the session that was just looked up in the store, if its
+            version is not here. Such a session can only be closed or replaced.
     """
 
     def __init__(self, versions: ModelVersions, spilled: SpilledSessions, clock: Clock) -> None:
@@ -27,14 +27,14 @@ class SessionDirectory:
         self.stranded: tuple[str, str, Record | Gone] | None = None
 
     def find_stranded(self, name: str, session_id: str) -> Record | None:
-        """The open session, if the version it began on is not here."""
+        """The open session, if its version is not here."""
         found = self._stranded(name, session_id)
         return found if isinstance(found, Record) else self.spilled.find_stranded(name, session_id)
 
     def check_closing_chunk(self, name: str, session_id: str, chunk: Chunk) -> None:
-        """Raise the error of `ModelVersions.home` if this chunk closed a session whose version is not here.
+        """Raise the error of `ModelVersions.home` if this chunk closed a session of a version that is not here.
 
-        Its reply is kept in that version's form.
+        Only that version can read the kept reply.
         """
         gone = self._stranded(name, session_id)
         if not isinstance(gone, Gone):
@@ -49,7 +49,7 @@ class SessionDirectory:
         return self.stranded[2]
 
     def living(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
-        """The session and its version, if it lives here; a spilled session gets a row again."""
+        """The session and its version, if it is here. A spilled session gets a row again."""
         now = self._clock.now()
         for model in self.versions.of(name):
             if (session := model.scheduler.sessions.get_detached(session_id, now)) is not None:
@@ -57,20 +57,22 @@ class SessionDirectory:
         return self.spilled.bring_back(name, session_id)
 
     def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
-        """The session and its version; for a session that ended, the version it ended on last, and else the version
-        that takes new sessions.
+        """The session and its version.
+
+        Returns:
+            Without an open session: the version on which it ended last, otherwise the one for new sessions; and None.
 
         Raises:
             ModelUnknown: There is no such model or version.
-            ModelChanged: The session lives on another version than the requested one, or on a retired one.
-            VersionUnavailable: It lives on a version that is not here.
+            ModelChanged: The session's version is not the requested one, or is retired.
+            VersionUnavailable: The session's version is not here.
         """
         return self.owner_of(self.living(name, session_id), name, version, session_id)
 
     def owner_of(
         self, living: tuple[ServedModel, Session] | None, name: str, version: str | None, session_id: str
     ) -> tuple[ServedModel, Session | None]:
-        """`owner`, for a caller that has the result of `living`."""
+        """Like `owner`, for a caller that already has the result of `living`."""
         if living is not None:
             served = living[0]
             if version not in (None, served.version):
@@ -91,8 +93,8 @@ class SessionDirectory:
 
         Raises:
             ModelUnknown: There is no such model or version.
-            ModelChanged: The session lives on another version than the requested one.
-            SessionError: It is not here; the class says what became of it.
+            ModelChanged: The session's version is not the requested one.
+            SessionError: The session is not here; the class says why.
         """
         served, session = self.owner(name, version, session_id)
         if session is None:
@@ -100,7 +102,7 @@ class SessionDirectory:
         return served, session
 
     def check_free(self, name: str, session_id: str) -> None:
-        """Raises SessionExists if a session of that id is open."""
+        """Raises SessionExists if a session with this id is open."""
         if (living := self.living(name, session_id)) is not None:
             raise SessionExists(f"session {shown(session_id)!r} is open", position=living[1].position)
         if (stranded := self.find_stranded(name, session_id)) is not None:

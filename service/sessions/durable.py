@@ -1,13 +1,14 @@
-"""Durable sessions: loads them from the store on demand, and writes to the store what is not a step.
+"""Durable sessions: loads them from the store on demand, and writes all changes other than steps to the store.
 
-A request for a session that is not here, or whose copy here may be stale, waits for a lookup in the store and is then
-handled again. Lookups of one turn of the event loop go together. Requests for one session wait in the order of their
-arrival. While such a request is handled, its session is verified (`is_verified`): the copy here, or the absence of one,
-is what the store has. A request that came after the lookup was sent is handled then, too, but nothing is verified for
-it: the store may have been asked before another replica answered its client.
+A request for a session that is not here, or has a copy here that may be stale, waits for a store lookup and is then
+handled again. The lookups of one turn of the event loop share an exchange. Requests for one session keep their order.
+While such a request is handled, its session is verified (`is_verified`): the local copy, or its absence, matches the
+store. A request that arrived after its lookup was sent is handled too, but unverified: the store may have answered
+before another replica updated the session.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from unroll.service.access.keys import Quota
 from unroll.service.core.errors import (
     NeedsStoreLookup,
     SessionContended,
@@ -22,9 +24,9 @@ from unroll.service.core.errors import (
     SnapshotInvalid,
     UnrollError,
 )
-from unroll.service.core.session_ids import NewId, shown
+from unroll.service.core.session_ids import NewId, shown, tenant_of
 from unroll.service.models.served_model import ServedModel
-from unroll.service.scheduler.session import Progress, Session
+from unroll.service.scheduler.session import Session
 from unroll.service.sessions.attempts import ATTEMPTS, contended
 from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.sessions.in_memory import MemorySessions, OnVerified
@@ -36,20 +38,20 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
-#: Of a lookup: what the store has; or why it failed.
+#: Result of a lookup: the store's answer, or why there is none.
 Found = Record | Gone | UnrollError | None
 
-#: Records in doubt that are kept.
+#: Maximum number of records in doubt.
 _MOST_IN_DOUBT = 1000
 
 
 class DurableSessions(MemorySessions):
-    """Sessions of a server with a store, which may have any session of any model; memory sessions are here, too."""
+    """Sessions of a server with a store, including its memory sessions. The store may have any session of any model."""
 
     has_store = True
 
-    def __init__(self, directory: SessionDirectory, store: Store) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: SessionDirectory, store: Store, quota_of: Callable[[str], Quota | None]) -> None:
+        super().__init__(directory, quota_of)
         self.durabilities = (MEMORY, STORED)
         self.store_figures = store.figures
         self._store = store
@@ -57,7 +59,7 @@ class DurableSessions(MemorySessions):
         self._waiting: dict[Key, list[OnVerified]] = {}
         self._looked_up: list[Key] = []  # of them, those whose lookups leave together
         self._verified: Key | None = None
-        #: Records that were being taken when the store did not answer, with the name of the attempt.
+        #: Records whose `take` got no answer from the store, with the attempt's token.
         self._in_doubt: dict[Key, tuple[Record, bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -223,7 +225,7 @@ class DurableSessions(MemorySessions):
     def _adopt_taken(self, key: Key, record: Record) -> None:
         try:
             self._adopt(key, record)
-        except UnrollError:  # it is nowhere else
+        except UnrollError:  # the store no longer has it
             self.directory.spilled.put(key, record)
             raise
 
@@ -239,9 +241,9 @@ class DurableSessions(MemorySessions):
         model.scheduler.counters.adopted += 1
 
     def _drop(self, key: Key, gone: Gone | None) -> Gone | None:
-        """The store has no such session: drop the copy, and remember what the store knows of its end.
+        """Drop the local copy of a session that is not in the store, and add a tombstone if the store has one.
 
-        Returns it if it includes a reply of a version that is not here.
+        Returns the tombstone if it contains a reply of a version that is not here.
         """
         name, session_id = key
         versions = self.directory.versions
@@ -258,13 +260,18 @@ class DurableSessions(MemorySessions):
     async def create(self, served: ServedModel, new: NewId, start: Snapshot | None, durability: str) -> Session:
         if durability == MEMORY:
             return await super().create(served, new, start, durability)
-        key = served.name, new.id
+        key, tenant = (served.name, new.id), tenant_of(new.id)
         await self.verified(served.name, new.requested, lambda: self.directory.check_free(*key))
+        self.refuse_another(tenant)
         served.scheduler.sessions.check_room()
         position, row = (start.position, _bytes(start)) if start is not None else (0, b"")
         record = Record(served.origin(durability), position, row, token=self._tokens.next())
         commit = Commit(key, b"", record.token, record.packed(), begins=True)
-        (error,) = await self._store.commit([commit])
+        self._opening[tenant] += 1
+        try:
+            (error,) = await self._store.commit([commit])
+        finally:
+            self._opening -= Counter((tenant,))
         if isinstance(error, SessionContended):
             await self.verified(*key, lambda: self.directory.check_free(*key))  # raises SessionExists with the position
             raise SessionExists(f"session {shown(new.id)!r} is open")
@@ -278,25 +285,26 @@ class DurableSessions(MemorySessions):
             raise contended(new.id)
         return found[1]  # a lookup was faster
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
-        closed = await super().close(name, version, session_id)
-        if isinstance(closed, Record):
-            return replace(closed, position=await self._close_stored(name, session_id)) if closed.token else closed
-        served, session = closed
-        if session.durable is not None:
-            position, now = await self._close_stored(name, session_id), served.loop.clock.now()
+    async def close(
+        self, name: str, version: str | None, session_id: str
+    ) -> tuple[tuple[ServedModel, Session] | Record, int]:
+        closed, position = await super().close(name, version, session_id)
+        if not (closed.token if isinstance(closed, Record) else closed[1].durable):
+            return closed, position
+        position = await self._close_stored(name, session_id)
+        if not isinstance(closed, Record):
+            served, session = closed
+            now = served.loop.clock.now()
             if served.scheduler.sessions.get_detached(session_id, now) is session:
                 served.scheduler.close(session, now)
-            # A copy: a step that the store applied before the end may not have heard of it yet.
-            session = replace(session, progress=Progress(position, position, now))
-        return served, session
+        return closed, position
 
     async def _close_stored(self, name: str, session_id: str) -> int:
-        """Returns the position that the session was closed at, whichever replica advanced it there."""
+        """Close the session in the store. Returns its final position, which another replica may have reached."""
         position = await self._store.close((name, session_id))
         if position is None:
             await self.verified(name, session_id, lambda: self.directory.find(name, None, session_id))
-            raise contended(session_id)  # another was opened under its id since
+            raise contended(session_id)  # another session has been opened with this id
         return position
 
     def _fork(self, served: ServedModel, session: Session, new: NewId) -> Awaitable[Session]:

@@ -1,12 +1,14 @@
-"""Operations on sessions other than steps, on a server without a store."""
+"""Operations on sessions other than steps, for a server without a store."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-from unroll.service.core.errors import ModelChanged, UnrollError
-from unroll.service.core.session_ids import NewId, shown
+from unroll.service.access.keys import Quota
+from unroll.service.core.errors import ModelChanged, QuotaExceeded, UnrollError
+from unroll.service.core.session_ids import NewId, shown, tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
@@ -20,27 +22,29 @@ T = TypeVar("T")
 
 _HOUSEKEEPING_SECONDS = 5.0
 
-#: Called with None, or with the reason why a session could not be verified.
+#: Called with None, or with the reason why the session could not be verified.
 OnVerified = Callable[[UnrollError | None], None]
 
 
 class MemorySessions:
-    """Sessions that only this process has. Verification never suspends: no other process knows more."""
+    """Sessions that only this process has. Verification never suspends, because no other process has a newer state."""
 
-    #: Whether verification may suspend, since a store may know more.
+    #: Whether verification may suspend for a store lookup.
     has_store = False
-    #: The durabilities that the server itself offers.
+    #: The durabilities that the server supports itself.
     durabilities: tuple[str, ...] = ("memory",)
     #: For metrics; None without a store.
     store_figures: StoreFigures | None = None
 
-    def __init__(self, directory: SessionDirectory) -> None:
+    def __init__(self, directory: SessionDirectory, quota_of: Callable[[str], Quota | None]) -> None:
         self.directory = directory
+        self._quota_of = quota_of
+        self._opening: Counter[str] = Counter()  # sessions on their way to the store, of each tenant
 
     async def start(self) -> None: ...
 
     async def run(self) -> None:
-        """Remove spilled sessions that were idle for too long, until cancelled."""
+        """Periodically remove expired spilled sessions, until cancelled."""
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
             self.directory.spilled.expire()
@@ -54,7 +58,7 @@ class MemorySessions:
     # ── verification ─────────────────────────────────────────────────────────────────────────────
 
     def is_verified(self, name: str, session_id: str) -> bool:
-        """True while a call runs that may rely on the copy of the session here, or on its absence."""
+        """Whether the running call may rely on the local copy of the session, or on its absence."""
         return True
 
     def require_verified(self, name: str, session_id: str) -> None:
@@ -65,7 +69,7 @@ class MemorySessions:
         then(None)
 
     async def verified(self, name: str, session_id: str | None, call: Callable[[], T]) -> T:
-        """`call()` while the session is verified; a moment later it may have lost its row to another session.
+        """Run `call` while the session is verified. Afterwards, the session may lose its row to another.
 
         Raises:
             StoreUnavailable: The session could not be looked up.
@@ -74,7 +78,7 @@ class MemorySessions:
         return call()
 
     def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
-        """See `SessionDirectory.owner`. Raises NeedsStoreLookup if that cannot be known here."""
+        """See `SessionDirectory.owner`. Raises NeedsStoreLookup if only the store knows."""
         return self.directory.owner(name, version, session_id)
 
     # ── operations ───────────────────────────────────────────────────────────────────────────────
@@ -83,7 +87,7 @@ class MemorySessions:
         return await self.verified(name, session_id, partial(self.directory.find, name, version, session_id))
 
     async def origin(self, name: str, session_id: str) -> Origin | None:
-        """The origin of an open session, wherever it runs; None of a memory session that never left its row."""
+        """The origin of an open session, wherever it runs; None for a memory session that never lost its row."""
 
         def look() -> Origin | None:
             stranded = self.directory.find_stranded(name, session_id)
@@ -92,26 +96,38 @@ class MemorySessions:
         return await self.verified(name, session_id, look)
 
     async def create(self, served: ServedModel, new: NewId, start: Snapshot | None, durability: str) -> Session:
-        """A new session.
+        """Open a session.
 
         Args:
-            start: The state to begin from; None for the model's initial state.
+            start: The initial state; None for the model's own.
             durability: One of `durabilities`.
 
         Raises:
-            SessionExists: A session of that id is open.
-            CapacityExhausted: There is no row for it.
+            SessionExists: A session with this id is open.
+            CapacityExhausted: There is no free row.
+            QuotaExceeded: See `refuse_another`.
             StoreUnavailable: The store could not be reached.
         """
 
         def open_here() -> Session:
             self.directory.check_free(served.name, new.id)
+            self.refuse_another(tenant_of(new.id))
             return served.open(new.id, start)
 
         return await self.verified(served.name, new.requested, open_here)
 
+    def refuse_another(self, tenant: str) -> None:
+        """Raises QuotaExceeded if the tenant has reached its limit of sessions. Open the session in the same turn."""
+        quota = self._quota_of(tenant) if tenant else None
+        if quota is None or quota.sessions is None:
+            return
+        tables = [model.scheduler.sessions.of_tenants for model in self.directory.versions]
+        count = sum(table[tenant] for table in (*tables, self.directory.spilled.of_tenants, self._opening))
+        if count >= quota.sessions:
+            raise QuotaExceeded(f"tenant {tenant!r} has reached its limit of {quota.sessions} sessions: close some")
+
     async def fork(self, name: str, version: str | None, session_id: str, new: NewId) -> tuple[ServedModel, Session]:
-        """A second session that continues from the state after the work accepted so far."""
+        """Open a second session that continues from the state after the work accepted so far."""
         return await self._act(name, version, session_id, lambda served, session: self._fork(served, session, new))
 
     async def save(self, name: str, version: str | None, session_id: str) -> Snapshot:
@@ -121,9 +137,9 @@ class MemorySessions:
     async def copy(
         self, name: str, version: str | None, session_id: str, check: Callable[[Session], None]
     ) -> tuple[ServedModel, Snapshot, Tensors | None]:
-        """The state after the work accepted so far, and the outputs of the last chunk, if they are kept.
+        """The state after the work accepted so far, and the outputs of the last chunk, if they were kept.
 
-        check: Raises if the session that is found is not the one that is meant.
+        check: Raises if the session is not the one that the client meant.
         """
 
         def begin(served: ServedModel, session: Session) -> Awaitable[tuple[Snapshot, Tensors | None]]:
@@ -150,7 +166,7 @@ class MemorySessions:
     async def _act(
         self, name: str, version: str | None, session_id: str, begin: Callable[[ServedModel, Session], Awaitable[T]]
     ) -> tuple[ServedModel, T]:
-        """The session's version, and what it comes to that is begun while the session is verified."""
+        """Start an operation while the session is verified. Returns the session's version, and the result."""
 
         def find_and_begin() -> tuple[ServedModel, Awaitable[T]]:
             served, session = self.directory.find(name, version, session_id)
@@ -159,21 +175,26 @@ class MemorySessions:
         served, acting = await self.verified(name, session_id, find_and_begin)
         return served, await acting
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
-        """End a session. Returns its record instead if the version it began on is not here: closing needs no model."""
+    async def close(
+        self, name: str, version: str | None, session_id: str
+    ) -> tuple[tuple[ServedModel, Session] | Record, int]:
+        """Close a session, which needs no model. Returns it and its final position.
 
-        def close_here() -> tuple[ServedModel, Session] | Record:
+        If its version is not here, the record is returned in its place.
+        """
+
+        def close_here() -> tuple[tuple[ServedModel, Session] | Record, int]:
             if (stranded := self._close_stranded(name, version, session_id)) is not None:
-                return stranded
+                return stranded, stranded.position
             served, session = self.directory.find(name, version, session_id)
-            if session.durable is None:  # else the store ends it first
+            if session.durable is None:  # a durable session is closed in the store first
                 served.scheduler.close(session, served.loop.clock.now())
-            return served, session
+            return (served, session), session.position
 
         return await self.verified(name, session_id, close_here)
 
     def _close_stranded(self, name: str, version: str | None, session_id: str) -> Record | None:
-        """End such a session here. The caller ends one that is in the store, whose record has a token."""
+        """Close a session of a missing version. If the record has a token, the caller closes it in the store."""
         stranded = self.directory.find_stranded(name, session_id)
         others = [model.version for model in self.directory.versions.of(name)]
         if stranded is None or not others:
@@ -186,6 +207,7 @@ class MemorySessions:
     def _fork(self, served: ServedModel, session: Session, new: NewId) -> Awaitable[Session]:
         def copy(session: Session) -> Session:
             self.directory.check_free(served.name, new.id)
+            self.refuse_another(tenant_of(new.id))
             forked = served.scheduler.open(new.id, served.loop.clock.now(), position=session.position)
             if session.source != INITIAL:
                 served.engine.copy(session.source, forked.slot)
@@ -200,7 +222,7 @@ class MemorySessions:
     def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
         def write(session: Session) -> Session:
             served.write_snapshot(session, snapshot)
-            served.scheduler.replay.forget(session)  # they led to another state
+            served.scheduler.replay.forget(session)  # its chunks led to another state
             return session
 
         return served.loop.act(session, write)

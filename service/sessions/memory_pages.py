@@ -1,4 +1,4 @@
-"""The memory sessions of this process, page by page in the order of their names."""
+"""Lists the memory sessions of this process in pages, ordered by name."""
 
 import asyncio
 
@@ -10,12 +10,12 @@ from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.store.interface import Key, Listed, Page
 from unroll.service.store.record import MEMORY, Record
 
-#: Sessions that are looked at in one turn of the event loop.
+#: Sessions examined per turn of the event loop.
 _SLICE = 2048
 
 
 class MemoryPages:
-    """Reads sessions as they are: none is used by that, and no cohort dissolved.
+    """Reads sessions without side effects: it neither counts as use nor dissolves cohorts.
 
     Args:
         idle_timeout: Seconds until an idle session expires; None: never.
@@ -27,15 +27,15 @@ class MemoryPages:
         self._idle_timeout = idle_timeout
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
-        """See `Store.page`. A page is named by the last session of the one before."""
+        """See `Store.page`. A page's name is the last session of the previous page."""
         chosen = await self._first(after, limit + 1, tenant)
         found = [listed for _, key in chosen[:limit] if (listed := self._listed(key)) is not None]
         return Page(found, [], chosen[limit - 1][0] if len(chosen) > limit else "")
 
     async def _first(self, after: str, count: int, tenant: str | None) -> list[tuple[str, Key]]:
-        """So many keys of the sessions that are here now, with their names, in the order of these.
+        """The first `count` sessions after a name, as (name, key), ordered by name.
 
-        A slice of them is looked at in each turn of the event loop.
+        Examines one slice of the sessions per turn of the event loop.
         """
         keys, first = self._keys(), list[tuple[str, Key]]()
         for begin in range(0, len(keys), _SLICE):
@@ -55,7 +55,7 @@ class MemoryPages:
         return resident + self._directory.spilled.keys()
 
     def _listed(self, key: Key) -> Listed | None:
-        """None: it ended since."""
+        """None if the session has ended since."""
         for model in self._directory.versions.of(key[0]):
             if (session := model.scheduler.sessions.get(key[1])) is not None and session.durable is None:
                 return self._resident(model, session)

@@ -1,4 +1,4 @@
-"""Which sessions an operator asks about, and how one is shown."""
+"""Selects sessions for operators, and formats them."""
 
 import asyncio
 import json
@@ -11,15 +11,15 @@ from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.store.interface import Key, Listed, Pages
 
 _PAGE = 500
-#: Pages that are read in vain for one answer.
+#: Maximum number of pages to read for one answer.
 _MOST_PAGES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Sessions of a model and a tenant (None: of any), by seconds of idleness and by position.
+    """Criteria for sessions. `None` means any model or tenant.
 
-    idle_timeout: of the servers, from which the idleness of a session is known.
+    min_idle: seconds. idle_timeout: the servers' setting, which is needed to compute idle times.
     """
 
     model: str | None = None
@@ -31,7 +31,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         if self.min_idle is not None and self.idle_timeout is None:
-            raise InvalidRequest("sessions that never expire leave no idle time in the store: remove --min-idle")
+            raise InvalidRequest("the idle time of sessions that never expire is unknown: remove --min-idle")
 
     def of(self, session: Listed) -> "Selected | None":
         selected = Selected(session, _idle(session, self.idle_timeout))
@@ -46,7 +46,7 @@ class Selection:
         return selected
 
     def has(self, key: Key) -> bool:
-        """Whether a session of this key can be selected."""
+        """Whether a session with this key can match."""
         return self.model in (None, key[0]) and self.tenant in (None, tenant_of(key[1]))
 
 
@@ -83,7 +83,7 @@ class Found:
     damaged: list[Key] = field(default_factory=list)
 
     def document(self, after: str) -> dict[str, Any]:
-        """after: names the next page; empty: there is none."""
+        """after: name of the next page; empty if there is none."""
         return {
             "sessions": [selected.document() for selected in self.sessions],
             "damaged": [named(key) for key in self.damaged],
@@ -92,13 +92,13 @@ class Found:
 
 
 async def select(pages: Pages, selection: Selection, after: str, limit: int) -> tuple[Found, str]:
-    """Return at most `limit` sessions, and the name of the next page; empty: there is none.
+    """Return at most `limit` sessions, and the name of the next page; empty if there is none.
 
-    There may be more although fewer than `limit` are returned, or none: few pages are read, and others run between.
+    The result may be short or empty although there are more, because the number of pages read is limited.
 
     Raises:
         StoreUnavailable: The store does not answer.
-        InvalidRequest: `after` names no page.
+        InvalidRequest: There is no page `after`.
     """
     found, seen = Found(), set[Key]()
     for _ in range(_MOST_PAGES):
@@ -125,12 +125,12 @@ async def every(pages: Pages, selection: Selection) -> AsyncIterator[Found]:
 
 
 def describe(text: str) -> str:
-    """A text of a client, on one line."""
+    """Escape a client's text so that it fits on one line."""
     return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
 def named(key: Key) -> dict[str, Any]:
-    """Whose session it is, as members of a document."""
+    """Model, tenant and session id as members of a document."""
     model, session_id = key
     tenant = {"tenant": tenant_of(session_id)} if tenant_of(session_id) else {}
     return {"model": model, **tenant, "session_id": shown(session_id)}

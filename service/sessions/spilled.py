@@ -1,6 +1,6 @@
-"""Memory sessions that lost their row of the arena: in host memory first, then in the store, and back when used.
+"""Spilled sessions: memory sessions without an arena row move to host memory, then to the store, and back when used.
 
-A session is in one place at a time: taking a record removes it. A session without a place is evicted.
+A session is in one place at a time, because taking a record removes it. If there is no place, the session is evicted.
 """
 
 import asyncio
@@ -36,9 +36,10 @@ class SpilledSessions:
     """The memory sessions without a row.
 
     Args:
+        limit: Bytes of host memory.
         idle_timeout: Seconds until an idle session expires; None for never.
-        versions: Where sessions come from and return to.
-        store: Takes the sessions beyond the limit, if there is one; else they are evicted.
+        versions: The versions that sessions come from and return to.
+        store: Receives the sessions beyond the limit. Without one, they are evicted.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class SpilledSessions:
         return self._spill.of_tenants
 
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
-        """Key, record, and when it was last used."""
+        """Yields key, record, and time of last use."""
         yield from self._spill
         yield from ((key, record, used) for key, (record, used) in self._parking.items())
 
@@ -70,7 +71,7 @@ class SpilledSessions:
         return [*self._spill.keys(), *self._parking]
 
     def get(self, key: Key) -> tuple[Record, float] | None:
-        """A record as it is, and when it was last used; None if it is not here."""
+        """The record and its time of last use, without side effects; None if it is not here."""
         return self._spill.get(key) or self._parking.get(key)
 
     def has(self, digest: str) -> bool:
@@ -83,10 +84,10 @@ class SpilledSessions:
         """Keep an idle session that is about to lose its row.
 
         Args:
-            at_cost: Whether others of its tenant, or it itself, may be evicted for it.
+            at_cost: Whether the tenant's sessions, including this one, may be evicted to make room.
 
         Returns:
-            False if there is no place for it.
+            False if there is no room for it.
         """
         if self._store is None and not (self._spill.limit if at_cost else self._spill.has_room(model.record(session))):
             return False
@@ -95,7 +96,7 @@ class SpilledSessions:
         return True
 
     def put(self, key: Key, record: Record) -> None:
-        """Keep a session that was taken from the store, where it is no more, and finds no row."""
+        """Keep a session that was taken from the store but found no free row."""
         self._spill.put(key, replace(record, token=b""), self._clock.now())
         self._make_room(tenant_of(key[1]))
 
@@ -103,7 +104,7 @@ class SpilledSessions:
         """Give the session a row again; None if it is not here, expired, or stranded.
 
         Raises:
-            CapacityExhausted: There is no row for it.
+            CapacityExhausted: There is no free row.
         """
         key = name, session_id
         if self.find_stranded(name, session_id) is not None:
@@ -125,14 +126,14 @@ class SpilledSessions:
         return model, session
 
     def find_stranded(self, name: str, session_id: str) -> Record | None:
-        """The session, if it is here and the version it began on is not."""
+        """The session, if it is here but its version is not."""
         found = self.get((name, session_id))
         if found is None or self._is_expired(found[1]):
             return None
         return found[0] if self._versions.with_digest(name, found[0].origin.model) is None else None
 
     def close_stranded(self, name: str, session_id: str) -> None:
-        """End such a session, if there is one."""
+        """Close the session if it is here, regardless of its version."""
         key = name, session_id
         if (found := self._spill.take(key) or self._parking.pop(key, None)) is not None:
             self._add_closed(key, found[0], SessionClosed)
@@ -140,7 +141,6 @@ class SpilledSessions:
     # ── limits ───────────────────────────────────────────────────────────────────────────────────
 
     def expire(self) -> None:
-        """Remove sessions that were idle for too long."""
         if self._idle_timeout is None:
             return
         while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:
@@ -150,7 +150,7 @@ class SpilledSessions:
         return self._idle_timeout is not None and self._clock.now() - used >= self._idle_timeout
 
     def _make_room(self, tenant: str) -> None:
-        """tenant: whose sessions may be evicted, if there is no store for them."""
+        """Move sessions beyond the limit to the store, or evict them. tenant: the tenant that must give up sessions."""
         while (oldest := self._spill.overflow(tenant)) is not None:
             key, record, used = oldest
             if self._store is None:
@@ -168,9 +168,9 @@ class SpilledSessions:
     async def _park(
         self, store: Store, key: Key, parked: tuple[Record, float], before: asyncio.Task[None] | None
     ) -> None:
-        """Move a record to the store; if the session is used before that is done, remove it from the store again.
+        """Move a record to the store. If the session is used before that is done, remove the record again.
 
-        before: the same for an earlier record of the session, which must have left the store first.
+        before: the same task for an earlier record of the session, which must finish first.
         """
         if before is not None:
             await asyncio.wait([before])
@@ -188,7 +188,7 @@ class SpilledSessions:
             self._add_closed(key, record, SessionEvicted)
 
     async def _remove(self, store: Store, key: Key, token: bytes) -> None:
-        """Remove the record of a session that was used again; until the store has answered, none takes its place."""
+        """Remove the record of a session that was used again. Retry until the store answers."""
         while True:
             try:
                 await store.take(key, token)
@@ -209,7 +209,7 @@ class SpilledSessions:
     # ── from one process to the next ─────────────────────────────────────────────────────────────
 
     def save(self, file: StateFile) -> bool:
-        """Write all memory sessions to a file. Their models must have stopped. False if they are lost."""
+        """Write all memory sessions to a file after their models have stopped. False if the sessions are lost."""
         resident = [
             (model, session)
             for model in self._versions
@@ -219,14 +219,14 @@ class SpilledSessions:
         count = len(self._spill) + len(resident)
         try:
             file.write(self._all_records(resident))
-        except Exception as error:  # noqa: BLE001 what is lost must be counted, whatever the reason
+        except Exception as error:  # noqa: BLE001 lost sessions must be reported, whatever the reason
             _log.critical("sessions lost", path=str(file.path), sessions=count, reason=str(error))
             return False
         _log.info("sessions written", path=str(file.path), sessions=count)
         return True
 
     def _all_records(self, resident: list[tuple[ServedModel, Session]]) -> Iterator[tuple[Key, Record, float]]:
-        """Each with the seconds since its last use."""
+        """Yields key, record, and seconds since last use."""
         now = self._clock.now()
         for key, record, used in self._spill:
             yield key, record, now - used
@@ -235,17 +235,17 @@ class SpilledSessions:
             yield (model.name, session.id), model.record(session), now - session.last_used
 
     def load(self, file: StateFile) -> None:
-        """Take the sessions of a file, which stays."""
+        """Load the sessions of a file. The file stays."""
         now = self._clock.now()
-        homeless = 0
+        unserved = 0
         sessions = file.read()
         for key, record, idle in sessions:
             self._spill.put(key, record, now - idle)
-            homeless += self._versions.with_digest(key[0], record.origin.model) is None
+            unserved += self._versions.with_digest(key[0], record.origin.model) is None
         if sessions:
             _log.info("sessions read", path=str(file.path), sessions=len(sessions))
-        if homeless:
-            _log.warning("sessions of models that are not served here; they are kept", sessions=homeless)
+        if unserved:
+            _log.warning("sessions of models that are not served here; they are kept", sessions=unserved)
 
     async def finish(self) -> None:
         self._finishing = True

@@ -1,1 +1,1 @@
-"""The state of sessions, apart from who they are: slots (numbers), the arena (memory), snapshots (bytes)."""
+"""State rows: slots (numbers), the arena and the step table (memory), snapshots (bytes)."""

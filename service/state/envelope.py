@@ -1,12 +1,12 @@
-"""The frame around every binary format: which format it is, in which version, and whether it is complete.
+"""The envelope of every binary format: identifies format and version, and detects damage.
 
 offset  size  field (little-endian)
 0       4     magic
 4       2     format version
-6       1     tag: one number of the format's own; 0 in formats without one
+6       1     tag: a number defined by the format; 0 in formats without one
 7       1     reserved, 0
 8             the format's content
-end     16    BLAKE2b-128 of all the bytes before; a signed format has its signature instead
+end     16    BLAKE2b-128 of all preceding bytes; a signed format has a signature instead
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from unroll.service.core.errors import SnapshotInvalid
 
 _HEADER = struct.Struct("<4sHBB")
 _CHECKSUM = 16
-#: A copy of it takes half the time of a new one.
+#: Copying a hash object takes half the time of creating one.
 _NOTHING = hashlib.blake2b(digest_size=_CHECKSUM)
 
 #: Bytes before a format's content.
@@ -29,11 +29,11 @@ class Envelope:
     """One binary format.
 
     Attributes:
-        magic: Four bytes that every file or message of this format starts with.
+        magic: The first four bytes of every file or message in this format.
         version: The version that is written, and the only one that is read.
-        name: The format in error messages, such as "a snapshot".
-        fields: Least bytes of content.
-        tags: Tags are below this number.
+        name: The format's name in error messages, such as "a snapshot".
+        fields: Minimum number of bytes of content.
+        tags: Number of tags.
     """
 
     magic: bytes
@@ -46,13 +46,10 @@ class Envelope:
         return _HEADER.pack(self.magic, self.version, tag, 0)
 
     def read_header(self, content: bytes) -> int:
-        """Return the tag.
-
-        Args:
-            content: Bytes from the header on, without checksum.
+        """Check the header, and return its tag. content: from the header on, without checksum.
 
         Raises:
-            SnapshotInvalid: They are too short, or in another format or version.
+            SnapshotInvalid: The content is too short, or in another format or version.
         """
         if len(content) < HEADER_BYTES + self.fields or content[:4] != self.magic:
             raise SnapshotInvalid(f"not {self.name}")
@@ -65,10 +62,10 @@ class Envelope:
         return content + checksum(content).digest()
 
     def unseal(self, content: bytes) -> bytes:
-        """Return the bytes that `seal` was given.
+        """The inverse of `seal`.
 
         Raises:
-            SnapshotInvalid: They are in another format or version, or damaged.
+            SnapshotInvalid: The content is in another format or version, or damaged.
         """
         body = content[:-_CHECKSUM]
         self.read_header(body)
@@ -78,7 +75,7 @@ class Envelope:
 
 
 def checksum(content: bytes = b"") -> "hashlib.blake2b":
-    """Return the running checksum of `content`, to be updated with the bytes that follow."""
+    """Return a running checksum that starts with `content`."""
     running = _NOTHING.copy()
     running.update(content)
     return running

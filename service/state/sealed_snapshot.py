@@ -1,11 +1,11 @@
-"""A snapshot that a client keeps between its steps, sealed with a signature: only what a server sent comes back.
+"""Sealed snapshots, which clients keep between steps. The signature proves that a server created the snapshot.
 
 offset  size  field (little-endian)
 0       8     header, see `envelope.py`: magic "UNRH", format version 1, tag n: length of the session id
-8       4     which key: the first bytes of its SHA-256
+8       4     id of the key: the first bytes of its SHA-256
 12      n     the session id
 12+n    m     the snapshot, see `snapshot.py`
-12+n+m  32    HMAC-SHA256 of all the bytes before
+12+n+m  32    HMAC-SHA256 of all preceding bytes
 """
 
 import hashlib
@@ -20,14 +20,14 @@ _KEY_ID = 4
 _ENVELOPE = Envelope(b"UNRH", 1, "a sealed snapshot", _KEY_ID, tags=256)
 _NAME = HEADER_BYTES + _KEY_ID
 _SIGNATURE = 32
-#: Its length is the tag.
+#: The length is stored as the tag.
 _MOST_NAME = 255
 
 
 class SnapshotKeys:
-    """Seals snapshots with the first key, and opens those of every key.
+    """Seals snapshots with the first key, and opens snapshots sealed with any key.
 
-    To replace a key, put the new one first; remove the old one once no snapshot that it sealed is in use.
+    To rotate keys, put the new one first. Remove the old one when no snapshot sealed with it is in use.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
@@ -36,10 +36,10 @@ class SnapshotKeys:
         self._first_id = _key_id(keys[0])
 
     def seal(self, session_id: str, snapshot: Snapshot) -> bytes:
-        """Return the sealed snapshot of this session. Raises InvalidRequest if its id is too long."""
+        """Seal a snapshot for this session. Raises InvalidRequest if the id is too long."""
         name = session_id.encode()
         if len(name) > _MOST_NAME:
-            raise InvalidRequest(f"the id of a session that its client holds may have {_MOST_NAME} bytes in UTF-8")
+            raise InvalidRequest(f"the id of a client-held session must not exceed {_MOST_NAME} bytes in UTF-8")
         content = b"".join((_ENVELOPE.header(len(name)), self._first_id, name, snapshot.to_bytes()))
         return content + _signature(self._by_id[self._first_id], content)
 
@@ -53,7 +53,7 @@ class SnapshotKeys:
         end = _NAME + _ENVELOPE.read_header(body)
         key = self._by_id.get(body[HEADER_BYTES:_NAME])
         if key is None or not hmac.compare_digest(_signature(key, body), content[-_SIGNATURE:]):
-            raise SnapshotInvalid("the snapshot was not signed by a key of this server, or was changed since")
+            raise SnapshotInvalid("the snapshot was not signed by a key of this server, or was modified")
         if body[_NAME:end] != session_id.encode():
             raise SnapshotInvalid("the snapshot belongs to another session")
         return body[end:]

@@ -1,4 +1,4 @@
-"""The free rows of the arena, as numbers. The arena owns the rows."""
+"""Allocation of arena rows by number. The arena owns the rows."""
 
 #: The row that every sequence starts from; never written after start.
 INITIAL = 0
@@ -15,12 +15,12 @@ class Slots:
     def __init__(self, count: int, first: int = FIRST) -> None:
         self.count = count
         self.end = first + count
-        self._fresh = first  # rows from here on were never taken
+        self._fresh = first  # rows from here on have never been taken
         self._first = first
         self._returned: list[int] = []
 
     def take(self) -> int | None:
-        """Take a free row; returns None if all are taken. A new table gives the lowest row first."""
+        """Take a free row; returns None if all are taken. Unused rows are taken in ascending order."""
         if self._returned:
             return self._returned.pop()
         if self._fresh == self.end:

@@ -6,7 +6,7 @@ offset  size  field (little-endian)
 40      8     position, unsigned
 48      4     values in the row
 52      4n    the row, float32
-52+4n   16    BLAKE2b-128 of all the bytes before
+52+4n   16    BLAKE2b-128 of all preceding bytes
 """
 
 import struct
@@ -44,17 +44,17 @@ class Snapshot:
 
     @staticmethod
     def model_of(content: bytes) -> str:
-        """Return the digest of the model that a snapshot names, without checking the snapshot."""
+        """Return the digest of the snapshot's model, without validating the snapshot."""
         return content[HEADER_BYTES : HEADER_BYTES + 32].hex()
 
     @classmethod
     def checked_model_of(cls, content: bytes) -> str:
-        """`model_of`. Raises SnapshotInvalid if the snapshot is damaged."""
+        """Like `model_of`, but raises SnapshotInvalid if the snapshot is damaged."""
         return cls.model_of(_ENVELOPE.unseal(content))
 
     @classmethod
     def from_bytes(cls, content: bytes, *, digest: str, state_size: int) -> Self:
-        """Read a snapshot of the model `digest`, whose state row has `state_size` values.
+        """Read a snapshot of the model `digest` with `state_size` values per row.
 
         Raises:
             SnapshotInvalid: The snapshot is damaged.
@@ -66,5 +66,5 @@ class Snapshot:
             raise ModelChanged("the snapshot was taken from another model or version")
         row = np.frombuffer(body, "<f4", offset=_ROW)
         if size != row.size or size != state_size or position > _MAX_POSITION or not np.isfinite(row).all():
-            raise SnapshotInvalid("the snapshot contradicts itself or the model's state row")
+            raise SnapshotInvalid("the snapshot is inconsistent, or does not match the model's state row")
         return cls(digest, position, row)

@@ -1,4 +1,4 @@
-"""The last single step of each session: its inputs and its outputs, so that a retry gets the same answer."""
+"""The step table keeps the inputs and outputs of each session's last single step, to answer retries."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from unroll.bundle import TensorSpec
 
 Tensors = tuple[np.ndarray, ...]
 
-#: A table of larger steps would be mostly empty: sessions keep those one by one.
+#: A table of larger steps would be mostly empty; sessions keep those individually.
 MAX_STEP_BYTES = 4096
 
 
 class StepTable:
-    """Matrices with one row for each row of the arena, so that a batch is written with one copy per tensor.
+    """Matrices with one row per arena row, so that a batch is written with one copy per tensor.
 
-    The operating system allocates the memory of a row when it is first written.
+    The operating system allocates a row's memory when it is first written.
     """
 
     def __init__(self, rows: int, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -27,12 +27,12 @@ class StepTable:
         return sum(spec.nbytes for spec in (*inputs, *outputs)) <= MAX_STEP_BYTES
 
     def write(self, slots: Sequence[int] | np.ndarray, inputs: Tensors, outputs: Tensors) -> None:
-        """Write one step of each of several sessions.
+        """Write one step per session.
 
         Args:
-            slots: the sessions' rows of the arena.
-            inputs: each (len(slots), 1, *shape).
-            outputs: each (len(slots), 1, *shape), or (len(slots), *shape) without time.
+            slots: The sessions' arena rows.
+            inputs: Each (len(slots), 1, *shape).
+            outputs: Each (len(slots), 1, *shape), or (len(slots), *shape) without time.
         """
         for tensor, rows in zip(self._inputs, inputs, strict=True):
             tensor.put(slots, rows)
@@ -40,16 +40,16 @@ class StepTable:
             tensor.put(slots, rows)
 
     def inputs(self, slot: int) -> Tensors:
-        """The inputs of the session in this row: each (1, *shape), a view."""
+        """Views of the inputs in this row, each (1, *shape)."""
         return tuple(tensor.rows[slot] for tensor in self._inputs)
 
     def outputs(self, slot: int) -> Tensors:
-        """Its outputs: each (1, *shape), or (*shape) without time, a copy."""
+        """Copies of the outputs in this row, each (1, *shape), or (*shape) without time."""
         return tuple(tensor.rows[slot].copy() for tensor in self._outputs)
 
 
 class _Tensor:
-    """One tensor's rows: as values, and as opaque items, which NumPy copies in half the time."""
+    """One tensor's rows, as values and as opaque items, which NumPy copies in half the time."""
 
     def __init__(self, count: int, shape: tuple[int, ...], spec: TensorSpec) -> None:
         self.rows = np.zeros((count, *shape), spec.numpy)

@@ -1,1 +1,1 @@
-"""Durability: what of a session outlives the process."""
+"""Durability: stores that keep sessions beyond the life of a process."""

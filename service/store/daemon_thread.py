@@ -1,4 +1,4 @@
-"""A thread for calls that may never return; it does not keep the process from ending."""
+"""A thread for calls that may never return; it does not prevent the process from exiting."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class DaemonThread:
-    """Runs calls one after another, in their order."""
+    """Runs calls one at a time, in order."""
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         Thread(target=self._run, name=name, daemon=True).start()
 
     def call(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        """Its result, in the running event loop. A call that is cancelled before its turn is left out."""
+        """Run `work` in the thread. A call that is cancelled before its turn is skipped."""
         future: Future[T] = Future()
         self._calls.put((future, work))
         return asyncio.wrap_future(future)
@@ -32,5 +32,5 @@ class DaemonThread:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())
-                except BaseException as error:  # noqa: BLE001 it belongs to the caller
+                except BaseException as error:  # noqa: BLE001 the caller receives it
                     future.set_exception(error)

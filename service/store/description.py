@@ -1,4 +1,4 @@
-"""What a store is, and what its sessions survive, in words for the log and for `unroll doctor`."""
+"""Describes a store and which failures its sessions survive, for the log and for `unroll doctor`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from unroll.service.store.opening import StoreConfig
 
 _FOLDER = {
     "always": "the end of any process, and a crash of the machine",
-    "everysec": "the end of any process, and a crash of the machine but for the last second",
+    "everysec": "the end of any process, and a crash of the machine except for the last second",
     "never": "the end of any process, but not a crash of the machine",
 }
 
@@ -21,8 +21,9 @@ class Description:
 
     Attributes:
         kind: The program or library, with its version.
-        where: Its place, without user and password.
-        settings: Of Redis: those that decide what is kept, so far as it says them.
+        where: Its location, without user and password.
+        survives: The failures that its sessions survive.
+        settings: The settings of Redis that affect durability, as far as it reports them.
     """
 
     kind: str
@@ -32,21 +33,21 @@ class Description:
 
 
 async def describe(config: StoreConfig) -> Description:
-    """Ask a store what it is. A folder need not be opened for that.
+    """Describe a store. A Redis is queried; a folder is not opened.
 
     Raises:
-        StoreUnavailable: It does not answer.
-        StoreRefused: Its URL is wrong.
+        StoreUnavailable: The store does not answer.
+        StoreRefused: Its URL is invalid.
     """
     if isinstance(config, EmbeddedStoreConfig):
         return Description("LMDB", place(config), _FOLDER[config.sync])
-    from unroll.service.store.redis_description import describe_redis  # most servers do without its client
+    from unroll.service.store.redis_description import describe_redis  # most servers do not need the Redis client
 
     return await describe_redis(config, place(config))
 
 
 def place(config: StoreConfig) -> str:
-    """Where the store is, without user, password and options."""
+    """The location of a store, without user, password and options."""
     if isinstance(config, EmbeddedStoreConfig):
         return f"the folder {config.folder}"
     parts = urlsplit(config.url)
@@ -54,9 +55,9 @@ def place(config: StoreConfig) -> str:
 
 
 async def where_sessions_are(config: StoreConfig | None, state_file: Path | None) -> dict[str, str]:
-    """What the log says at the start: where sessions are kept, and what they survive."""
+    """Where sessions are kept and which failures they survive, for the log at the start."""
     if config is None:
-        survive = f"an orderly end of the server, in {state_file}" if state_file else "nothing; --store keeps them"
+        survive = f"an orderly shutdown, in {state_file}" if state_file else "nothing; use --store to keep them"
         return {"where": "memory", "survive": survive}
     try:
         found = await describe(config)

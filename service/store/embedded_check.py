@@ -1,7 +1,7 @@
-"""Examines every entry of an embedded store, while servers may use it, and removes the damaged ones if asked.
+"""Checks every entry of an embedded store, even while servers use it, and can remove damaged entries.
 
-LMDB trusts its pages, and reads them as memory: a damaged page may end the process that reads it. So a child process
-(this module as a program) does the work, and its end by a signal is a result.
+LMDB trusts its pages and reads them as mapped memory, so a damaged page can crash the reading process. Therefore a
+child process (this module, run as a program) does the work, and its death by a signal is a result.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from unroll.service.store.embedded_entry import (
 from unroll.service.store.lmdb_folder import LmdbFolder
 from unroll.service.telemetry import logs
 
-#: Of the number of the transaction in a meta page. The two pages take turns, so their numbers are consecutive.
+#: Offset of the transaction id in a meta page. Commits alternate between two pages, so their ids are consecutive.
 _TRANSACTION = 144
 
 
@@ -53,14 +53,14 @@ class Damage:
 
 @dataclass(slots=True)
 class Report:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        result: `unreadable`: the file as a whole is damaged, or cannot be opened.
+        result: `unreadable` if the file as a whole is damaged or cannot be opened.
         reason: Why it is unreadable.
-        sessions, closed, expired: Sound entries: open sessions, and traces of those that ended.
+        sessions, closed, expired: Number of sound entries: open sessions, and traces of ended ones.
         damaged: Damaged entries.
-        removed: How many of them were removed.
+        removed: Number of damaged entries that were removed.
         file_bytes, used_bytes: Size of the file, and of the pages in use.
     """
 
@@ -76,11 +76,9 @@ class Report:
 
 
 def check(folder: Path, *, repair: bool = False) -> Report:
-    """Examine the store in a folder.
+    """Check the store in a folder in a child process.
 
-    Args:
-        folder: Of the store.
-        repair: Remove the damaged entries.
+    repair: Remove the damaged entries.
     """
     # -P: modules in the current directory must not shadow ours.
     command = [sys.executable, "-P", "-m", __name__, str(folder), *(["repair"] if repair else [])]
@@ -92,7 +90,7 @@ def check(folder: Path, *, repair: bool = False) -> Report:
     return Report(**found | {"damaged": [Damage(**damage) for damage in found["damaged"]]})
 
 
-_REMEDY = "move it away to begin with an empty store, or put a copy back"
+_REMEDY = "move it away to start with an empty store, or restore a copy"
 
 
 def _ending(ran: "subprocess.CompletedProcess[str]") -> str:
@@ -105,7 +103,7 @@ def _ending(ran: "subprocess.CompletedProcess[str]") -> str:
 
 
 def examine(folder: Path, *, repair: bool = False) -> Report:
-    """`check` in this process, which a damaged file may end."""
+    """Like `check`, but in this process, which a damaged file may crash."""
     report = Report()
     try:
         with _opened(folder) as environment:
@@ -122,7 +120,7 @@ def examine(folder: Path, *, repair: bool = False) -> Report:
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
-    """The database as the next server would find it, to be read only. Raises StoreUnavailable."""
+    """Open the database read-only, in the state that the next server would find. Raises StoreUnavailable."""
     if not lmdb_folder.is_store(folder):
         raise StoreUnavailable(f"there is no store in {folder}: no data.mdb", 0)
     with contextlib.ExitStack() as stack:
@@ -140,7 +138,7 @@ def _opened(folder: Path) -> Iterator[Any]:
             raise StoreUnavailable("a process of another container has it open; run the check in that container", 0)
         lmdb_folder.check_size(folder / "data.mdb")
         locks = os.access(folder / "lock.mdb", os.W_OK)
-        room = max(lmdb_folder.MAP_BYTES, 2 * (folder / "data.mdb").stat().st_size)  # servers may add to it meanwhile
+        room = max(lmdb_folder.MAP_BYTES, 2 * (folder / "data.mdb").stat().st_size)  # servers may enlarge it
         environment = lmdb.open(
             str(folder), room, readonly=True, lock=locks, max_readers=lmdb_folder.READERS, create=False
         )
@@ -159,13 +157,13 @@ def _is_in_use(folder: Path) -> bool:
 
 
 def _check_transactions(data: Path, synced: Path) -> None:
-    """LMDB would go back to an earlier state, whose sessions look sound. Raises StoreUnavailable."""
-    for _ in range(5):  # servers may commit while the two pages are read
+    """Raises StoreUnavailable if LMDB would fall back to an earlier state, which looks sound."""
+    for _ in range(5):  # servers may commit between the two reads
         numbers = _transactions(data)
         if abs(numbers[0] - numbers[1]) == 1 or max(numbers) == 0:
             break
     else:
-        raise StoreUnavailable(f"the file is damaged: its two last transactions are {numbers}; {_REMEDY}", 0)
+        raise StoreUnavailable(f"the file is damaged: its last two transactions are {numbers}; {_REMEDY}", 0)
     if synced.exists() and max(numbers) < max(_transactions(synced)):
         raise StoreUnavailable(f"the file is damaged: it is older than its last sync; {_REMEDY}", 0)
 
@@ -186,7 +184,7 @@ def _walk(environment: Any, report: Report) -> None:
         before, count = b"", 0
         for key, value in transaction.cursor():
             place, content, count = bytes(key), bytes(value), count + 1
-            # Its place is found by the keys of pages above it, which have no checksum.
+            # A lookup uses the keys of the pages above, which have no checksum.
             if place <= before or transaction.get(place) != content:
                 raise StoreUnavailable(f"the file is damaged: its entries are out of order; {_REMEDY}", 0)
             before = place
@@ -198,7 +196,7 @@ def _walk(environment: Any, report: Report) -> None:
 
 
 def _now(clock: Any) -> float:
-    """The store's time."""
+    """The current time on the store's clock."""
     if clock is None:
         return 0.0
     boot, offset, last = TIME.unpack(clock)
@@ -206,12 +204,12 @@ def _now(clock: Any) -> float:
 
 
 def _note(report: Report, place: bytes, content: bytes, now: float) -> None:
-    """Count an entry."""
+    """Validate an entry, and add it to the report."""
     try:
         entry = Entry.read(content)
         entry.record() if entry.kind == SESSION else entry.gone()
         if place_of(entry.name) != place:
-            raise SnapshotInvalid("it is the entry of another session")
+            raise SnapshotInvalid("the entry belongs to another session")
     except SnapshotInvalid as error:
         report.damaged.append(Damage(*key_of(place), str(error), place.hex()))
         report.result = "damaged"
@@ -225,7 +223,7 @@ def _note(report: Report, place: bytes, content: bytes, now: float) -> None:
 
 
 def _remove(folder: Path, places: list[bytes]) -> int:
-    """Remove entries that are still damaged. Returns how many."""
+    """Remove those entries that are still damaged. Returns their number."""
 
     def work(transaction: Any) -> int:
         count = 0

@@ -1,13 +1,13 @@
-"""An entry of the embedded store, and its clock.
+"""The entry format of the embedded store, and its clock.
 
-One entry per session, in LMDB, under MODEL/SESSION. Integers are little-endian.
+LMDB holds one entry per session, under MODEL/SESSION. Integers are little-endian.
 
-header   see `envelope.py`: magic "UNRE", format version 1, tag: 0 the session, 1 it was closed, 2 it expired
-then     expires f64: the session, or this trace of it; token 16 bytes; length of the name u16, the name
-body     of a session: the record as in `record.py`; of a trace: position u64, origin, last
-end      BLAKE2b-128 of all the bytes before
+header   see `envelope.py`: magic "UNRE", format version 1, tag: 0 session, 1 closed, 2 expired; 1 and 2 are traces
+then     expires f64, the end of the session or trace; token 16 bytes; length of the name u16, the name
+body     session: the record as in `record.py`; trace: position u64, origin, last
+end      BLAKE2b-128 of all preceding bytes
 
-Times are seconds on the store's own clock, which stands still while the machine is off, and never jumps.
+Times are seconds on the store's own clock, which stops while the machine is off, and never jumps.
 """
 
 import hashlib
@@ -32,15 +32,15 @@ _HEADERS = tuple(map(_ENVELOPE.header, (SESSION, CLOSED, EXPIRED)))
 _NAME = HEADER_BYTES + _ENTRY.size
 _TAG = 6
 
-#: LMDB's limit, in bytes. A longer name is stored under a part of it and a hash.
+#: LMDB's limit of keys, in bytes. The key of a longer name is a part of the name and a hash.
 _MOST_KEY, _KEPT_OF_NAME = 511, 400
-#: Not the name of a session, which begins with a model's. Its value: a hash of the boot, offset and time of the clock.
+#: The clock's key cannot be a session's, which starts with a model's name. Its value: hash of the boot, offset, time.
 CLOCK, TIME = b"\0clock", struct.Struct("<16sdd")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry as it is stored. Its checksum is compared when its body is read."""
+    """A stored entry. Reading its body verifies the checksum."""
 
     content: bytes
     kind: int
@@ -54,7 +54,7 @@ class Entry:
 
     @classmethod
     def read(cls, content: bytes) -> Self:
-        """One that is too short counts as a session, so that its damage is found when it is used."""
+        """Parse the header. An entry that is too short counts as a session, so that its use reports the damage."""
         if len(content) < _NAME:
             return cls(content, SESSION, math.inf, bytes(16), b"")
         expires, token, length = _ENTRY.unpack_from(content, HEADER_BYTES)
@@ -68,18 +68,18 @@ class Entry:
         return _ENVELOPE.unseal(self.content)[_NAME + len(self.name) :]
 
     def record(self) -> Record:
-        """Of a session. Raises SnapshotInvalid if it is damaged."""
+        """The record of a session. Raises SnapshotInvalid if the entry is damaged."""
         return Record.unpack(self.body(), self.token)
 
     def gone(self) -> Gone:
-        """Of a trace. Raises SnapshotInvalid if it is damaged."""
+        """The content of a trace. Raises SnapshotInvalid if the entry is damaged."""
         body, begin = self.body(), POSITION.size + ORIGIN_BYTES
         origin, last = Origin.from_bytes(body[POSITION.size : begin]), body[begin:]
         cause = SessionClosed if self.kind == CLOSED else SessionExpired
         return Gone(cause.code, origin, unpack_last(last)[0] if last else ())
 
     def trace(self) -> bytes | None:
-        """Position and origin of a session; None if it is damaged."""
+        """Position and origin of a session as bytes; None if the entry is damaged."""
         try:
             record = self.record()
         except SnapshotInvalid:
@@ -87,7 +87,7 @@ class Entry:
         return POSITION.pack(record.position) + record.origin.to_bytes()
 
     def at_time(self, now: float, tombstone_life: float) -> Record | Gone | None:
-        """What is known of the session at that time. Raises SnapshotInvalid if the entry is damaged."""
+        """The session or its end as of `now`; None if nothing is known. Raises SnapshotInvalid if damaged."""
         if self.kind != SESSION:
             gone = self.gone()
             return gone if self.expires > now else None
@@ -102,7 +102,7 @@ def pack_entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes
 
 
 def token_of(content: Any, now: float) -> tuple[bytes, bool]:
-    """The token of an entry, and whether it is that of a session that lives; without a copy of the content."""
+    """The token of an entry, and whether the entry is an open session. Does not copy the content."""
     if len(content) < _NAME:
         return bytes(16), True
     expires, token, _ = _ENTRY.unpack_from(content, HEADER_BYTES)
@@ -110,7 +110,7 @@ def token_of(content: Any, now: float) -> tuple[bytes, bool]:
 
 
 def expiry(content: Any) -> float:
-    """When the entry of that content ends."""
+    """When the entry expires."""
     return math.inf if len(content) < _NAME else _ENTRY.unpack_from(content, HEADER_BYTES)[0]
 
 
@@ -119,20 +119,20 @@ def name_of(key: Key) -> bytes:
 
 
 def key_of(name: bytes) -> Key:
-    """Of a name, or so far as it can be read."""
+    """The key in a name, as far as the name is readable."""
     model, _, session = name.decode(errors="replace").partition("/")
     return model, session
 
 
 def place_of(name: bytes) -> bytes:
-    """LMDB's key."""
+    """The LMDB key for a name."""
     if len(name) <= _MOST_KEY:
         return name
     return name[:_KEPT_OF_NAME] + b"\0" + hashlib.blake2b(name, digest_size=32).digest()
 
 
 def agreed_offset(transaction: Any) -> float:
-    """Store time minus time since boot, the same for all processes; the clock goes on from where it stood."""
+    """Store time minus time since boot, the same for all processes. A boot resumes the clock where it stopped."""
     known = transaction.get(CLOCK)
     this, offset, last = TIME.unpack(known) if known is not None else (b"", 0.0, 0.0)
     if this != this_boot():

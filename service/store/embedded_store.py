@@ -1,9 +1,9 @@
-"""Durable sessions in a folder of this machine: for the processes of one host, without a second server.
+"""The embedded store: durable sessions in a local folder, for the processes of one host, without a database server.
 
-One entry per session, as in `embedded_entry.py`, in an LMDB database, as in `lmdb_folder.py`.
+The folder is an LMDB database (`lmdb_folder.py`) with one entry per session (`embedded_entry.py`).
 
-A thread reads and writes, so the event loop never waits for the disk. Calls that arrive while it works go together into
-its next transaction: in order, each for itself.
+A thread reads and writes, so the event loop never waits for the disk. Calls that arrive while it is busy share its next
+transaction, in order; each succeeds or fails by itself.
 """
 
 import asyncio
@@ -48,21 +48,21 @@ from unroll.service.store.record import Gone, Record, pack_last, unpack_trace
 
 _log = structlog.get_logger(__name__)
 
-#: Seconds between syncs, and between looks for ended entries.
+#: Seconds between syncs, and between sweeps for ended entries.
 _PERIOD = 1.0
-#: Entries that a look or a page reads at most, and ended entries that a look removes at most: commits wait meanwhile.
+#: Maximum number of entries that a sweep or page reads, and that a sweep removes; commits wait in the meantime.
 _LOOKED, _REMOVED = 2000, 500
-#: Ended entries after which another look follows at once, and seconds of a period for such looks.
+#: Number of ended entries after which another sweep follows immediately, and seconds per period for such sweeps.
 _MANY, _LOOKING_SECONDS = 200, 0.1
-#: Attempts to take a record that are recognised when they are made again.
+#: Number of successful attempts to take a record that are remembered for retries.
 _TAKEN = 1000
-#: Seconds for which the end of a server waits for the thread, which waits for the other processes.
+#: Seconds for which a shutdown waits for the thread, which may wait for another process.
 _PATIENCE = 5.0
 
 
 @dataclass(slots=True)
 class _Call:
-    """work: within a transaction, at the store's time. reads: it writes nothing."""
+    """work: called with a transaction and the store's time. reads: it does not write."""
 
     work: Callable[[Any, float], Any]
     reads: bool = False
@@ -70,7 +70,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedStoreConfig:
-    """sync: when commits reach the disk. timeout, idle_timeout, tombstone_life: as in RedisStoreConfig."""
+    """sync: when commits reach the disk. For timeout, idle_timeout and tombstone_life see RedisStoreConfig."""
 
     folder: Path
     sync: Sync = "everysec"
@@ -89,15 +89,15 @@ class EmbeddedStore:
         self._offset = self._folder.write(agreed_offset)
         self._thread = DaemonThread("store")
         self._tokens = Tokens()
-        # One transaction at a time. A late one cannot be cancelled: another process may have stopped within its own.
+        # One transaction at a time. A late one cannot be cancelled: it may wait for a stopped process.
         self._exchanges = Exchanges(self._transact, (lmdb.Error, OSError), config.timeout, most=1, cancels=False)
         self.figures = self._exchanges.figures
         self.figures.bytes = self._folder.sizes()
         self._maintenance: asyncio.Task[None] | None = None
-        self._full: StoreUnavailable | None = None  # the answer to calls that need space
-        self._taken: deque[bytes] = deque(maxlen=_TAKEN)  # the attempts that took a record lately
-        self._swept = b""  # entries up to here were looked at
-        self._many_ended = False  # among those that were looked at last
+        self._full: StoreUnavailable | None = None  # the error for calls that need space
+        self._taken: deque[bytes] = deque(maxlen=_TAKEN)  # recent attempts that took a record
+        self._swept = b""  # position of the sweep
+        self._many_ended = False  # the last sweep found many ended entries
 
     def __repr__(self) -> str:
         return f"<EmbeddedStore {self._config.folder}, {self._exchanges!r}>"
@@ -144,7 +144,7 @@ class EmbeddedStore:
         try:
             place = bytes.fromhex(after)
         except ValueError:
-            raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said") from None
+            raise InvalidRequest(f"unknown page {after!r}; use `after` of the previous page") from None
         return await self._exchanges.ask_one(
             _Call(partial(_page, place, limit, mark(tenant).encode() if tenant else b""), reads=True)
         )
@@ -155,7 +155,7 @@ class EmbeddedStore:
         return await self._thread.call(partial(self._run, calls))
 
     def _run(self, calls: list[_Call]) -> list[Any]:
-        """In the thread: all calls in one transaction."""
+        """In the thread: run all calls in one transaction."""
 
         def work(transaction: Any) -> list[Any]:
             now = self._now()
@@ -183,17 +183,17 @@ class EmbeddedStore:
                 begun = time.monotonic()
                 while self._many_ended and time.monotonic() - begun < _LOOKING_SECONDS:
                     await self._thread.call(self._sweep)
-                if failed:  # what else failed is noted by the next exchange
+                if failed:  # other failures are noted by the next exchange
                     self._exchanges.note(None)
                 failed = False
-            except Exception as reason:  # noqa: BLE001 without it nothing would be synced any more
+            except Exception as reason:  # noqa: BLE001 syncs must continue
                 failed = True
                 if not isinstance(reason, (lmdb.Error, OSError)):
                     _log.error("unexpected error of the store", exc_info=reason)
                 self._exchanges.note(reason)
 
     def _look_after(self) -> None:
-        """In the thread: remove what has ended, note the time, and sync."""
+        """In the thread: remove ended entries, store the time, and sync."""
         self.figures.bytes = self._folder.sizes()
         if self._full is not None:
             if not self._folder.reserve():
@@ -206,7 +206,7 @@ class EmbeddedStore:
             self._folder.mark()
 
     def _sweep(self) -> None:
-        """In the thread: reduce expired sessions to traces, and remove traces that are old enough, some at a time."""
+        """In the thread: reduce some expired sessions to traces, and remove some expired traces."""
         now = self._now()
         with self._folder.read() as transaction:
             ended, self._swept = _ended(transaction, self._swept, now)
@@ -231,7 +231,7 @@ class EmbeddedStore:
     # ── calls ────────────────────────────────────────────────────────────────────────────────────
 
     def _commit_all(self, commits: Sequence[Commit], transaction: Any, now: float) -> list[UnrollError | None]:
-        """While the disk is full, only those that end a session."""
+        """While the disk is full, only commits that close a session succeed."""
         full = self._full
         return [full if full and not commit.ends else self._commit(commit, transaction, now) for commit in commits]
 
@@ -296,7 +296,7 @@ def _intact(content: Any) -> Record | None:
 
 
 def _page(after: bytes, limit: int, own: bytes, transaction: Any, now: float) -> Page:
-    """own: what the ids of the sessions begin with."""
+    """own: prefix of the session ids."""
     page = Page([], [], "")
     for looked, (place, value) in enumerate(_following(transaction.cursor(), after, own), 1):
         if place != CLOCK and (entry := Entry.read(bytes(value))).is_living(now):
@@ -313,7 +313,7 @@ def _page(after: bytes, limit: int, own: bytes, transaction: Any, now: float) ->
 
 
 def _following(cursor: Any, after: bytes, own: bytes) -> Iterator[tuple[bytes, Any]]:
-    """The entries behind a place whose ids begin with `own`; the others are jumped over."""
+    """The entries after a place, skipping those with session ids that do not start with `own`."""
     found = cursor.set_range(after + b"\0")
     while found:
         place = bytes(cursor.key())
@@ -326,7 +326,7 @@ def _following(cursor: Any, after: bytes, own: bytes) -> Iterator[tuple[bytes, A
 
 
 def _ended(transaction: Any, after: bytes, now: float) -> tuple[list[bytes], bytes]:
-    """The places of ended entries among the next ones, and the last place that was looked at; empty at the end."""
+    """The places of ended entries among the next ones, and the last examined place; empty at the end."""
     found: list[bytes] = []
     place = after
     cursor = transaction.cursor()

@@ -1,4 +1,4 @@
-"""Exchanges with a store: concurrent calls leave in one group, and get an answer even if the store gives none."""
+"""Exchanges with a store: concurrent calls are sent together, and are answered even if the store never does."""
 
 import asyncio
 import time
@@ -17,26 +17,27 @@ _log = structlog.get_logger(__name__)
 
 #: Checks for overdue answers per timeout.
 _TICKS = 10
-#: Seconds after which a client may find the store again.
+#: Seconds after which a client should retry.
 _RETRY_AFTER = 1.0
 
 
 @dataclass(slots=True)
 class _Exchange(Generic[C]):
-    """asked: calls with the future of their replies; empty once they are answered. ticks: since it began."""
+    """asked: calls with the future of their replies; empty once answered. ticks: since the start."""
 
     asked: list[tuple[list[C], asyncio.Future[list[Any]]]]
     ticks: int = 0
 
 
 class Exchanges(Generic[C]):
-    """The calls of a store. Those made while the most exchanges are under way leave together with the next one.
+    """Groups the calls of a store into exchanges. While `most` exchanges are running, further calls wait for the next.
 
     Args:
-        execute: Performs calls; a reply or an exception per call. Raises if there are no replies.
-        failures: What `execute` raises if the store is unavailable; anything else is logged with its traceback.
+        execute: Performs calls. Returns a reply or an exception per call; raises if there are no replies.
+        failures: Exceptions of `execute` if the store is unavailable. Any other is logged with a traceback.
         timeout: Seconds without an answer after which calls fail.
-        cancels: Whether a late exchange is cancelled. If not, it stays under way until it ends.
+        most: Maximum number of concurrent exchanges.
+        cancels: Whether to cancel a late exchange. If not, it keeps running until it ends.
     """
 
     def __init__(
@@ -69,14 +70,14 @@ class Exchanges(Generic[C]):
         return await future
 
     async def ask_one(self, call: C) -> Any:
-        """Its reply. Raises StoreUnavailable, and the error that is its reply."""
+        """The reply to one call. Raises StoreUnavailable, or the reply if it is an error."""
         (reply,) = await self.ask([call])
         if isinstance(reply, Exception):
             raise reply if isinstance(reply, UnrollError) else unavailable(reply)
         return reply
 
     def counted(self, results: list[UnrollError | None]) -> list[UnrollError | None]:
-        """The results of commits, which are counted."""
+        """Count the results of commits, and return them."""
         counts, stored = self.figures.commits, results.count(None)
         counts["stored"] += stored
         if stored < len(results):
@@ -90,7 +91,7 @@ class Exchanges(Generic[C]):
             await asyncio.wait(self._under_way)
 
     def note(self, reason: Exception | None) -> None:
-        """Log whether the store answers, if that has changed. reason: why it does not."""
+        """Log a change in whether the store answers. reason: why it does not, or None."""
         if self.figures.up is not (reason is None):
             self.figures.up = reason is None
             (_log.info if reason is None else _log.error)("store", answers=self.figures.up, reason=_first_line(reason))
@@ -110,8 +111,8 @@ class Exchanges(Generic[C]):
         self._send()
 
     def _tick(self) -> None:
-        """Answer what has waited for too many ticks. A pause of this process counts as one tick, since it could not
-        read answers that arrived."""
+        """Fail the calls that have waited too many ticks. A pause of this process, when it could not read answers,
+        counts as one tick."""
         self._timer = None
         for task, exchange in self._under_way.items():
             exchange.ticks += 1
@@ -133,7 +134,7 @@ class Exchanges(Generic[C]):
         except asyncio.CancelledError:
             self._fail(exchange, self._late())
             return
-        except Exception as reason:  # noqa: BLE001 the waiting commits must get an answer
+        except Exception as reason:  # noqa: BLE001 the waiting commits must be answered
             if not isinstance(reason, self._failures):
                 _log.error("unexpected error of the store", exc_info=reason)
             self._fail(exchange, reason)
@@ -144,12 +145,12 @@ class Exchanges(Generic[C]):
         begin = 0
         for some, future in exchange.asked:
             end = begin + len(some)
-            if not future.done():  # else the caller was cancelled
+            if not future.done():  # done if the caller was cancelled
                 future.set_result(replies[begin:end])
             begin = end
 
     def _fail(self, exchange: _Exchange[C], reason: Exception) -> None:
-        """Answer its calls and those that wait behind it: they would fail the same way, only later."""
+        """Fail its calls and the waiting ones, which would fail the same way later."""
         failed, exchange.asked, self._queue = [*exchange.asked, *self._queue], [], []
         self.note(reason)
         for _, future in failed:

@@ -1,8 +1,8 @@
-"""The interface of session stores. One implementation per file.
+"""The interface of session stores. Each implementation has its own file.
 
-A session has one key, (model name, session id), and one record, which changes as a whole. Every write carries a unique
-token and names the token that it expects in the store. So a replica with a stale copy cannot overwrite a newer record,
-whether another replica advanced the session, restored it, or closed it and opened another of the same id.
+A session has one key, (model name, session id), and one record, which is replaced as a whole. Every write carries a
+unique token and names the token that it expects in the store. Therefore a replica with a stale copy cannot overwrite a
+newer record, whether another replica advanced the session, restored it, or replaced it by another with the same id.
 """
 
 import itertools
@@ -20,7 +20,7 @@ Key = tuple[str, str]
 
 
 class StoreRefused(Exception):
-    """The store can never work as it is set; the message says what to change."""
+    """The store cannot work as configured; the message says what to change."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,10 +28,11 @@ class Commit:
     """The next state of a session.
 
     Attributes:
-        expected: The token of the record that this one follows; empty: the session must not exist.
-        content: The record, as `pack` makes it.
+        expected: The token of the previous record; empty if the session must not exist.
+        token: The token of this record.
+        content: The record, from `pack`.
         begins: This is the session's first commit.
-        ends: The commit closes the session: its last chunk stays available for retries, and the row is removed.
+        ends: The commit closes the session. Its last chunk stays available for retries; the row is removed.
     """
 
     key: Key
@@ -54,9 +55,9 @@ class Listed:
     """An open session.
 
     Attributes:
-        digest: SHA-256 of its model, hexadecimal.
+        digest: SHA-256 of the model, hexadecimal.
         durability: One of `DURABILITIES`.
-        expires_in: Seconds until it expires, unless it is used before; None: never.
+        expires_in: Seconds until it expires unless it is used; None for never.
     """
 
     key: Key
@@ -69,12 +70,12 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some of the open sessions.
+    """One page of the open sessions.
 
     Attributes:
-        sessions: May be none although there are more.
-        damaged: The keys of sessions among them that cannot be read.
-        after: Names the next page; empty: there is none.
+        sessions: May be empty although there are more.
+        damaged: Keys of sessions that cannot be read.
+        after: Name of the next page; empty if there is none.
     """
 
     sessions: list[Listed]
@@ -84,23 +85,24 @@ class Page:
 
 class Pages(Protocol):
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
-        """The page that `after` names; empty: the first. Every session that is open all the time is on one, or on
-        several.
+        """Read a page. Every session that stays open throughout is on at least one page.
 
         Args:
-            tenant: Only its sessions, and no page is named by another's; None: all. Empty: may be all.
+            after: Name of the page; empty for the first.
+            limit: Maximum number of sessions.
+            tenant: Only this tenant's sessions, and no page name reveals another's; None: all. Empty: may be all.
 
         Raises:
             StoreUnavailable: The store does not answer.
-            InvalidRequest: `after` names no page.
+            InvalidRequest: There is no page `after`.
         """
 
 
 class Store(Pages, Protocol):
     """Records of sessions, shared by replicas.
 
-    The store alone decides when a durable session has expired: after the idle timeout since its last commit, by the
-    store's own clock. An expired session is `Gone` with that cause until its tombstone's life ends, and `None` after.
+    Only the store decides when a durable session expires: one idle timeout after its last commit, by the store's own
+    clock. An expired session is `Gone` until its tombstone's life ends, and `None` afterwards.
 
     `load`, `close` and `take` raise StoreUnavailable if the store does not answer in time or cannot write; `commit`
     returns the error instead.
@@ -109,11 +111,15 @@ class Store(Pages, Protocol):
     figures: StoreFigures
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
-        """The result of each commit: None if it is in the store, also if it was sent twice; SessionContended, with the
-        record, if the store has another token; StoreUnavailable if that is unknown. Never raises."""
+        """Write records. Never raises.
+
+        Returns:
+            Per commit: None if it is in the store, even if it was sent twice; SessionContended, with the record, if the
+            store has another token; StoreUnavailable if the outcome is unknown.
+        """
 
     async def load(self, key: Key) -> Record | Gone | None:
-        """The record; how the session ended; or None if nothing is known of it. Does not prolong the session's life."""
+        """The record, or how the session ended, or None if it is unknown. Does not extend the session's life."""
 
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         """The same of many sessions, in one exchange; in place of a record that cannot be read, the error."""
@@ -122,14 +128,16 @@ class Store(Pages, Protocol):
         """Close a session, whatever its token. Returns its position, or None if there is none."""
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
-        """Remove a record without a tombstone if it has this token: the caller owns the session then.
+        """Remove a record without a tombstone if it has this token; the caller then owns the session.
 
-        attempt: names the call, so that it can be made again if it got no answer, with the same result.
+        attempt: identifies the call, so that repeating it after a lost answer has the same result.
         """
 
     async def start(self) -> None:
-        """Called once, before any other method. Returns when the store has answered once; until then it is logged.
-        Raises StoreRefused."""
+        """Called once, before any other method. Waits, and logs that it does, until the store answers.
+
+        Raises StoreRefused.
+        """
 
     async def stop(self) -> None: ...
 

@@ -1,14 +1,14 @@
-"""An LMDB database in a folder, shared by the processes of one host; what a crash of the machine leaves of it.
+"""An LMDB database in a folder, shared by the processes of one host, and its recovery after a crash of the machine.
 
-    data.mdb, lock.mdb  LMDB's own
+    data.mdb, lock.mdb  LMDB's files
     lock                locked by every process that has the folder open (flock)
-    host.json           the boot of the machine and the sync of the processes that have it open, or had it last
-    synced              LMDB's two meta pages, from when everything before them was on the disk
+    host.json           boot id of the machine and sync mode, of the processes that have or last had the folder open
+    synced              LMDB's two meta pages as of the last sync
 
-LMDB never overwrites a page that a reader may still see, and goes from one state to the next by writing a meta page. So
-a process that is killed leaves the last commit. A machine that loses power has written any of the pages that were not
-synced. With `everysec`, each process syncs once a second, keeps a copy of the meta pages, and keeps the pages that
-those lead to from being reused; after a crash of the machine that copy is put back.
+LMDB never overwrites a page that a reader may still see, and commits by writing a meta page. Therefore a killed process
+leaves the last commit intact. A power failure, in contrast, may lose any of the pages written since the last sync. With
+`everysec`, each process syncs once a second, saves the meta pages, and protects the pages that they reference from
+reuse. After a crash of the machine, the saved meta pages are restored.
 """
 
 import contextlib
@@ -35,15 +35,15 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
-#: Address space, not memory nor disk. It grows by doubling.
+#: Address space, neither memory nor disk. It grows by doubling.
 MAP_BYTES = 16 * 2**30
-#: Processes and threads that may read at the same time.
+#: Maximum number of concurrent readers, over all processes.
 READERS = 512
-#: For a transaction of another process, when a folder is opened.
+#: How long opening a folder waits for another process's transaction.
 PATIENCE_SECONDS = 5.0
-#: Freed when the disk is full, so that sessions can still be closed.
+#: Space that is freed when the disk is full, so that sessions can still be closed.
 _RESERVE_BYTES = 4 * 2**20
-#: File systems of other machines: LMDB's locks are shared memory of this one.
+#: Network file systems, where LMDB cannot work: its locks are in local shared memory.
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs", "ocfs2", "gfs2"}
 _NETWORK |= {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "virtiofs"}
 
@@ -52,13 +52,13 @@ class LmdbFolder:
     """One open database. Used by one thread at a time.
 
     Args:
-        folder: Made if it does not exist.
+        folder: Created if it does not exist.
         sync: When commits reach the disk.
         map_bytes: Initial size of the map.
-        patience: Seconds to wait for a process that is within a transaction.
+        patience: Seconds to wait for another process's transaction.
 
     Raises:
-        StoreUnavailable: The folder cannot be used, and waiting does not change that.
+        StoreUnavailable: The folder cannot be used, and retrying does not help.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class LmdbFolder:
     ) -> None:
         self.folder, self.sync = folder, sync
         self._map_bytes = map_bytes
-        self._held: Any = None  # a reader of the state that `synced` leads to
-        self._marked = -1  # the transaction that left it
+        self._held: Any = None  # a reader of the state in `synced`, which protects its pages
+        self._marked = -1  # the last transaction of that state
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _refuse_other_machines(folder)
@@ -88,7 +88,7 @@ class LmdbFolder:
             raise
 
     def _await_turn(self, patience: float) -> None:
-        """Raises StoreUnavailable if another process does not end its transaction: LMDB would wait for ever."""
+        """Raises StoreUnavailable if another process does not end its transaction; LMDB would wait forever."""
 
         def take_a_turn() -> None:
             with self._environment.begin(write=True):
@@ -99,8 +99,8 @@ class LmdbFolder:
         turn.join(patience)
         if turn.is_alive():
             raise StoreUnavailable(
-                f"the store {self.folder} is held by another process, which has not ended its transaction for "
-                f"{patience:g} s: {holders(self.folder)}. Let it continue (kill -CONT) or end it (kill -KILL), and "
+                f"the store {self.folder} is blocked by another process, which has not ended its transaction for "
+                f"{patience:g} s: {holders(self.folder)}. Let it continue (kill -CONT) or kill it (kill -KILL), and "
                 "start again",
                 0,
             )
@@ -108,7 +108,7 @@ class LmdbFolder:
     # ── transactions ─────────────────────────────────────────────────────────────────────────────
 
     def write(self, work: Callable[[Any], T]) -> T:
-        """What `work` returns for a transaction, which is committed. Raises lmdb.Error; then nothing was written."""
+        """Run `work` in a transaction, commit it, and return the result. Raises lmdb.Error if nothing was written."""
         while True:
             try:
                 with self._environment.begin(write=True, buffers=True) as transaction:
@@ -120,7 +120,7 @@ class LmdbFolder:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Any]:
-        """A transaction that sees the last commit."""
+        """A read transaction on the last commit."""
         try:
             transaction = self._environment.begin(buffers=True)
         except lmdb.MapResizedError:
@@ -137,12 +137,12 @@ class LmdbFolder:
     # ── the disk ─────────────────────────────────────────────────────────────────────────────────
 
     def mark(self, *, closing: bool = False) -> None:
-        """Make everything that is committed survive a crash of the machine, as far as `sync` says."""
+        """Make all commits survive a crash of the machine, as far as `sync` promises."""
         environment = self._environment
         if self.sync == "always" or (self.sync == "never" and not closing):
             self._marked = environment.info()["last_txnid"]
             return
-        with environment.begin(write=True):  # so that nothing is committed meanwhile
+        with environment.begin(write=True):  # blocks commits
             last = environment.info()["last_txnid"]
             if last == self._marked and self._held is not None:
                 return
@@ -152,24 +152,24 @@ class LmdbFolder:
         _write(self.folder / "synced", pages)
         self._release()
         self._held, self._marked = held, last
-        environment.reader_check()  # only now: the reader of a process that was killed has protected its `synced`
+        environment.reader_check()  # only now: a killed process's reader may protect the state in `synced`
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the file, and of its pages in use."""
+        """Sizes of the file and of the pages in use, in bytes."""
         pages = self._environment.stat()
         used = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
         return {"file": _size_of(self.folder / "data.mdb"), "used": used}
 
     def has_changed(self) -> bool:
-        """Something was committed since the last mark."""
+        """Whether there are commits since the last mark."""
         return self._environment.info()["last_txnid"] != self._marked
 
     def free_reserve(self) -> None:
-        """Give the reserved space back to the file system, so that what ends sessions can still be written."""
+        """Free the reserved space, so that sessions can still be closed."""
         (self.folder / "reserve").unlink(missing_ok=True)
 
     def reserve(self) -> bool:
-        """Reserve space on the disk. False if there is not enough."""
+        """Reserve disk space. False if there is not enough."""
         path = self.folder / "reserve"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -198,10 +198,10 @@ class LmdbFolder:
             self._held.abort()
             self._held = None
 
-    # ── who has it open ──────────────────────────────────────────────────────────────────────────
+    # ── other processes ──────────────────────────────────────────────────────────────────────────
 
     def _join(self) -> None:
-        """Agree with the processes that have the folder open; the only one sees to what was left of it."""
+        """Check compatibility with the processes that have the folder open. If there are none, recover it."""
         ours = {"format": 1, "boot": boot(), "namespace": namespace(), "sync": self.sync}
         path = self.folder / "host.json"
         while True:
@@ -225,7 +225,7 @@ class LmdbFolder:
         return True
 
     def _prepare(self, before: dict[str, Any] | None) -> None:
-        """What the last processes left, made whole if the machine has crashed since."""
+        """Recover the folder if the machine has crashed since its last use."""
         data, synced = self.folder / "data.mdb", self.folder / "synced"
         if before is not None and before["format"] != 1:
             raise StoreUnavailable(f"the store {self.folder} has format {before['format']}; this server reads 1", 0)
@@ -254,7 +254,7 @@ class LmdbFolder:
 
 
 def holders(folder: Path) -> str:
-    """The other processes that have the folder open, with what the machine says of them."""
+    """The other processes that have the folder open, with their names and states."""
     lock = (folder / "lock").stat().st_ino
     found = []
     with contextlib.suppress(OSError):  # not Linux
@@ -264,7 +264,7 @@ def holders(folder: Path) -> str:
                 status = Path(f"/proc/{words[4]}/status").read_text()
                 name, state = (re.search(rf"^{what}:\s*(.*)$", status, re.M) for what in ("Name", "State"))
                 found.append(f"process {words[4]}, {name and name[1]}, {state and state[1]}")
-    return "; ".join(found) or "its id is not known here"
+    return "; ".join(found) or "its id is unknown here"
 
 
 def is_store(folder: Path) -> bool:
@@ -272,7 +272,7 @@ def is_store(folder: Path) -> bool:
 
 
 def last_host(folder: Path) -> dict[str, Any] | None:
-    """What `host.json` says. Raises StoreUnavailable if it is damaged."""
+    """The content of `host.json`. Raises StoreUnavailable if it is damaged."""
     path = folder / "host.json"
     if not path.exists():
         return None
@@ -285,12 +285,12 @@ def last_host(folder: Path) -> dict[str, Any] | None:
 
 
 def has_crashed(host: dict[str, Any]) -> bool:
-    """Whether the machine was restarted since, which leaves the file in an unknown state."""
+    """Whether the machine has restarted since without a sync, so that the file is in an unknown state."""
     return host["boot"] != boot() and host["sync"] != "always"
 
 
 def put_back(data: Path, synced: Path) -> None:
-    """Make the file what it was at the last sync."""
+    """Restore the state of the last sync."""
     with data.open("r+b") as file:
         file.write(synced.read_bytes())
         file.flush()
@@ -298,13 +298,13 @@ def put_back(data: Path, synced: Path) -> None:
 
 
 def check_size(data: Path) -> None:
-    """LMDB reads the file as memory: a file that was cut would end the process. Raises StoreUnavailable."""
+    """Raises StoreUnavailable for a truncated file, which would crash the process, because LMDB maps it as memory."""
     with contextlib.closing(lmdb.open(str(data), subdir=False, readonly=True, lock=False, max_readers=1)) as opened:
         pages, size = opened.info()["last_pgno"] + 1, opened.stat()["psize"]
     if data.stat().st_size < pages * size:
         raise StoreUnavailable(
             f"the store {data.parent} is damaged: data.mdb has {data.stat().st_size} of {pages * size} bytes; move it "
-            "away to begin with an empty store, or put a copy back",
+            "away to start with an empty store, or restore a copy",
             0,
         )
 
@@ -318,7 +318,7 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 
 def file_system(folder: Path) -> str | None:
-    """The kind of file system that the folder is on; None if the machine does not say."""
+    """The type of the folder's file system; None if it is unknown."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     except OSError:
@@ -330,7 +330,7 @@ def file_system(folder: Path) -> str | None:
 
 
 def _refuse_other_machines(folder: Path) -> None:
-    """Raises StoreUnavailable if the folder is on a file system that other machines may write to."""
+    """Raises StoreUnavailable if the folder is on a network file system."""
     if (name := file_system(folder)) in _NETWORK:
         raise StoreUnavailable(
             f"the store {folder} is on a network file system ({name}); use a local disk, or --store redis://...", 0
@@ -339,11 +339,11 @@ def _refuse_other_machines(folder: Path) -> None:
 
 @cache
 def boot() -> str:
-    """Differs after each start of the machine."""
+    """The boot id, which is unique to each start of the machine."""
     if sys.platform == "linux":
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return subprocess.run(
-        ["sysctl", "-n", "kern.bootsessionuuid"],  # noqa: S607 its folder differs
+        ["sysctl", "-n", "kern.bootsessionuuid"],  # noqa: S607 its folder varies
         check=True,
         capture_output=True,
         text=True,
@@ -351,7 +351,7 @@ def boot() -> str:
 
 
 def namespace() -> int:
-    """LMDB tells processes apart by their id, which two containers may both have."""
+    """The PID namespace. LMDB identifies processes by their id, which is ambiguous between containers."""
     return os.stat("/proc/self/ns/pid").st_ino if sys.platform == "linux" else 0
 
 
@@ -360,7 +360,7 @@ def _size_of(path: Path) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replace a file, so that it has the old content or the new one whatever happens."""
+    """Replace a file atomically and durably."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:

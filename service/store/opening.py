@@ -1,4 +1,4 @@
-"""From a config to the store that it selects. Only where that is a Redis is its client imported: it takes megabytes."""
+"""Opens the store that a config selects. The Redis client is imported only if needed, because it takes megabytes."""
 
 from typing import TYPE_CHECKING, Union
 
@@ -12,7 +12,7 @@ StoreConfig = Union[EmbeddedStoreConfig, "RedisStoreConfig"]
 
 
 def open_store(config: StoreConfig) -> Store:
-    """Raises StoreUnavailable if a folder cannot be used, and StoreRefused if a URL is wrong."""
+    """Raises StoreUnavailable if a folder cannot be used, and StoreRefused if a URL is invalid."""
     if isinstance(config, EmbeddedStoreConfig):
         return EmbeddedStore(config)
     from unroll.service.store.redis_store import RedisStore

@@ -1,11 +1,11 @@
-"""A session as bytes: a store keeps it, and a state file holds it. Integers are little-endian.
+"""The record of a session, as kept by stores and state files. Integers are little-endian.
 
-origin   72 bytes, the same for a session's whole life: the 8 bytes of header of `envelope.py` (magic "UNRO", format
-         version 1, tag: the durability), SHA-256 of the model, 16 bytes `born`, 16 bytes `opened_with` (zeros: none)
+origin   72 bytes that never change: the 8-byte header of `envelope.py` (magic "UNRO", format version 1, tag: the
+         durability), SHA-256 of the model, 16 bytes `born`, 16 bytes `opened_with` (zeros if there is none)
 then     position u64, lengths of row and last u32
-row      the state row, float32; empty: the model's initial state
-last     depth u32, count u32, and for each chunk that can be asked for again: start u64, steps u32,
-         16 bytes digest of its payload, length of the outputs u32, the outputs' values one after another
+row      the state row, float32; empty for the model's initial state
+last     depth u32, count u32, and for each chunk kept for retries: start u64, steps u32, 16 bytes payload digest,
+         length of the outputs u32, the concatenated outputs
 """
 
 import struct
@@ -20,7 +20,7 @@ from unroll.service.state.envelope import HEADER_BYTES, Envelope
 
 #: Durabilities of stored sessions, by their tag.
 MEMORY, STORED = DURABILITIES = ("memory", "stored")
-#: Older names of durabilities, which are still accepted.
+#: Old names of durabilities, which are still accepted.
 _FORMERLY = {"redis": STORED}
 
 ID_BYTES = 16
@@ -31,18 +31,18 @@ ORIGIN_BYTES = HEADER_BYTES + _ORIGIN.size
 _COUNTS = struct.Struct("<II")
 _KEPT = struct.Struct("<QI16sI")
 _ONE_KEPT = struct.Struct("<IIQI16sI")
-#: Behind the origin: position, lengths of row and last.
+#: After the origin: position, lengths of row and last.
 WHOLE = struct.Struct("<QII")
 
 
 def current_durability(name: Any) -> Any:
-    """The durability of that name, in a request or a setting; anything else as it is."""
+    """Replace an old name of a durability in a request or setting; anything else stays as it is."""
     return _FORMERLY.get(name, name) if isinstance(name, str) else name
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An applied chunk, kept to answer a retry: position before it, time steps, digest of its payload, output bytes."""
+    """An applied chunk, kept for retries: position before it, time steps, payload digest, output bytes."""
 
     start: int
     steps: int
@@ -57,8 +57,8 @@ class Origin:
     Attributes:
         model: SHA-256 of the model, hexadecimal.
         durability: One of `DURABILITIES`.
-        born: Distinguishes the session from others of the same id.
-        opened_with: Digest of the request that opened the session by steps at position 0; empty if none did.
+        born: Distinguishes sessions with the same id.
+        opened_with: Digest of the steps request that opened the session at position 0; empty if none did.
     """
 
     model: str
@@ -101,21 +101,21 @@ class Record:
         return pack_last(self.depth, self.kept)
 
     def to_bytes(self) -> bytes:
-        """Return all of it but the token, with a checksum."""
+        """Serialise the record without its token, with a checksum."""
         return _ENVELOPE.seal(self.packed())
 
     def packed(self) -> bytes:
-        """Return all of it but the token, without a checksum."""
+        """Serialise the record without its token and without a checksum."""
         return pack(self.origin.to_bytes(), self.position, self.row, self.last)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
-        """Read what `to_bytes` wrote. Raises SnapshotInvalid if it is damaged."""
+        """The inverse of `to_bytes`. Raises SnapshotInvalid if the content is damaged."""
         return cls.unpack(_ENVELOPE.unseal(content))
 
     @classmethod
     def unpack(cls, content: bytes, token: bytes = b"") -> Self:
-        """Read what `pack` wrote. Raises SnapshotInvalid."""
+        """The inverse of `pack`. Raises SnapshotInvalid."""
         begin = ORIGIN_BYTES + WHOLE.size
         if len(content) < begin:
             raise SnapshotInvalid("a stored session is too short")
@@ -128,11 +128,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A session whose state is lost.
+    """A session that has ended.
 
     Attributes:
-        cause: The error code that says why.
-        kept: The chunk that ended the session, if one did.
+        cause: The error code of the reason.
+        kept: The chunk that closed the session, if any.
     """
 
     cause: str
@@ -141,20 +141,21 @@ class Gone:
 
 
 def pack(origin: bytes, position: int, row: bytes, last: bytes) -> bytes:
-    """Return the bytes of a record without its token and checksum."""
+    """Serialise a record without its token and checksum."""
     return b"".join((origin, WHOLE.pack(position, len(row), len(last)), row, last))
 
 
 def pack_steps(
     origins: list[bytes], positions: np.ndarray, steps: int, rows: np.ndarray, digests: list[bytes], outputs: np.ndarray
 ) -> list[bytes]:
-    """`pack` of many sessions at once, each of depth 1 with its last chunk.
+    """`pack` for many sessions at once, each of depth 1 with its last chunk.
 
     Args:
-        positions: after the chunk, uint64.
-        steps: of the chunk.
+        origins: Serialised origins.
+        positions: Positions after the chunk, uint64.
+        steps: Time steps of the chunk.
         rows: (sessions, state_size), float32.
-        digests: of each payload.
+        digests: Payload digests.
         outputs: (sessions, bytes), uint8.
     """
     row, kept = rows[0].nbytes, outputs.shape[1]
@@ -172,14 +173,17 @@ def pack_steps(
 
 @cache
 def _steps_dtype(row: int, outputs: int) -> np.dtype:
-    """A record of depth 1 with its last chunk, as `pack` and `pack_last_chunk` make it; in bytes."""
+    """The layout of a record of depth 1 with its last chunk, as `pack` and `pack_last_chunk` write it.
+
+    row, outputs: sizes in bytes.
+    """
     whole = [("origin", f"V{ORIGIN_BYTES}"), ("position", "<u8"), ("row_bytes", "<u4"), ("last_bytes", "<u4")]
     last = [("depth", "<u4"), ("count", "<u4"), ("start", "<u8"), ("steps", "<u4"), ("digest", "V16")]
     return np.dtype([*whole, ("row", f"V{row}"), *last, ("output_bytes", "<u4"), ("outputs", f"V{outputs}")])
 
 
 def unpack_trace(content: bytes) -> tuple[bytes, int, bytes]:
-    """Origin, position and last chunks of what `pack` made."""
+    """Origin, position and last chunks from the result of `pack`."""
     position, row, _ = WHOLE.unpack_from(content, ORIGIN_BYTES)
     return content[:ORIGIN_BYTES], position, content[ORIGIN_BYTES + WHOLE.size + row :]
 
@@ -192,7 +196,7 @@ def pack_last(depth: int, kept: tuple[Kept, ...]) -> bytes:
 
 
 def pack_last_chunk(start: int, steps: int, digest: bytes, outputs: bytes) -> bytes:
-    """`pack_last` of depth 1 and one chunk, as most records have it: written with every step."""
+    """`pack_last` for depth 1 and one chunk, the common case, which is written with every step."""
     return _ONE_KEPT.pack(1, 1, start, steps, digest, len(outputs)) + outputs
 
 

@@ -1,6 +1,6 @@
-"""From the URL of a Redis to its client: one server, the primary that Sentinels name, or a cluster.
+"""Creates a Redis client from a URL: for one server, the primary of Sentinels, or a cluster.
 
-Also what an error of it means at the start, and whether it removes keys.
+Also interprets errors at the start, and reads the eviction policy.
 """
 
 import ssl
@@ -38,7 +38,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from unroll.service.core.choices import SCHEMES
 from unroll.service.store.interface import StoreRefused
 
-#: What redis-py raises without a reply.
+#: Exceptions of redis-py if there is no reply.
 FAILURES = (RedisError, RedisClusterException, OSError)
 #: After which another connection may help: this one is dead, or leads to a server that is no longer the primary.
 LOST = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, MasterDownError)
@@ -46,17 +46,17 @@ _SENTINEL_PORT = 26379
 #: Options that name files.
 _FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
-#: Of a Redis that is about to get the password that this server has, as in an upgrade of the Helm chart.
+#: Error of a Redis that has no password yet but is about to get one, as during an upgrade of the Helm chart.
 _NO_PASSWORD_YET = "called without any password"  # noqa: S105 words of an error
 _RIGHTS = "its user needs EVALSHA, EVAL, SET, GET, GETRANGE, DEL, PTTL and PEXPIRE on the keys of --store-prefix"
-#: Errors that no waiting heals, with what to do. By class, or by words of the message.
+#: Errors that do not go away by waiting, with remedies. By class, or by words in the message.
 _REFUSALS: tuple[tuple[type[Exception] | str, str], ...] = (
     (AuthenticationError, "check the user and the password in --store"),
     (AuthorizationError, _RIGHTS),
     (NoPermissionError, _RIGHTS),
     ("user executing the script can't", _RIGHTS),
     ("ACL failure in script", _RIGHTS),
-    (ssl.SSLCertVerificationError, "name the file of its authority: rediss://…?ssl_ca_certs=FILE"),
+    (ssl.SSLCertVerificationError, "specify its CA file: rediss://…?ssl_ca_certs=FILE"),
     ("DB index is out of range", "check the number of the database at the end of --store"),
     ("Cluster mode is not enabled", "it is a single Redis: use redis://"),
     (MovedError, "it is a Redis Cluster: use redis+cluster://"),
@@ -65,7 +65,7 @@ _REFUSALS: tuple[tuple[type[Exception] | str, str], ...] = (
 
 
 class _Packing:
-    """Packs commands with hiredis, which takes a third of the time. Not used for TLS and Unix sockets."""
+    """Packs commands with hiredis in a third of the time. Not used for TLS and Unix sockets."""
 
     _packer = HiredisRespSerializer()
 
@@ -82,15 +82,15 @@ class _SentinelConnection(_Packing, SentinelManagedConnection):
 
 
 def connect(url: str, timeout: float) -> Any:
-    """A client; it connects when it is used, and sends nothing twice.
+    """Create a client, which connects on first use, and sends nothing twice.
 
     Args:
-        url: See `SCHEMES`; of Sentinels `redis+sentinel://[user:password@]host:port,host:port/service[/db]`, or
+        url: See `SCHEMES`. For Sentinels: `redis+sentinel://[user:password@]host:port,host:port/service[/db]`, or
             `rediss+sentinel://...` for TLS to the Sentinels and to the servers that they name.
         timeout: Seconds for a new connection.
 
     Raises:
-        StoreRefused: The URL is wrong.
+        StoreRefused: The URL is invalid.
     """
     retry = Retry(NoBackoff(), 0, LOST)  # disconnects after these errors
     options: dict[str, Any] = {"socket_connect_timeout": timeout, "socket_timeout": None, "retry": retry}
@@ -109,7 +109,7 @@ def connect(url: str, timeout: float) -> Any:
         option = str(error).rpartition("argument ")[2]
         raise StoreRefused(f"--store has an option that does not exist: {option}") from error
     except ValueError as error:
-        raise StoreRefused(f"--store is wrong: {error}") from error
+        raise StoreRefused(f"--store is invalid: {error}") from error
     return client
 
 
@@ -122,7 +122,7 @@ async def disconnect(client: Any) -> None:
 
 
 async def eviction_policy(client: Any) -> str | None:
-    """By which the server removes keys when its memory is full; None if it keeps them. Raises one of FAILURES."""
+    """The policy by which the server evicts keys when its memory is full; None for none. Raises one of FAILURES."""
     if isinstance(client, RedisCluster):
         answers = [await client.info("memory", target_nodes=node) for node in client.get_primaries()]
     else:
@@ -132,9 +132,9 @@ async def eviction_policy(client: Any) -> str | None:
 
 
 def refusal(client: Any, reason: BaseException) -> str | None:
-    """What to do about an error that no waiting heals; None if the store may answer later."""
+    """The remedy for an error that does not go away by waiting; None if the store may answer later."""
     if isinstance(client, RedisCluster) and isinstance(reason, MovedError):
-        return None  # it is moving its slots
+        return None  # the cluster is moving slots
     for error in _causes(reason):
         if _NO_PASSWORD_YET in str(error):
             return None
@@ -163,7 +163,7 @@ def _check_database(url: str, scheme: str) -> None:
 
 
 def _at_sentinels(scheme: str, rest: str, timeout: float, options: dict[str, Any]) -> Redis:
-    """A client of the primary that they name; they are asked for each new connection."""
+    """A client for the primary that the Sentinels name. They are queried for each new connection."""
     authority, _, path = rest.partition("?")[0].partition("/")
     user, at, hosts = authority.rpartition("@")
     service, _, database = path.strip("/").partition("/")
@@ -175,7 +175,7 @@ def _at_sentinels(scheme: str, rest: str, timeout: float, options: dict[str, Any
     own: dict[str, Any] = dict(parse_url(redis_url))
     del own["host"]
     over_tls = own.pop("connection_class", None) is not None
-    # Each gets a part of the time, so that the last is still asked if the others are silent.
+    # Each gets a share of the time, so that the last is queried even if the rest do not answer.
     share = timeout / (len(sentinels) + 1)
     asking = {"socket_connect_timeout": share, "socket_timeout": share, "retry": Retry(NoBackoff(), 0), "ssl": over_tls}
     asking |= {name: value for name, value in own.items() if name.startswith("ssl_")}

@@ -1,4 +1,4 @@
-"""What a Redis is, and what its sessions survive, as far as it says."""
+"""Describes a Redis and which failures its sessions survive, as far as it reports them."""
 
 import asyncio
 from typing import Any
@@ -13,15 +13,15 @@ from unroll.service.store.redis_store import RedisStoreConfig
 
 _FSYNC = {
     "always": "the end of any server, and a crash of Redis",
-    "everysec": "the end of any server, and a crash of Redis but for the last second",
-    "no": "the end of any server, and a crash of Redis but for what its machine has not yet written to the disk",
+    "everysec": "the end of any server, and a crash of Redis except for the last second",
+    "no": "the end of any server, and a crash of Redis except for data that its machine has not yet written to disk",
 }
-_UNKNOWN = "the end of any server; Redis does not say what a crash of its own leaves"
+_UNKNOWN = "the end of any server; Redis does not report what survives its own crash"
 _ASKED = ("appendonly", "appendfsync", "save", "maxmemory", "maxmemory-policy")
 
 
 async def describe_redis(config: RedisStoreConfig, where: str) -> Description:
-    """Raises what `describe` raises."""
+    """Raises the errors of `describe`."""
     client = connect(config.url, config.timeout)
     try:
         async with asyncio.timeout(config.timeout):
@@ -47,7 +47,7 @@ async def _describe(client: Any, where: str) -> Description:
         for name in _ASKED:
             settings |= await client.config_get(name, **node)
     except RedisError:
-        pass  # the user may not ask, or the provider has renamed the command
+        pass  # the user lacks the permission, or the provider has renamed the command
     valkey = server.get("valkey_version")
     kind = f"Valkey {valkey}" if valkey else f"Redis {server.get('redis_version', 'of unknown version')}"
     return Description(kind, where, _survives(settings), settings)

@@ -1,6 +1,6 @@
-"""The open sessions in Redis, page by page: one SCAN per page, node by node if it is a cluster.
+"""Lists the open sessions in Redis in pages: one SCAN per page, and node after node in a cluster.
 
-A page is named by the number of its node, SCAN's cursor, and the key that it follows among those of that cursor.
+A page's name consists of the node's number, SCAN's cursor, and the last key of the previous page at that cursor.
 """
 
 import struct
@@ -17,7 +17,7 @@ _TOKEN = 16
 #: Position, lengths of row and last.
 _WHOLE = struct.Struct("<QII")
 _HEAD = _TOKEN + ORIGIN_BYTES + _WHOLE.size
-#: Keys that SCAN looks at: half of them are no sessions, but traces. Always the same, as one cursor serves some pages.
+#: Keys examined per SCAN; half of them are traces, not sessions. Constant, because a cursor may serve several pages.
 _COUNT = 500
 
 
@@ -49,7 +49,7 @@ async def read_page(client: Any, prefix: str, after: str, limit: int, tenant: st
 
 
 def _add(page: Page, key: Key, head: bytes, size: int, milliseconds: int) -> None:
-    if not head:  # it has ended meanwhile
+    if not head:  # it has ended since the SCAN
         return
     try:
         origin = Origin.from_bytes(head[_TOKEN : _TOKEN + ORIGIN_BYTES])
@@ -76,7 +76,7 @@ def _parse(after: str, nodes: int) -> tuple[int, int, bytes]:
             return parsed
     except ValueError:
         pass
-    raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said")
+    raise InvalidRequest(f"unknown page {after!r}; use `after` of the previous page")
 
 
 def _next(number: int, cursor: int, nodes: int) -> str:

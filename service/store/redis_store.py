@@ -2,19 +2,18 @@
 
     PREFIX:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
     PREFIX:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
-                                  longer than the session. `e` is written first: the session expired, which is true as
-                                  soon as the first key has expired. `c`: the session was closed. `t`, token, for
-                                  minutes: it was taken, so that the same call is recognised when it is sent again
+                                  longer than the session. `e` (expired) is written with the session, and is true as
+                                  soon as the first key has expired. `c`: the session was closed. `t`, token: it was
+                                  taken; kept for minutes, so that a repeated call is recognised
 
 The braces keep both keys of a session on one node of a cluster.
 
-Every access to a session is one call of a function on these two keys, so it is atomic. Concurrent calls go together to
-one script, which runs them in order; each succeeds or fails by itself. How many writes a crash of Redis loses depends
-on its `appendfsync`.
+Every access to a session is one call of a function on these two keys, so it is atomic. Concurrent calls share one run
+of a script, which executes them in order; each succeeds or fails by itself. How many writes a crash of Redis loses
+depends on its `appendfsync`.
 
-If the connection is lost, its calls are sent once more, and the script recognises those that it has run. But it refuses
-one that it has run if another replica has written since. So a refusal of a call that was sent twice says nothing, and
-counts as no answer.
+If the connection breaks, its calls are sent once more. The script recognises a call that it has executed, unless
+another replica has written since: then it refuses the call. So a refusal of the second attempt counts as no answer.
 """
 
 import asyncio
@@ -40,19 +39,19 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
-#: Concurrent exchanges with Redis; further calls wait and leave together with the next one.
+#: Concurrent exchanges with Redis; further calls wait and share the next one.
 _EXCHANGES = 2
-#: Maximum calls and bytes per run of the script: Redis does nothing else while it runs.
+#: Maximum calls and bytes per run of the script, because Redis does nothing else while it runs.
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
 #: `expected` of a call that accepts any token.
 _ANY = b"*"
-#: Seconds between attempts at the start, for an answer to one, and between looks at the eviction policy.
+#: Seconds between attempts at the start, for an answer to one, and between checks of the eviction policy.
 _ATTEMPT_SECONDS, _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 5.0, 60.0
 
-# Unused and unknown arguments are empty. The first write of a session brings its `origin`; a refused one returns the
-# state. `finish` returns the position if it closed the session; a session is also closed if there is no memory for its
-# tombstone, except by a step, whose reply is in it. The write before all has no effect: it makes a replica, whose data
-# may be old, refuse all calls.
+# Unused and unknown arguments are empty. The first write of a session carries its `origin`. A refused write returns the
+# state. `finish` returns the position if it closed the session. It succeeds without memory for a tombstone, except for
+# a step, since the tombstone has the step's reply. The SET before the calls only makes a read-only replica, which may
+# be stale, refuse all calls.
 _SCRIPT = """
 local call, does = redis.call, {}
 function does.write(state, gone, expected, token, record, position, origin)
@@ -101,27 +100,31 @@ for i = 1, #KEYS / 2 do
 end
 return replies
 """
-# Only when it is due: it costs as much as the rest.
+# Only when due, because it costs as much as the rest.
 _LONGER = """  elseif call('PTTL', gone) < %d then
     call('PEXPIRE', gone, %d)"""
 
 _CLOSED, _TAKEN = b"c", b"t"
 _TOKEN = 16
-#: Index of the longest word of a call.
+#: Index of the longest argument of a call.
 _CONTENT = 3
 #: The arguments of a function: expected, token, content, position, origin.
 _NO_WORDS = (b"",) * 5
 
 
-#: A call of a function of the script: the keys, and the arguments.
+#: A call of a function in the script: the keys and the arguments.
 _Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class RedisStoreConfig:
-    """timeout: seconds for an answer. idle_timeout: of sessions; None: never. tombstone_life: seconds after the end.
+    """The settings of a Redis store.
 
-    prefix: of all keys. Deployments with different prefixes share a server without knowing of each other's sessions.
+    Attributes:
+        timeout: Seconds to wait for an answer.
+        idle_timeout: Seconds until an idle session expires; None for never.
+        tombstone_life: Seconds for which the end of a session is remembered.
+        prefix: Prefix of all keys. Deployments with different prefixes can share a Redis.
     """
 
     url: str
@@ -132,7 +135,7 @@ class RedisStoreConfig:
 
 
 class RedisStore:
-    """Raises StoreRefused if the URL is wrong."""
+    """Raises StoreRefused if the URL is invalid."""
 
     def __init__(self, config: RedisStoreConfig) -> None:
         self._config = config
@@ -191,7 +194,7 @@ class RedisStore:
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 policy = await eviction_policy(self._client)
         except FAILURES:
-            return  # it does not answer, or does not say
+            return  # it does not answer, or does not report the policy
         if policy is not None and not self.figures.evicts:
             remedy = "set its maxmemory-policy to noeviction"
             _log.warning("the store removes sessions when it is full", policy=policy, remedy=remedy)
@@ -232,7 +235,7 @@ class RedisStore:
         return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
-        call = self._call(key, b"take", token, attempt or self._tokens.next())  # the same if it is sent again
+        call = self._call(key, b"take", token, attempt or self._tokens.next())  # the same if it is resent
         return bool(await self._exchanges.ask_one(call))
 
     def _call(self, key: Key, function: bytes, *words: bytes) -> _Call:
@@ -240,11 +243,11 @@ class RedisStore:
         return (state, state + b":gone"), (function, *words, *_NO_WORDS[len(words) :])
 
     def _call_of(self, commit: Commit) -> _Call:
-        who = commit.key, _function_of(commit), commit.expected, commit.token
+        arguments = commit.key, _function_of(commit), commit.expected, commit.token
         if commit.ends:
             origin, position, last = unpack_trace(commit.content)
-            return self._call(*who, last, position.to_bytes(8, "little"), origin)
-        return self._call(*who, commit.content, b"", commit.content[:ORIGIN_BYTES] if commit.begins else b"")
+            return self._call(*arguments, last, position.to_bytes(8, "little"), origin)
+        return self._call(*arguments, commit.content, b"", commit.content[:ORIGIN_BYTES] if commit.begins else b"")
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:
@@ -283,7 +286,7 @@ class RedisStore:
             return await self._client.execute_command("EVAL", self._script, *_words(calls))
 
     async def _execute_apart(self, calls: Sequence[_Call]) -> list[Any]:
-        """A cluster runs a script on keys of one slot: so each call is a run of its own, in one pipeline per node."""
+        """Run each call separately, in one pipeline per node: in a cluster, a script's keys must share a slot."""
         replies = await self._pipelined(calls, "EVALSHA", self._digest)
         if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
             again = await self._pipelined([calls[i] for i in unknown], "EVAL", self._script)
@@ -299,13 +302,13 @@ class RedisStore:
 
 
 def _words(part: Sequence[_Call]) -> list[bytes]:
-    """The arguments after the script's name: the number of keys, the keys, the arguments of the functions."""
+    """The arguments after the script: number of keys, the keys, and the arguments of the functions."""
     keys, words = zip(*part, strict=True)
     return [b"%d" % (2 * len(part)), *chain(*keys), *chain(*words)]
 
 
 def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
-    """The calls of each run of the script: at most _MOST_CALLS, and fewer if they are large."""
+    """Split calls into runs of the script: at most _MOST_CALLS each, and fewer if they are large."""
     begin = size = 0
     for end, (_, words) in enumerate(calls):
         size += len(words[_CONTENT])
@@ -316,7 +319,7 @@ def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
 
 
 def _with_lives(config: RedisStoreConfig) -> str:
-    """The script with the lifetimes of the keys. If sessions never expire, states have none."""
+    """The script with the lifetimes of the keys. State keys have none if sessions never expire."""
     tombstone = _milliseconds(config.tombstone_life)
     if config.idle_timeout is None:
         return _SCRIPT % {"idle": "", "both": "", "longer": "", "tombstone": tombstone}

@@ -1,4 +1,4 @@
-"""Sessions without a row in the arena, as bytes in host memory, oldest first."""
+"""Spilled sessions as bytes in host memory, oldest first."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
@@ -8,14 +8,14 @@ from unroll.service.core.session_ids import tenant_of
 from unroll.service.store.interface import Key
 from unroll.service.store.record import Record
 
-#: Bytes that a record takes besides its row and its replies, about.
+#: Approximate overhead of a record, besides its row and its replies.
 _RECORD_BYTES = 512
-#: Records that are looked at to find one of a tenant.
+#: Maximum number of records to examine for one of a tenant.
 _MOST_LOOKED_AT = 1000
 
 
 class Spill:
-    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`."""
+    """limit: bytes. The caller moves records beyond it elsewhere; see `overflow`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -30,7 +30,7 @@ class Spill:
         return key in self._records
 
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
-        """Each with when it was last used."""
+        """Yields key, record, and time of last use."""
         return ((key, record, used) for key, (record, used) in self._records.items())
 
     def keys(self) -> Iterable[Key]:
@@ -46,7 +46,7 @@ class Spill:
         self.of_tenants[tenant_of(key[1])] += 1
 
     def take(self, key: Key) -> tuple[Record, float] | None:
-        """Remove a record. Returns it, and when it was last used."""
+        """Remove a record. Returns it and its time of last use."""
         found = self._records.pop(key, None)
         if found is not None:
             self._bytes -= _size(found[0])
@@ -57,14 +57,14 @@ class Spill:
         return self._bytes + _size(record) <= self.limit
 
     def overflow(self, tenant: str) -> tuple[Key, Record, float] | None:
-        """Remove the oldest record of the tenant while the limit is exceeded; the newest is one of its."""
+        """If the limit is exceeded, remove the oldest record of the tenant, which owns the newest one."""
         if self._bytes <= self.limit:
             return None
         oldest = (key for key in islice(self._records, _MOST_LOOKED_AT) if tenant_of(key[1]) == tenant)
         return self._remove(next(oldest, next(reversed(self._records))))
 
     def expired(self, before: float) -> tuple[Key, Record, float] | None:
-        """Remove the oldest record if it was last used at the time `before` or earlier."""
+        """Remove the oldest record if its last use was at `before` or earlier."""
         for _, used in self._records.values():
             return self._remove(next(iter(self._records))) if used <= before else None
         return None

@@ -1,12 +1,11 @@
-"""Sessions in a file: a server that ends writes it, and the next one reads it; also of `unroll sessions export`.
+"""State files: a server writes its sessions at shutdown, and the next one reads them. Also `unroll sessions export`.
 
 header   see `envelope.py`: magic "UNRS", format version 1; then records u64
 each     idle seconds f64, lengths of the model's name u16, of the session id u16, of the record u32; then those
-end      BLAKE2b-128 of all the bytes before
+end      BLAKE2b-128 of all preceding bytes
 
-The file is written beside its place and then moved there, so a file in its place is complete. The file beside it,
-`NAME.part`, is there from the start of the server on: it shows that the folder can be written, and its lock keeps other
-servers away.
+The content is written to `NAME.part`, which is then renamed, so a file `NAME` is always complete. `NAME.part` exists
+from the start of the server: it proves that the folder is writable, and its lock excludes other servers.
 """
 
 import fcntl
@@ -33,13 +32,13 @@ _log = structlog.get_logger(__name__)
 
 
 class StateFile:
-    """A state file for the life of one server: `read`, `remove` when the sessions are served, `write`, `close`.
+    """The state file of one server: `read`, `remove` once the sessions are served, `write`, `close`.
 
     Args:
-        path: The file, which need not exist; its folder must.
+        path: The file, which may not exist yet; its folder must.
 
     Raises:
-        OSError: It cannot be written, or another server uses it.
+        OSError: The file cannot be written, or another server uses it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,30 +46,30 @@ class StateFile:
         self._beside = self.path.with_name(self.path.name + ".part")
         try:
             if self.path.exists() and not self.path.is_file():
-                raise OSError("it is not a file; name a file in a folder that the server may write")
+                raise OSError("it is not a file; specify a file in a folder that the server can write to")
             self._file: BinaryIO = os.fdopen(os.open(self._beside, os.O_RDWR | os.O_CREAT, 0o600), "w+b")
         except OSError as error:
             raise OSError(f"the state file {path} cannot be written: {error}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._file.fileno()), self._beside.stat()):
-                raise BlockingIOError  # it was another server's, which has just moved it to its place
+                raise BlockingIOError  # another server has just renamed it
             os.fchmod(self._file.fileno(), 0o600)
-            self._file.write(bytes(2**16))  # a full disk is noticed now
+            self._file.write(bytes(2**16))  # detects a full disk now
             self._file.flush()
             os.fsync(self._file.fileno())
         except (BlockingIOError, FileNotFoundError):
             self._file.close()
-            raise OSError(f"another server uses the state file {path}: give each a file of its own") from None
+            raise OSError(f"another server uses the state file {path}: each server needs its own") from None
         except OSError as error:
             self.close()
             raise OSError(f"the state file {path} cannot be written: {error}") from error
 
     def read(self) -> list[tuple[Key, Record, float]]:
-        """The sessions of the file, which stays; none if there is no file. One that is damaged is set aside.
+        """The sessions in the file, which stays; none if there is no file. A damaged file is renamed.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: The file cannot be read.
         """
         try:
             return read(self.path)
@@ -85,21 +84,21 @@ class StateFile:
             return []
 
     def remove(self) -> None:
-        """Remove the file: its sessions change from now on, and after a crash nobody must go on from old states."""
+        """Remove the file. Its sessions change from now on, and must not continue from old states after a crash."""
         self.path.unlink(missing_ok=True)
         self._sync_folder()
 
     def write(self, sessions: Iterable[tuple[Key, Record, float]]) -> int:
-        """Write sessions to the file in one move, and close it.
+        """Write sessions to the file atomically, and close it.
 
         Args:
-            sessions: Key, record, and seconds without use of each.
+            sessions: Key, record, and idle seconds of each.
 
         Returns:
-            How many there were.
+            The number of sessions.
 
         Raises:
-            OSError: The file cannot be written; what was in its place is still there.
+            OSError: The file cannot be written; a previous file is unchanged.
         """
         self._file.seek(0)
         self._file.truncate()
@@ -114,10 +113,10 @@ class StateFile:
         return count
 
     def close(self) -> None:
-        """Give the file up without a change."""
+        """Close without writing."""
         if not self._file.closed:
             self._beside.unlink(missing_ok=True)
-            with suppress(OSError):  # what could not be written before
+            with suppress(OSError):  # flushing again may fail again
                 self._file.close()
 
     def _sync_folder(self) -> None:
@@ -137,13 +136,13 @@ class Writer:
         file.write(_ENVELOPE.header() + _COUNT.pack(0))
 
     def add(self, key: Key, record: Record, idle: float) -> None:
-        """idle: seconds without use."""
+        """idle: seconds since its last use."""
         content, model, session = record.to_bytes(), key[0].encode(), key[1].encode()
         self._file.write(_ENTRY.pack(idle, len(model), len(session), len(content)) + model + session + content)
         self._count += 1
 
     def finish(self) -> int:
-        """Returns how many there are."""
+        """Complete the file. Returns the number of sessions."""
         file = self._file
         file.seek(HEADER_BYTES)
         file.write(_COUNT.pack(self._count))
@@ -158,7 +157,7 @@ class Writer:
 
 
 def read(path: Path) -> list[tuple[Key, Record, float]]:
-    """Read all sessions of a file: key, record, and seconds without use of each.
+    """Read all sessions of a file: key, record, and idle seconds of each.
 
     Raises:
         SnapshotInvalid: The file is damaged.

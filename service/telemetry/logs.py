@@ -1,7 +1,7 @@
-"""Structured logs: one JSON object per line on stderr, uvicorn's lines included.
+"""Structured logs: one JSON object per line on stderr, including uvicorn's lines.
 
-A line is bounded, whatever a client sends, and has no values of local variables: those hold requests, and their headers
-hold tokens.
+The length of a line is bounded regardless of client data. Tracebacks omit local variables, because these may contain
+requests with tokens in their headers.
 """
 
 import logging
@@ -25,7 +25,7 @@ _PROCESSORS: tuple[structlog.typing.Processor, ...] = (
 
 
 def configure(level: str, **fields: int) -> None:
-    """fields: added to every line."""
+    """Configure logging for a server. fields: added to every line."""
     shared: list[structlog.typing.Processor] = [lambda logger, method, event: {**event, **fields}, *_PROCESSORS]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -52,7 +52,7 @@ def configure(level: str, **fields: int) -> None:
 
 
 def configure_embedded() -> None:
-    """The same lines on stderr, in a process whose root logger belongs to another program."""
+    """Write the same lines to stderr, without touching the root logger, which belongs to another program."""
     structlog.configure(
         processors=[*_PROCESSORS, _render],
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
@@ -70,7 +70,7 @@ def _render(logger: Any, method: str, event: structlog.typing.EventDict) -> str:
 
 def _shortened(value: Any) -> Any:
     if isinstance(value, str):
-        half = _MAX_STRING // 2  # the end of a traceback says what was raised
+        half = _MAX_STRING // 2  # keep the end, where a traceback has the exception
         short = len(value) <= _MAX_STRING
         return value if short else f"{value[:half]}… ({len(value)} characters) …{value[-half:]}"
     if isinstance(value, dict):

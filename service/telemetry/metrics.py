@@ -1,4 +1,4 @@
-"""Prometheus metrics, collected at scrape time: the step path only increments plain integers."""
+"""Prometheus metrics, collected at scrape time; the step path only increments plain integers."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -10,18 +10,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-#: Of a commit: written; another replica was first; the store did not answer or could not write.
+#: Outcomes of a commit: written; another replica was first; the store did not answer or could not write.
 COMMIT_OUTCOMES = ("stored", "contended", "unavailable")
 
-#: Limits of connections: of the process, and of one client address.
+#: Limits of connections: per process, and per client address.
 OF_ALL, OF_ADDRESS = "process", "address"
 
-#: Of a reason in a label; the log has all of it.
+#: Maximum length of a reason in a label; the log has the full text.
 _REASON_CHARACTERS = 300
 
 
 class Histogram:
-    """Counts of values up to each bound, and their sum."""
+    """Counts of values by bucket, and their sum."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
@@ -33,7 +33,7 @@ class Histogram:
         self.sum += value
 
     def buckets(self) -> list[tuple[str, float]]:
-        """(upper bound, values up to it), as in Prometheus."""
+        """Cumulative buckets as (upper bound, count), as in Prometheus."""
         labels = [*(str(bound) for bound in self.bounds), "+Inf"]
         return list(zip(labels, map(float, accumulate(self.counts)), strict=True))
 
@@ -52,7 +52,7 @@ class RequestFigures:
 
 @dataclass(slots=True)
 class ConnectionFigures:
-    """The main port's connections that are open, and how many each limit has refused."""
+    """Open connections of the main port, and refused ones by limit."""
 
     open: Sized = ()
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys((OF_ALL, OF_ADDRESS), 0))
@@ -60,13 +60,14 @@ class ConnectionFigures:
 
 @dataclass(slots=True)
 class StoreFigures:
-    """A session store, as this process sees it.
+    """Figures of a session store in this process.
 
     Attributes:
-        up: It answers, so far as is known.
-        exchange_seconds: Durations of exchanges, each of which carries the calls of many sessions.
-        evicts: A Redis removes sessions when its memory is full; None: not known, or no Redis.
-        bytes: Of an embedded store, by what they are; as of the last second.
+        up: Whether it answered last.
+        commits: Number of commits by outcome.
+        exchange_seconds: Durations of exchanges, which carry the calls of many sessions.
+        evicts: Whether a Redis evicts sessions when its memory is full; None: unknown, or not a Redis.
+        bytes: Sizes of an embedded store by kind, updated once a second.
     """
 
     up: bool = True
@@ -78,7 +79,7 @@ class StoreFigures:
 
 @dataclass(frozen=True, slots=True)
 class ModelFigures:
-    """One model version at one moment. gauges and counters by metric name, labelled counters by (name, label)."""
+    """Figures of one model version at scrape time: gauges and counters by name, labelled ones by (name, label)."""
 
     name: str
     version: str
@@ -91,11 +92,11 @@ class ModelFigures:
 
 HELP = {
     "unroll_sessions": "Open sessions.",
-    "unroll_session_capacity": "Sessions that fit at once.",
+    "unroll_session_capacity": "Maximum number of open sessions.",
     "unroll_chunks_in_flight": "Requests accepted and not yet answered.",
-    "unroll_estimated_wait_seconds": "Time until work accepted now would begin.",
-    "unroll_rollouts": "Rollouts under way.",
-    "unroll_rollout_steps": "Time steps run by rollouts, also by those that were cancelled.",
+    "unroll_estimated_wait_seconds": "Time until work accepted now would start.",
+    "unroll_rollouts": "Running rollouts.",
+    "unroll_rollout_steps": "Time steps run by rollouts, including cancelled ones.",
     "unroll_steps": "Time steps applied.",
     "unroll_chunks": "Requests applied.",
     "unroll_batches": "Calls of the model.",
@@ -114,11 +115,11 @@ HELP = {
     "unroll_store_up": "1 if the session store answers.",
     "unroll_store_commits": "Commits of sessions to the store, by outcome.",
     "unroll_store_exchange_seconds": "Duration of exchanges with the store; one carries calls of many sessions.",
-    "unroll_store_evicts": "1 if a Redis removes sessions when its memory is full, by its maxmemory-policy.",
+    "unroll_store_evicts": "1 if a Redis evicts sessions when its memory is full, by its maxmemory-policy.",
     "unroll_store_bytes": "Size of an embedded store: its file, and the part of it in use.",
-    "unroll_held_bytes": "Bytes of requests and answers that are held, by what they are.",
-    "unroll_connections": "Open connections, streams included, without those to the operator's port.",
-    "unroll_connections_refused": "Connections refused because there were too many, by the limit that they exceeded.",
+    "unroll_held_bytes": "Bytes held for requests and answers, by kind.",
+    "unroll_connections": "Open connections, including streams, excluding the operator's port.",
+    "unroll_connections_refused": "Connections refused because there were too many, by the exceeded limit.",
     "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
     "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
@@ -147,8 +148,8 @@ class Collector:
         self._connections = connections or ConnectionFigures()
 
     def exposition(self) -> Iterator[bytes]:
-        """The text of a scrape, family by family, as of the moment of the call."""
-        return (generate_latest(_Alone(family)) for family in [*self._collect()])
+        """The text of a scrape as of now, one family at a time."""
+        return (generate_latest(_Single(family)) for family in [*self._collect()])
 
     def _collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
@@ -187,8 +188,8 @@ class Collector:
             yield from _store(self._store)
 
 
-class _Alone(registry.Collector):
-    """One family, for `generate_latest`."""
+class _Single(registry.Collector):
+    """Wraps one family for `generate_latest`."""
 
     def __init__(self, family: Metric) -> None:
         self._family = family

@@ -1,6 +1,6 @@
-"""One line for each request that is refused or fails, or for every request: for which session it was, and why.
+"""The request log: one line per refused or failed request, or per request, with its session and the reason.
 
-The id of a session is the client's business, so a line has its digest: `printf %s ID | sha256sum | cut -c1-16`.
+Session ids are private to clients, so a line has the id's digest: `printf %s ID | sha256sum | cut -c1-16`.
 """
 
 import hashlib
@@ -13,27 +13,26 @@ from unroll.service.core.choices import LogRequests
 
 _log = structlog.get_logger(__name__)
 
-#: A flood of bad requests must not become a flood of lines.
+#: Limits the lines that a flood of bad requests can cause.
 LINES_PER_SECOND = 100
 
 _LEAST_STATUS: dict[LogRequests, int] = {"none": 1000, "errors": 400, "all": 0}
 
 
 class RequestLog:
-    """Writes the lines. least_status: A request with a lower status leaves none."""
+    """Writes the lines. least_status: requests with a lower status are not logged."""
 
     def __init__(self, which: LogRequests = "errors", now: Callable[[], float] = time.monotonic) -> None:
         self.least_status = _LEAST_STATUS[which]
         self._now = now
         self._second = -1
-        self._lines = 0  # in this second
-        self._left_out = 0  # since the last line
+        self._lines = 0  # lines in this second
+        self._left_out = 0  # omitted lines since the last one
 
     def write(self, route: str, status: int, code: str | None, **fields: str | int | float | None) -> None:
-        """Write a line, unless too many were written in this second; the next one then has their number.
+        """Write a line, or omit it if this second's limit is reached. The next line reports how many were omitted.
 
-        Args:
-            fields: Of the line; `session` is an id, of which the line has the digest. None leaves one out.
+        fields: Further fields; None is omitted. `session` is an id, and is logged as its digest.
         """
         second = int(self._now())
         if second != self._second:

@@ -5,10 +5,12 @@ from typing import Any
 
 
 class Statistics:
-    """Counts since the model was loaded. A row is a request's share of a batch: a request that runs in several pieces
-    has a row in several batches. Times of a batch count for each of its rows, as each of them waited for it.
+    """Counts since the model was loaded.
 
-    warm_up: (rows, steps, seconds) of the calls that were measured at load; best_rows: the best batch among them.
+    A row is a request's part of a batch; a request that runs in pieces has rows in several batches. A batch's duration
+    counts for every row, because every row waited for it.
+
+    warm_up: (rows, steps, seconds) of the calls measured at load. best_rows: the best batch size among them.
     """
 
     def __init__(self, warm_up: Sequence[tuple[int, int, float]] = (), best_rows: int = 0) -> None:
@@ -17,7 +19,7 @@ class Statistics:
         self._last: float | None = None
         self._answered = self._failed = self._steps = 0
         self._queue_seconds = self._failed_seconds = 0.0
-        #: By rows in the batch: batches, and their seconds.
+        #: Number of batches and their total seconds, by rows per batch.
         self._batches: dict[int, list[float]] = {}
 
     def observe(
@@ -30,9 +32,14 @@ class Statistics:
         queue_seconds: float,
         run_seconds: float,
     ) -> None:
-        """Record a batch. now: on the server's clock. steps, queue_seconds: totals over all rows.
+        """Record a batch.
 
-        answered, failed: requests that ended with it; those of the other rows have more pieces to run.
+        Args:
+            now: Time on the server's clock.
+            rows: Rows of the batch.
+            steps, queue_seconds: Totals over all rows.
+            answered, failed: Requests that ended with this batch; other rows have more pieces to run.
+            run_seconds: Duration of the batch.
         """
         self._last = now
         self._steps += steps
@@ -48,8 +55,7 @@ class Statistics:
         batches[1] += run_seconds
 
     def document(self, now: float, wall: float) -> dict[str, Any]:
-        """The fields of `model_stats` but for name and version. now: on the server's clock; wall: seconds since 1970,
-        at the same moment."""
+        """The fields of `model_stats` except name and version. now: on the server's clock. wall: Unix time."""
         by_size = sorted(self._batches.items())
         rows = sum(size * int(batches[0]) for size, batches in by_size)
         spent = sum(size * seconds for size, (_, seconds) in by_size)
@@ -72,7 +78,7 @@ class Statistics:
 
 
 def _compute(count: int, seconds: float) -> dict[str, dict[str, int]]:
-    """A batch is measured as a whole: gathering and scattering count as inference."""
+    """A batch is measured as a whole, so gathering and scattering count as inference."""
     parts = {"compute_input": 0.0, "compute_infer": seconds, "compute_output": 0.0}
     return {name: _duration(count, spent) for name, spent in parts.items()}
 

@@ -1,1 +1,1 @@
-"""uvicorn's protocols with a fast path for the inference routes: no task, no scope, one write per reply."""
+"""uvicorn's protocols with a fast path for the inference routes: no task, no ASGI scope, one write per reply."""

@@ -1,7 +1,6 @@
-"""The open connections of a process: how many there may be, who gets the last of them, and which are silent too long.
+"""The open connections of a process: their limits, and the detection of silent clients.
 
-A connection costs nothing here between its begin and its end, whatever it carries: a tenth of them are looked at in
-every tenth of a second.
+Traffic on a connection costs nothing here. Every tenth of a second, a tenth of the connections are checked.
 """
 
 import asyncio
@@ -20,27 +19,27 @@ from typing import Protocol, Self
 from unroll.service.settings import Settings
 from unroll.service.telemetry.metrics import OF_ADDRESS, OF_ALL, ConnectionFigures
 
-#: Connections beyond the limit that may ask for the server's health.
+#: Connections beyond the limit, which may only request the server's health.
 PROBE_PLACES = 32
-#: Descriptors that files, models and the store may still need.
+#: Descriptors reserved for files, models and the store.
 _OTHER_FILES = 64
-#: What `auto` means where files are not limited, or hardly.
+#: Maximum of `auto`.
 _MOST = 65_536
 _TICK_SECONDS = 0.1
 _TICKS_PER_ROUND = 10
-#: Connections that are asked whether they are idle when one more arrives than there may be.
+#: Connections to examine for an idle one when the limit is reached.
 _ASKED = 32
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
     """Attributes:
-    connections: At a time; None: as many as there are descriptors for.
-    per_address: Of one client address, or network /64; None for any number.
+    connections: Maximum number; None: as many as there are descriptors for.
+    per_address: Maximum per client address, or IPv6 /64 network; None for any number.
     head_timeout: Seconds for a TLS handshake, and for the head of a request.
     keep_alive: Seconds without a request after which a connection is closed.
-    min_rate: Bytes a second that a body, or an answer, must move at after its first `head_timeout`.
-    header_bytes: Of a request: all names and values.
+    min_rate: Bytes per second at which a body or an answer must progress after its first `head_timeout`.
+    header_bytes: Maximum total size of a request's header names and values.
     """
 
     connections: int | None
@@ -68,17 +67,17 @@ class Connection(Protocol):
         """Close it if it has been silent for too long."""
 
     def is_idle(self) -> bool:
-        """Nothing is lost if it is closed."""
+        """Whether it can be closed without losing anything."""
 
     def close_for_another(self) -> None:
-        """Make room."""
+        """Close it to make room."""
 
 
 class Connections:
-    """All connections of a process, streams included; a stream looks after itself, and is only counted."""
+    """All connections of a process. Streams are only counted; they check their clients themselves."""
 
     def __init__(self, limits: ConnectionLimits, figures: ConnectionFigures | None = None) -> None:
-        """Raises ValueError if there are not enough descriptors."""
+        """Raises ValueError if there are too few descriptors."""
         self._figures = figures or ConnectionFigures()
         self._figures.open = self
         affordable = _affordable()
@@ -99,7 +98,7 @@ class Connections:
         return len(self._watched) + len(self._probes) + self._streams
 
     def enter(self, connection: Connection, address: str) -> str | None:
-        """A new connection. Returns the limit that it is beyond: it may only ask for the server's health."""
+        """Add a connection. Returns the limit that it exceeds; such a connection may only request health."""
         address = _network(address)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._look)
@@ -121,7 +120,7 @@ class Connections:
         return None if len(self._watched) + self._streams < self._most or self._make_room() else OF_ALL
 
     def _make_room(self) -> bool:
-        """Close one of the idle connections that are here for longest."""
+        """Close one of the oldest idle connections."""
         for connection in [*islice(self._watched, _ASKED)]:
             if connection.is_idle():
                 self.leave(connection)
@@ -135,7 +134,7 @@ class Connections:
             self._forget(address)
 
     def becomes_stream(self, connection: Connection) -> Callable[[], None]:
-        """Returns what is to be called at the end of the stream."""
+        """Turn a connection into a stream. Returns a function to call at the stream's end."""
         address = self._watched.pop(connection)
         self._streams += 1
 
@@ -151,7 +150,6 @@ class Connections:
             del self._addresses[address]
 
     def _look(self) -> None:
-        """Check the next ones."""
         loop = asyncio.get_running_loop()
         now, size = loop.time(), len(self._watched) // _TICKS_PER_ROUND + 1
         for _ in range(size):
@@ -165,14 +163,14 @@ class Connections:
 
 
 class UnreadAnswer:
-    """Bytes that were written and that the client has not taken."""
+    """Tracks how fast a client takes the bytes written to it."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._size = self._taken = 0
 
     def check(self, now: float, size: int, limits: ConnectionLimits) -> bool:
-        """False: the client takes fewer bytes a second than it must."""
+        """False if the client takes bytes more slowly than the minimum rate."""
         if size == 0:
             self._since = None
         elif self._since is None:
@@ -187,7 +185,7 @@ class UnreadAnswer:
 
 
 def unsent(transport: asyncio.Transport) -> int:
-    """Bytes that the client has not taken. The system takes more of us only once a third of its own buffer is free."""
+    """Bytes that the client has not taken, including the kernel's send buffer."""
     size = transport.get_write_buffer_size()
     if size and sys.platform == "linux":
         size += int.from_bytes(ioctl(transport.get_extra_info("socket"), TIOCOUTQ, bytes(4)), sys.byteorder)
@@ -195,7 +193,7 @@ def unsent(transport: asyncio.Transport) -> int:
 
 
 def _network(address: str) -> str:
-    """Of IPv6, what one client may have all addresses of."""
+    """The address, or for IPv6 the /64 network, which usually belongs to one client."""
     if ":" not in address:
         return address
     parsed = IPv6Address(address)
@@ -203,7 +201,7 @@ def _network(address: str) -> str:
 
 
 def _affordable() -> int:
-    """Connections that the process has descriptors for, besides what it has open and will open."""
+    """Connections for which the process has descriptors left."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return _MOST

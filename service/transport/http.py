@@ -1,7 +1,7 @@
-"""uvicorn's HTTP protocol, which answers the inference routes itself and hands everything else to the application.
+"""uvicorn's HTTP protocol, extended to answer the inference routes directly; other requests go to the application.
 
-A request of these routes costs no task and no ASGI messages: the work starts when the last byte has been parsed, and
-its end writes the reply in one piece. A lost connection cancels its work immediately.
+A request to these routes needs no task and no ASGI messages. Its work starts when the last byte is parsed, and its
+reply is one write. A lost connection cancels the work immediately.
 """
 
 import functools
@@ -44,10 +44,7 @@ from unroll.service.transport.long_body import LongBody
 
 
 class Exchange(Request):
-    """The inference request of a connection, in place of uvicorn's own request record.
-
-    A connection reuses one instance for all of its requests.
-    """
+    """A connection's inference request, in place of uvicorn's `RequestResponseCycle`. Reused for all its requests."""
 
     __slots__ = (
         "disconnected",
@@ -66,7 +63,7 @@ class Exchange(Request):
         self.more_body = False
 
     def begin(self, route: Route, room: int, keep_alive: bool) -> None:
-        """room: bytes the body may still have."""
+        """Reset for a new request. room: bytes that the body may still grow."""
         self.route = route
         self.room = room
         self.keep_alive = keep_alive
@@ -77,11 +74,11 @@ class Exchange(Request):
 
     @property
     def message_event(self) -> "Exchange":
-        """uvicorn sets it when the connection is lost."""
+        """uvicorn calls its `set` when the connection is lost."""
         return self
 
     def set(self) -> None:
-        """See `message_event`: the protocol cancels by itself."""
+        """Does nothing, because the protocol cancels the work itself."""
 
 
 class HttpProtocol(LimitedProtocol):
@@ -90,15 +87,15 @@ class HttpProtocol(LimitedProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._exchange = Exchange()
-        self._parts: list[bytearray] = []  # of the body, after the first
+        self._parts: list[bytearray] = []  # parts of the body after the first
         self._respond = self._answer
         self._route: Route | None = None
         self._path: inference_routes.Path = []
         self._route_url = b""
-        self._known: KnownHead | None = None  # of the last request, if it was for this route
-        self._misses = 0  # requests in a row with another head than the one before
-        self._data = b""  # that is being parsed, if no request was open before it
-        self._other_body_bytes = 0  # of a request that uvicorn answers
+        self._known: KnownHead | None = None  # the last request's head, if that was for `_route`
+        self._misses = 0  # consecutive requests with a new head
+        self._data = b""  # the segment being parsed, if no request was open before it
+        self._other_body_bytes = 0  # body size of a request that uvicorn answers
         self._takes_offer = False
         self._long_body = LongBody(
             self.unroll.turns, self.unroll.limits, self._is_lost, self._hold, self._handle, self._fail
@@ -156,7 +153,7 @@ class HttpProtocol(LimitedProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         version = self._version()
-        if self._held_bytes or self._segment > self.limits.header_bytes:  # of several segments, or long
+        if self._held_bytes or self._segment > self.limits.header_bytes:  # it spans several segments, or is long
             check_size(self.headers, self.limits.header_bytes)
         headers = check_head(version, self.headers)
         if b"%" in self.url:
@@ -175,7 +172,7 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
-        exchange.repeats, exchange.repeat = False, None
+        exchange.repeats, exchange.repeat, exchange.text = False, None, None
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
@@ -193,7 +190,7 @@ class HttpProtocol(LimitedProtocol):
         elif not exchange.response_complete:
             exchange.room -= len(body)
             if exchange.room < 0:
-                self._fail(BodyTooLarge(f"a body may have {self.unroll.limits.max_body_bytes} bytes"))
+                self._fail(BodyTooLarge(f"the body exceeds the limit of {self.unroll.limits.max_body_bytes} bytes"))
             elif exchange.body:
                 if not self._parts or len(self._parts[-1]) > SMALL:
                     self._parts.append(bytearray())
@@ -218,6 +215,7 @@ class HttpProtocol(LimitedProtocol):
                 return
             if exchange.keep_alive and self._misses < _MOST_MISSES:
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
+                exchange.repeats = self._known is not None
             if CONTENT_ENCODING in exchange.headers:
                 self._long_body.decode(exchange)
             elif size > LONG_BYTES:
@@ -226,7 +224,7 @@ class HttpProtocol(LimitedProtocol):
                 self._handle()
 
     def _begin_known(self, known: KnownHead, body: bytes) -> None:
-        """A whole request whose head was checked when it came first; what its key permits may have changed since."""
+        """Handle a complete request with a known head. Only its key is checked again, since permissions may change."""
         exchange, route = self._exchange, self._route
         assert route is not None
         exchange.begin(route, 0, not self.unroll.draining)
@@ -252,7 +250,7 @@ class HttpProtocol(LimitedProtocol):
             exchange.headers, exchange.body = _NO_HEADERS, b""
 
     def _fits(self, size: int) -> bool:
-        """Hold so many bytes. False: too many are held already, and the request was answered so."""
+        """Reserve `size` held bytes. If there are too many, answer the request with the error and return False."""
         error = self._hold(size)
         if error is None:
             return True
@@ -277,10 +275,10 @@ class HttpProtocol(LimitedProtocol):
         return self._route
 
     def _consider_offer(self, version: str, headers: Headers) -> None:
-        """The client offers another protocol than HTTP/1.1, and the parser stops behind the head."""
+        """Handle an upgrade request, where the parser stops after the head."""
         method = self.parser.get_method()
         if method == b"CONNECT":
-            raise Refused(501, "this server is no proxy: CONNECT is not implemented")
+            raise Refused(501, "this server is not a proxy: CONNECT is not implemented")
         self._takes_offer = not self._busy() and offers_stream(method, version, headers)
         if self._takes_offer:
             self._begin_for_uvicorn()
@@ -304,7 +302,7 @@ class HttpProtocol(LimitedProtocol):
         self._answer(self._exchange.route.failure(error))
 
     def _encode_on(self, answer: Answer) -> None:
-        """Encode a slice of a long answer; its client may be gone meanwhile."""
+        """Encode a slice of a long answer, unless its client has disconnected."""
         if self.transport.is_closing():
             answer.pieces = None
         else:
@@ -332,7 +330,7 @@ class HttpProtocol(LimitedProtocol):
         self.on_response_complete()
 
     def _refuse(self, refused: Refused) -> None:
-        """Answer a request that is not valid, behind those before it, and close the connection."""
+        """Answer an invalid request after the earlier ones, and close the connection."""
         answer = refused.answer(is_v2=self.url.startswith(b"/v2"))
         log_answer(self.unroll.request_log, "invalid HTTP", refused.status, refused.error)
         self._last_words = _encoded(answer, keep_alive=False)
@@ -340,7 +338,7 @@ class HttpProtocol(LimitedProtocol):
         if not self._in_body:
             if not self._busy():
                 self._end()
-        elif self.pipeline or not self._busy():  # others are before it, or it has its answer
+        elif self.pipeline or not self._busy():  # earlier requests are waiting, or it is already answered
             self.transport.close()
         elif cycle is self._exchange:
             cycle.response_complete = True
@@ -352,7 +350,7 @@ class HttpProtocol(LimitedProtocol):
             self._end()
 
     def on_response_complete(self) -> None:
-        """As uvicorn's, but without a timer: see `check`."""
+        """Like uvicorn's, but without a keep-alive timer: see `check`."""
         if self.body.size:
             self.body.resize(0)
         if self._last_words and not self.pipeline:
@@ -376,7 +374,7 @@ class HttpProtocol(LimitedProtocol):
 
 
 class CrossOriginProtocol(HttpProtocol):
-    """Leaves what pages send to the application, which tells their browsers whether they may read the answer."""
+    """Leaves requests with an Origin to the application, which adds the CORS headers."""
 
     def _find_route(self) -> Route | None:
         return None if any(name == b"origin" for name, _ in self.headers) else super()._find_route()
@@ -388,7 +386,7 @@ class OperatorProtocol(HttpProtocol):
 
 
 _NO_HEADERS: Headers = {}
-#: After so many, the heads of a connection are not kept any more: each of its requests has one of its own.
+#: After this many misses, a connection's heads are no longer kept, because its requests do not repeat.
 _MOST_MISSES = 8
 
 

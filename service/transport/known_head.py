@@ -1,4 +1,4 @@
-"""The head that a client sends again and again on one connection: compared with the last one, not parsed."""
+"""Known heads: a head that a connection repeats is compared with the previous one instead of parsed."""
 
 from typing import Self
 
@@ -8,26 +8,26 @@ from unroll.service.api.request import CONTENT_ENCODING, HEADER_LENGTH, Headers,
 
 _END = b"\r\n\r\n"
 _LENGTH = b"content-length"
-#: Headers whose numbers may differ from request to request; steps in raw bytes are all of one length.
+#: Headers whose numbers may differ between requests. Raw steps all have the same length.
 _NUMBERS, _NUMBERS_OF_RAW = (POSITION, HEADER_LENGTH, _LENGTH), (POSITION,)
 _MAX_DIGITS = 18
-#: A longer head is not kept.
+#: Longer heads are not kept.
 _MOST_BYTES = 4096
 
 
 class KnownHead:
-    """A head as it came, in which only the digits of a position and of lengths may differ.
+    """A received head where only the digits of a position and of lengths may vary.
 
-    headers: of the last request with it.
+    headers: the headers of the last request that matched it.
     """
 
     __slots__ = ("_body_bytes", "_numbers", "_rest", "headers")
 
     def __init__(self, head: bytes, numbers: list[tuple[slice, bytes]], headers: Headers, body_bytes: int) -> None:
-        """numbers: where digits are, and whose, in order. body_bytes: of each body; 0 if the length is one of them."""
+        """numbers: places of digits, with their header names, in order. body_bytes: of each body; 0 if it varies."""
         self.headers = headers
         self._body_bytes = body_bytes
-        self._numbers: list[tuple[bytes, int, bytes]] = []  # what comes before the digits, its size, and the header
+        self._numbers: list[tuple[bytes, int, bytes]] = []  # text before the digits, its size, and the header's name
         end = 0
         for place, name in numbers:
             self._numbers.append((head[end : place.start], place.start - end, name))
@@ -36,7 +36,7 @@ class KnownHead:
 
     @classmethod
     def of(cls, data: bytes, headers: Headers, body: bytes) -> Self | None:
-        """data: received at once, when no earlier request was open. None if it has more than one small request."""
+        """Create it from a segment that arrived while no request was open. None unless it is one small request."""
         size = len(data) - len(body)
         if not 0 < len(body) <= SMALL or _LENGTH not in headers or CONTENT_ENCODING in headers:
             return None
@@ -56,9 +56,9 @@ class KnownHead:
         return cls(data[:size], numbers, headers, len(body) if is_raw else 0)
 
     def body_of(self, data: bytes) -> bytes | None:
-        """The body, if the data is one whole request with this head; then `headers` are its own.
+        """The body, if the data is one complete request with this head. Updates `headers`.
 
-        Call it only when the last request with this head is answered: until then, that one may be begun again.
+        Call it only after the last request with this head is answered, because until then that may be handled again.
         """
         end, headers = 0, self.headers
         for before, size, name in self._numbers:

@@ -1,4 +1,4 @@
-"""What a client may take of a connection: time, bytes and a place among the others."""
+"""Limits per connection: time, bytes, and the total number of connections."""
 
 import asyncio
 import socket
@@ -14,21 +14,21 @@ from unroll.service.core.errors import TooManyConnections
 from unroll.service.transport.connections import ConnectionLimits, Connections, UnreadAnswer, unsent
 from unroll.service.transport.head import MAX_FIELD_BYTES, MAX_FIELDS, MAX_URL_BYTES, Refused, too_many_header_bytes
 
-#: What is answered when there are too many connections.
+#: Paths that are answered even when there are too many connections.
 PROBE_URLS = frozenset((b"/livez", b"/readyz", b"/metrics", b"/v2/health/live", b"/v2/health/ready"))
-#: Of the chunks of a body: lengths, extensions and line ends; as much, and so much more for each byte of the body.
+#: Maximum overhead of chunked framing (lengths, extensions, line ends): a constant, plus a factor of the body's size.
 MAX_FRAMING_BYTES = 65_536
 MAX_FRAMING_FACTOR = 8
-#: Until the first look whether a client that has ended its half of the connection is still there, and between two.
+#: Interval of the probes of a client that has closed its half of the connection.
 _PROBE_SECONDS = 0.1
-#: For a refused client to stop sending.
+#: How long a refused client may take to stop sending.
 _LINGER_SECONDS = 2.0
-#: Of a chunked body that arrived at once: what is parsed before others get their turn.
+#: Bytes of a chunked body that are parsed per turn of the event loop.
 _TURN_BYTES = 8192
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol within limits; `HttpProtocol` is the rest of ours."""
+    """uvicorn's protocol with limits; `HttpProtocol` adds the fast path."""
 
     unroll: AppState
     limits: ConnectionLimits
@@ -39,15 +39,15 @@ class LimitedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.url = b""
         self._in_head = self._in_body = False
-        self._segment = 0  # bytes that arrived last
-        self._held_bytes = 0  # of an open head or trailer, as far as they are known
-        self._received = 0  # of an open request, behind the segment it began in
+        self._segment = 0  # size of the last segment
+        self._held_bytes = 0  # size of an open head or trailer, as far as known
+        self._received = 0  # bytes of an open request, after its first segment
         self._is_chunked = False
-        self._rest = b""  # of a chunked body, not yet parsed
-        self._runs: Any = None  # the record of the request that is being answered, or was last; others may wait
-        self._last_words = b""  # the answer behind which the connection is closed
+        self._rest = b""  # unparsed rest of a chunked body
+        self._runs: Any = None  # the request that is being answered, or was last; others may be pipelined
+        self._last_words = b""  # the last answer, after which the connection is closed
         self._sends_no_more = False
-        self._since: float | None = None  # when `check` first saw it waiting for what it still waits for
+        self._since: float | None = None  # when `check` first saw the current wait
         self._unread = UnreadAnswer()
         self.body = Holding(self.unroll.held, REQUESTS)
         self.unread = Holding(self.unroll.held, ANSWERS)
@@ -62,21 +62,21 @@ class LimitedProtocol(HttpToolsProtocol):
         raise NotImplementedError
 
     def _tenant(self) -> str:
-        """Of the request that is being answered, or was last; empty without keys."""
+        """The tenant of the request that is being answered, or was last; empty without keys."""
         cycle = self._runs
         tenant: str = cycle.tenant if isinstance(cycle, Request) else cycle.scope.get(TENANT, "") if cycle else ""
         return tenant
 
     def _body_bytes(self) -> int:
-        """Of the open request, as far as they have arrived."""
+        """Received bytes of the open request's body."""
         raise NotImplementedError
 
     def _busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    # ── a place ──────────────────────────────────────────────────────────────────────────────────
+    # ── the number of connections ────────────────────────────────────────────────────────────────
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         limit = self.all_connections.enter(self, self.client[0] if self.client else "")
         if limit is not None:
@@ -84,11 +84,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self._new_parser()
 
     def _answer_probes_only(self, limit: str) -> None:
-        """In place of `on_headers_complete`, on a connection of more than there may be."""
-        asks = self.url in PROBE_URLS and self.parser.get_method() in (b"GET", b"HEAD")
-        if not asks or self.parser.should_upgrade():
+        """Replaces `on_headers_complete` on a connection beyond the limit."""
+        is_probe = self.url in PROBE_URLS and self.parser.get_method() in (b"GET", b"HEAD")
+        if not is_probe or self.parser.should_upgrade():
             self.all_connections.count_refused(limit)
-            raise Refused(503, "", TooManyConnections("the server has as many connections as it may; try again"))
+            raise Refused(503, "", TooManyConnections("the server has reached its limit of connections; retry"))
         type(self).on_headers_complete(self)
         self.cycle.keep_alive = False
 
@@ -114,14 +114,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._rest = b""
         self.flow.read_paused = False  # there is nothing to resume
         super().connection_lost(exc)
-        if self._runs is not None:  # uvicorn tells the last request of the connection only
+        if self._runs is not None:  # uvicorn notifies only the last request of the connection
             self._runs.disconnected = True
             self._runs.message_event.set()
 
-    # ── its end ──────────────────────────────────────────────────────────────────────────────────
+    # ── the end of the connection ────────────────────────────────────────────────────────────────
 
-    def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
-        """A client that sends no more may still read: what it asked is answered before the connection is closed."""
+    def eof_received(self) -> bool:  # type: ignore[override]  # as in asyncio
+        """Answer pending requests before closing, because a client that has stopped sending may still read."""
         if self.scheme == "https":  # TLS ends both directions at once
             return False
         self._sends_no_more = True
@@ -138,7 +138,7 @@ class LimitedProtocol(HttpToolsProtocol):
         return True
 
     def _end(self) -> None:
-        """Say the last words. What the client still sends is read: else the kernel would discard them with it."""
+        """Send the last answer, and keep reading for a while: with unread data, the kernel would drop the answer."""
         if self.transport.is_closing():
             return
         self.transport.write(self._last_words)
@@ -150,10 +150,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def _probe(self, sent: bool = False) -> None:
-        """End the work for a client that is gone.
+        """Detect a client that has disconnected, and cancel its work.
 
-        A client that closed its connection looks like one that only sends no more, until it gets something: an interim
-        answer, which every client of HTTP/1.1 skips.
+        A closed connection looks like a half-closed one until something is sent. An interim response is safe, because
+        every HTTP/1.1 client skips it.
         """
         if self.transport.is_closing() or not self._busy() or getattr(self.cycle, "response_started", False):
             return
@@ -173,7 +173,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._rest:
             self._rest += data
-        elif self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # each chunk costs as much as many bytes
+        elif self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # tiny chunks are expensive to parse
             self._rest = data
             self.flow.pause_reading()
             self.unroll.turns.call(self._feed_slice)
@@ -193,22 +193,22 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         self.url += url
         if len(self.url) > MAX_URL_BYTES:
-            raise Refused(414, f"a URL may have {MAX_URL_BYTES} bytes")
+            raise Refused(414, f"the URL exceeds the limit of {MAX_URL_BYTES} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
-            return  # behind the body: a trailer means nothing here
+            return  # a trailer, which is ignored
         if len(value) > MAX_FIELD_BYTES:
-            raise Refused(431, f"a header field may have {MAX_FIELD_BYTES} bytes, this one has {len(value)}")
+            raise Refused(431, f"a header field has {len(value)} bytes; the limit is {MAX_FIELD_BYTES}")
         if len(self.headers) == MAX_FIELDS:
-            raise Refused(431, f"a request may have {MAX_FIELDS} header fields, this one has more")
+            raise Refused(431, f"the request exceeds the limit of {MAX_FIELDS} header fields")
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
         self.headers.append((name, value))
 
     def _limit_held(self) -> None:
-        """The parser holds an open head or trailer. The segment it began in may have much else, and is not counted."""
+        """Limit an open head or trailer, which the parser buffers; its first segment may have other data."""
         self._held_bytes += self._segment if self._held_bytes else 1
         self._received += self._segment if self._received else 1
         if self._last_words:
@@ -218,10 +218,10 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self._in_body and self._busy():
             taken = self._body_bytes()
             if self._received - taken > self.limits.header_bytes + MAX_FRAMING_BYTES + MAX_FRAMING_FACTOR * taken:
-                self._refuse(Refused(400, "the chunks of the body have far more bytes around them than in them"))
+                self._refuse(Refused(400, "the chunked body has far more framing than content"))
 
     def pause_writing(self) -> None:
-        """A client that does not read gets no more done."""
+        """Stop reading from a client that does not read its answers."""
         super().pause_writing()
         self.flow.pause_reading()
         self.unread.resize(self.transport.get_write_buffer_size(), self._tenant())
@@ -235,7 +235,7 @@ class LimitedProtocol(HttpToolsProtocol):
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
     def check(self, now: float) -> None:
-        """Close the connection if its client neither sends nor reads as it should."""
+        """Close the connection if its client sends or reads too slowly."""
         if not self._unread.check(now, unsent(self.transport), self.limits):
             self.transport.abort()
         if self._last_words or self.transport.is_closing():
@@ -246,9 +246,9 @@ class LimitedProtocol(HttpToolsProtocol):
         seconds, limits = now - self._since, self.limits
         if self._in_head:
             if seconds > limits.head_timeout:
-                self._refuse(Refused(408, f"the head of the request did not come within {limits.head_timeout:g} s"))
+                self._refuse(Refused(408, f"the head of the request did not arrive within {limits.head_timeout:g} s"))
         elif self._in_body:
             if seconds > limits.head_timeout + self._received / limits.min_rate:
-                self._refuse(Refused(408, f"the body came at less than {limits.min_rate} bytes a second"))
+                self._refuse(Refused(408, f"the body arrived at less than {limits.min_rate} bytes per second"))
         elif self.is_idle() and seconds > (limits.head_timeout if self.cycle is None else self.timeout_keep_alive):
             self.transport.close()

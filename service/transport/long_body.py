@@ -1,4 +1,4 @@
-"""Bodies that take long to read: decompressed in a thread, parsed and made arrays in turns of their own."""
+"""Long bodies: decompressed in a thread, and parsed and converted in separate turns of the event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from unroll.service.protocol import json
 
 
 class LongBody:
-    """Of the requests of one connection, one after another.
+    """Reads the long bodies of one connection, one at a time.
 
     Args:
-        is_lost: is the connection closing?
-        hold: holds so many bytes; returns the error if they are too many.
-        handle: is called when the request can be handled.
-        fail: is called with the error instead.
+        is_lost: Whether the connection is closing.
+        hold: Reserves held bytes; returns an error if there are too many.
+        handle: Called when the request can be handled.
+        fail: Called with an error instead.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class LongBody:
         self._handle, self._fail = handle, fail
 
     def read(self, request: Request) -> None:
-        """JSON is parsed in one turn, and becomes arrays in the next; other bodies become arrays in the first."""
+        """Parse JSON in one turn and convert it to arrays in the next; convert other bodies in the first."""
         is_json = request.media_type != RAW and HEADER_LENGTH not in request.headers
         self._turns.call(lambda: (self._parse if is_json else self._finish)(request))
 

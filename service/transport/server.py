@@ -1,10 +1,10 @@
 """uvicorn's server with a graceful shutdown: accepted requests are answered, and streams report their sessions.
 
 SIGTERM  not ready, no new sessions; replies carry `Connection: close`
-delay    load balancers notice
+delay    gives load balancers time to notice
 then     no new connections; idle ones are closed, busy ones and streams once everything is answered
 timeout  the remaining clients are disconnected
-last     the application's lifespan ends: see `service/app.py`
+finally  the application's lifespan ends: see `service/app.py`
 """
 
 import asyncio
@@ -21,18 +21,18 @@ from unroll.service.api.app_state import AppState
 
 _log = structlog.get_logger(__name__)
 
-#: A second signal within this time is the first one, forwarded by a supervisor.
+#: A second signal within this time is taken for the first one, forwarded by a supervisor.
 _ECHO_SECONDS = 0.5
 #: Poll interval for the end of the delay and of the connections.
 _LOOK_SECONDS = 0.02
 
 
-#: The config of the operator's port, and the socket that it listens on.
-OperatorPort = tuple[uvicorn.Config, socket.socket]
+#: The config and the listening sockets of the operator's port.
+OperatorPort = tuple[uvicorn.Config, Sequence[socket.socket]]
 
 
 class DrainingServer(uvicorn.Server):
-    """delay, timeout: seconds, see above. A second signal ends both. `on_started` is called when it listens."""
+    """delay, timeout: seconds, see above; a second signal ends both. on_started: called when the server listens."""
 
     def __init__(
         self,
@@ -63,18 +63,21 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._operator is not None:
-            self.servers.append(await self._listen_for_operator(*self._operator))
+            await self._listen_for_operator(*self._operator)
         if self._on_started is not None:
             self._on_started()
 
-    async def _listen_for_operator(self, config: uvicorn.Config, listener: socket.socket) -> asyncio.Server:
+    async def _listen_for_operator(self, config: uvicorn.Config, listeners: Sequence[socket.socket]) -> None:
         config.load()
         loop = asyncio.get_running_loop()
         of_all = {"config": config, "server_state": self.server_state, "app_state": self.lifespan.state}
-        return await loop.create_server(partial(config.http_protocol_class, **of_all), sock=listener, ssl=config.ssl)
+        protocol = partial(config.http_protocol_class, **of_all)
+        for listener in listeners:
+            listen = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+            self.servers.append(await listen(protocol, sock=listener, ssl=config.ssl))
 
     def _log_started_message(self, listeners: Sequence[socket.SocketType]) -> None:
-        self.config.ssl = getattr(self.config.http, "tls", None)  # for the message only: it listens
+        self.config.ssl = getattr(self.config.http, "tls", None)  # for the message only
         super()._log_started_message(listeners)
 
     async def main_loop(self) -> None:
@@ -101,7 +104,7 @@ class DrainingServer(uvicorn.Server):
         return not (self.server_state.connections or self.server_state.tasks or self._unroll.in_flight)
 
     async def _wait(self, over: Callable[[], bool], seconds: float) -> None:
-        """Wait until `over()`, the time limit, or a second signal; at least one poll, in which goodbyes are sent."""
+        """Wait until `over()`, the time limit, or a second signal, but at least one poll, so that goodbyes are sent."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         await asyncio.sleep(_LOOK_SECONDS)

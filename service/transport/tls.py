@@ -8,9 +8,9 @@ from unroll.service.transport.limited import LimitedProtocol
 
 
 class Handshake(asyncio.Protocol):
-    """A connection until its TLS handshake is complete. Then one of `protocol` serves it.
+    """A connection until its TLS handshake is complete; then an instance of `protocol` serves it.
 
-    uvicorn's server sees it among its connections.
+    uvicorn's server has it in its set of connections.
     """
 
     protocol: type[LimitedProtocol]
@@ -23,12 +23,12 @@ class Handshake(asyncio.Protocol):
         self._open = self._protocol.connections
         self._connections = self.protocol.all_connections
         self._hello = b""
-        self._early: list[bytes] = []  # what came with the end of the handshake
+        self._early: list[bytes] = []  # data that arrived with the end of the handshake
         self._since: float | None = None
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        self._open.add(self)  # type: ignore[arg-type]  # it has what the server needs of it
+        self._open.add(self)  # type: ignore[arg-type]  # it has the members that the server uses
         self._connections.enter(self, transport.get_extra_info("peername")[0])
 
     def data_received(self, data: bytes) -> None:
@@ -36,7 +36,7 @@ class Handshake(asyncio.Protocol):
             self._early.append(data)
         else:
             self._hello = data
-            self.transport.pause_reading()  # until there is somebody to read it
+            self.transport.pause_reading()  # until the TLS protocol is in place
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
@@ -56,7 +56,7 @@ class Handshake(asyncio.Protocol):
             return
         finally:
             self._leave()
-        if transport.is_closing():  # the client has gone, or made room
+        if transport.is_closing():  # the client disconnected, or was closed for another
             return
         transport.set_protocol(self._protocol)
         self._protocol.connection_made(transport)
@@ -71,7 +71,7 @@ class Handshake(asyncio.Protocol):
         self._connections.leave(self)
 
     def check(self, now: float) -> None:
-        """End a client that is silent; a handshake that has begun has its own time."""
+        """Disconnect a silent client. A handshake that has begun has its own timeout."""
         if self._since is None:
             self._since = now
         elif not self._hello and now - self._since > self.protocol.limits.head_timeout:
@@ -84,12 +84,11 @@ class Handshake(asyncio.Protocol):
         self.transport.abort()
 
     def shutdown(self) -> None:
-        """The server ends."""
         self.transport.abort()
 
 
 def _feed(protocol: Any, data: bytes) -> None:
-    """Hand over what arrived before the protocol was there to read it."""
+    """Pass data that arrived early to the TLS protocol."""
     while data:
         buffer = protocol.get_buffer(len(data))
         size = min(len(buffer), len(data))

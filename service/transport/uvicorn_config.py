@@ -1,4 +1,4 @@
-"""How uvicorn runs the application: with our protocols, and without what a step does not need."""
+"""The uvicorn configuration: our protocols, and nothing that a step does not need."""
 
 import copy
 from dataclasses import replace
@@ -14,7 +14,7 @@ from unroll.service.transport.http import CrossOriginProtocol, HttpProtocol, Ope
 from unroll.service.transport.tls import Handshake
 from unroll.service.transport.websocket import stream_protocol
 
-#: Connections to the operator's port.
+#: Maximum number of connections to the operator's port.
 _OPERATORS = 32
 
 
@@ -33,14 +33,14 @@ def uvicorn_config(
         log_config=None,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]  # any number will do
+        timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]  # a float works
     )
 
 
 def operator_config(
     main: uvicorn.Config, application: FastAPI, app: AppState, limits: ConnectionLimits
 ) -> uvicorn.Config:
-    """Of the operator's port, which is otherwise as the main one. `main` must not be loaded yet."""
+    """The configuration of the operator's port, derived from `main`, which must not be loaded yet."""
     config = copy.copy(main)
     config.app, config.http = application, _operator_protocol(app, limits)
     return config
@@ -56,7 +56,7 @@ def _http_protocol(
 
 
 def _operator_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
-    """The same for the operator's port, where there are no inference routes, and few connections."""
+    """The protocol class for the operator's port, without inference routes and with few connections."""
     limits = replace(limits, connections=_OPERATORS, per_address=None)
     members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
     return type("OperatorProtocol", (OperatorProtocol,), members)

@@ -1,4 +1,4 @@
-"""uvicorn's WebSocket protocol, which passes messages directly to a stream: no queue, no task per message."""
+"""uvicorn's WebSocket protocol, extended to pass messages directly to a stream: no queue, no task per message."""
 
 import asyncio
 import struct
@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-defined]  # the compiled one, if it is there
+from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-defined]  # the compiled one, if any
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
@@ -17,23 +17,23 @@ from unroll.service.api.stream.link import OnMessage, OnWritable
 from unroll.service.core import failpoints
 from unroll.service.core.turns import Turns
 
-# RFC 6455, 5.2: the first byte of a complete message, and its parts; the second byte's codes for the payload length.
+# RFC 6455, 5.2: the first byte of a complete message, and its bits; the second byte's codes for the payload length.
 _FIN_TEXT, _FIN_BINARY = 0x81, 0x82
 _FIN, _OPCODE, _CONTROL = 0x80, 0x0F, 0x08
 _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
-#: Seconds after the first message, or bytes of one, after which what else was received waits for another turn.
+#: Further messages wait for another turn after this many seconds since the first, or after a message of this size.
 _TURN_SECONDS, _TURN_BYTES = 0.0005, 16_384
-#: Characters of the reason of a close.
+#: Maximum length of a close reason.
 _MAX_REASON = 120
-#: Seconds in which a client that was cut off may read why.
+#: Seconds for a client that violated a limit to read the reason.
 _LINGER_SECONDS = 1.0
 
-#: The extension in a connection's scope that holds its `DirectLink`.
+#: The extension in the ASGI scope that contains the `DirectLink`.
 EXTENSION = "unroll.stream"
 
 
 class DirectLink:
-    """The `Link` that a stream uses instead of ASGI's messages, once the application has accepted the connection."""
+    """The `Link` that a stream uses instead of ASGI messages, once the application has accepted the connection."""
 
     def __init__(self, protocol: "StreamProtocol") -> None:
         self._protocol = protocol
@@ -44,7 +44,7 @@ class DirectLink:
         self.on_writable: OnWritable = lambda writable: None
 
     def attach(self, on_text: OnMessage, on_binary: OnMessage, on_writable: OnWritable) -> None:
-        """Deliver messages by calls from now on, earlier ones included. `closed`: no more messages will arrive."""
+        """Deliver all messages to these callbacks, including earlier ones."""
         self.on_text, self.on_binary, self.on_writable = on_text, on_binary, on_writable
         self._protocol.hand_over(on_text, on_binary)
 
@@ -70,7 +70,6 @@ class DirectLink:
         self._protocol.send_close(code, reason)
 
     def abort(self) -> None:
-        """Abort the connection."""
         self._protocol.transport.abort()
 
     def end(self) -> None:
@@ -85,10 +84,10 @@ def stream_protocol(turns: Turns, held: HeldBytes) -> type["StreamProtocol"]:
 
 
 class StreamProtocol(WebSocketsSansIOProtocol):
-    """Offers its connection as a `DirectLink`, and behaves as uvicorn's protocol until that is attached.
+    """Offers its connection as a `DirectLink`, and behaves like uvicorn's protocol until that is attached.
 
-    What arrives is walked through frame by frame. Complete binary messages go to the stream; everything else to the
-    library, which parses in a generator, at several times the cost.
+    Received data is split into frames here. Complete binary messages go to the stream, everything else to the library.
+    The library's generator-based parser is several times as expensive.
     """
 
     turns: Turns
@@ -97,24 +96,24 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = ServerProtocol(max_size=self.config.ws_max_size, logger=self.logger)
-        self.conn.debug = False  # else it logs the headers
+        self.conn.debug = False  # otherwise it logs the headers
         self._direct = DirectLink(self)
-        self._rest = b""  # what was received and not handled
-        self._missing = 0  # bytes of a frame whose begin was handled
-        self._fragments = 0  # frames of a message that is not complete
-        self._held = False  # by the stream
+        self._rest = b""  # received and not yet handled
+        self._missing = 0  # outstanding bytes of a partially handled frame
+        self._fragments = 0  # frames of an incomplete message
+        self._held = False  # paused by the stream
         self._reads, self._in_turn = True, False
-        self._waits = self._lined_up = False  # for another turn
+        self._waits = self._lined_up = False  # needs another turn; has requested one
         self._cut_off = False
         self._pings = Allowance(*PINGS)
-        self._partial = 0  # bytes of a message that is not complete
+        self._partial = 0  # bytes of an incomplete message
         self._message = Holding(self.held, MESSAGES)
         self._unread = Holding(self.held, ANSWERS)
         self.on_lost: Callable[[], None] = lambda: None
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
-        if self.response.status_code == 101:  # the application's task has not begun to run
+        if self.response.status_code == 101:  # the application's task has not started yet
             self.scope["extensions"][EXTENSION] = self._direct  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
@@ -123,25 +122,21 @@ class StreamProtocol(WebSocketsSansIOProtocol):
                 self._take_turn(self._rest + data if self._rest else data)
             return
         super().data_received(data)
-        if self.conn.handshake_exc is not None:  # uvicorn looks at requests only
+        if self.conn.handshake_exc is not None:  # uvicorn handles only valid requests
             self.transport.write(b"".join(self.conn.data_to_send()))
             self.transport.close()
 
     # ── turns ────────────────────────────────────────────────────────────────────────────────────
 
     def hold(self, held: bool) -> None:
-        """Handle nothing more, or go on."""
+        """Pause or resume the handling of messages."""
         self._held = held
         if not self._in_turn:
             self._waits |= bool(self._rest)
             self._end_turn(self._rest)
 
     def _take_turn(self, data: bytes) -> None:
-        """Handle frames, as many as one turn has time for; what is left waits until others had theirs.
-
-        Complete binary messages go to the stream. The library gets everything else: it parses in a generator, byte by
-        byte of the header, at several times the cost.
-        """
+        """Handle as many frames as fit in one turn; the rest waits until other connections had theirs."""
         self._in_turn = True
         taken, size, until, most = 0, len(data), 0.0, self.config.ws_max_size
         if self._missing:
@@ -183,7 +178,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             self._rest = b""
 
     def _count_partial(self) -> None:
-        """Count a message that is not complete, and end the connection if there is no room for it."""
+        """Account for an incomplete message, and close the connection if there is no room for it."""
         if not (self._missing or self._fragments) or self._cut_off or self.transport.is_closing():
             self._partial = 0
             self._message.resize(0)
@@ -191,18 +186,18 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             self.send_close(TRY_AGAIN, error.message[:_MAX_REASON])
 
     def _parse(self, first: int, frame: bytes) -> None:
-        """Have the library parse a frame, or its begin."""
+        """Pass a frame, or its start, to the library."""
         super().data_received(frame)
         opcode = first & _OPCODE
         if not opcode & _CONTROL:
             self._fragments = 0 if first & _FIN else self._fragments + 1
             if self._fragments > MAX_FRAGMENTS:
-                self.send_close(TOO_MUCH, f"too many fragments: a message may have {MAX_FRAGMENTS}")
+                self.send_close(TOO_MUCH, f"too many fragments: the limit is {MAX_FRAGMENTS} per message")
         elif opcode != Opcode.CLOSE and self._pings.take():
-            self.send_close(TOO_MUCH, f"too many pings and pongs: {PINGS[0]:g} a second are allowed")
+            self.send_close(TOO_MUCH, f"too many pings and pongs: the limit is {PINGS[0]:g} per second")
 
     def _end_turn(self, rest: bytes) -> None:
-        """Keep what is left. Read on, or, if it waits, handle it first when it is this connection's turn again."""
+        """Keep the rest. Either resume reading, or request another turn to handle the rest first."""
         self._rest = b"" if self._cut_off or self.transport.is_closing() else rest
         if self._waits and not (self._held or self._lined_up):
             self._lined_up = True
@@ -212,7 +207,6 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             (self.transport.resume_reading if self._reads else self.transport.pause_reading)()
 
     def _go_on(self) -> None:
-        """It is this connection's turn again."""
         self._lined_up = self._waits = False
         self._take_turn(self._rest)
 
@@ -232,7 +226,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             sink(message)
 
     def hand_over(self, on_text: OnMessage, on_binary: OnMessage) -> None:
-        """Deliver the messages queued for the application to these callbacks instead."""
+        """Deliver the messages that were queued for the application to these callbacks."""
         while not self.queue.empty():
             event: Any = self.queue.get_nowait()
             if event["type"] == "websocket.disconnect":
@@ -258,8 +252,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self.transport.write(head + message)
 
     def send_close(self, code: int, reason: str) -> None:
-        """Close after the client's answer: with unread data the kernel would reset the connection and drop outgoing
-        data."""
+        """Start the closing handshake, and close after the client's answer: closing with unread data would make the
+        kernel reset the connection and drop outgoing data."""
         if self.close_sent or self.disconnected or self.transport.is_closing():
             return
         self.conn.send_close(code, reason)
@@ -285,7 +279,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._direct.end()
 
     def shutdown(self) -> None:
-        """A stream closes itself, see `Connection.drain`; the application refuses what is no stream yet."""
+        """Does nothing: a stream closes itself, see `Connection.drain`, and the application refuses pending ones."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -296,7 +290,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._direct.end()
 
     def keepalive_timeout(self) -> None:
-        """No pong came in time: the client is gone, unless its pong waits behind what this side does not read yet."""
+        """Called when no pong arrived in time. The client is dead, unless its pong is behind data not read yet."""
         if self.transport.is_reading():
             super().keepalive_timeout()
         else:

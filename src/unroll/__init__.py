@@ -23,7 +23,7 @@ _CLIENT = {"AsyncClient", "Client", "errors"}
 
 def __getattr__(name: str) -> Any:
     if name == "export":
-        return import_module("unroll.export")  # a package that can be called
+        return import_module("unroll.export")  # a callable package
     if name in __all__:
         return getattr(import_module("unroll.client" if name in _CLIENT else "unroll.export"), name)
     raise AttributeError(f"module 'unroll' has no attribute {name!r}")

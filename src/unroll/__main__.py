@@ -1,4 +1,4 @@
-"""`python -m unroll`: the same as the command `unroll`."""
+"""`python -m unroll` runs the command `unroll`."""
 
 import sys
 

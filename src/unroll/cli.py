@@ -1,9 +1,9 @@
-"""The command `unroll`: runs one command, and says what to install if a package is missing."""
+"""The command `unroll`: runs one command, and suggests an installation if a package is missing."""
 
 import sys
 from importlib import import_module
 
-#: The packages of the server, and what to install for a package that not every installation has.
+#: The server's packages, and the installation that provides each optional package.
 _SERVER = {"fastapi", "lmdb", "orjson", "prometheus_client", "pydantic", "redis", "safetensors"}
 _SERVER |= {"starlette", "structlog", "uvicorn"}
 _INSTALL = (
@@ -21,13 +21,12 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its options; `sys.argv[1:]` if None.
 
     Returns:
-        The exit status: 0, or 2 for a command or an option that does not exist; 1 if a package that the command needs
-        is missing; otherwise the command's own.
+        The exit status: that of the command; 2 for an unknown command or option; 1 if a required package is missing.
     """
     argv = sys.argv[1:] if argv is None else argv
     name = f"unroll {argv[0]}" if argv and argv[0].isalpha() else "unroll"
     try:
-        program = import_module("unroll.commands.program")  # needs click, which a client alone lacks
+        program = import_module("unroll.commands.program")  # needs click, which a client-only installation lacks
         try:
             command = program.parse(argv or ["--help"])
             if isinstance(command, int):
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _remedy(error: ImportError) -> str:
-    """The package that cannot be imported, and how to install it."""
+    """Name the package that cannot be imported, and how to install it."""
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package in {"", "unroll"}:
         return f"{package or 'a package'} cannot be imported: {error}; `unroll doctor` checks the installation"

@@ -124,7 +124,7 @@ def test_a_file_that_is_no_key_is_none(tmp_path: Path, content: str) -> None:
 
 def test_a_folder_without_keys_is_refused_at_the_start(tmp_path: Path) -> None:
     settings = Settings(repository=models.BUNDLES, trusted_keys=tmp_path)
-    with pytest.raises(KeyUnusable, match=r"holds no public key: put files \*\.pem there"):
+    with pytest.raises(KeyUnusable, match=r"has no public key: add files \*\.pem from"):
         settings.model_options()
 
 

@@ -249,7 +249,6 @@ def test_it_scales_on_the_queue():
         (["replicas=1", "store.embedded.enabled=true"], "set redis.enabled=false"),
         (["redis.enabled=false", "store.embedded.enabled=true"], "set replicas=1"),
         ([*SMALL, "autoscaling.enabled=true"], "autoscaling.enabled=false"),
-        ([*SMALL, "serviceMonitor.enabled=true", "args={--workers,4}"], "which has metrics only with --worker-port"),
         (["drainTimeout=30", "terminationGracePeriodSeconds=35"], "are 35 together"),
         (["args={--drain-timeout,60}"], "set drainTimeout"),
         (["env[0].name=UNROLL_DRAIN_TIMEOUT", "env[0].value=60"], "set drainTimeout"),

@@ -1,5 +1,6 @@
 """The two clients of the stream over breaking connections: no output is lost or duplicated."""
 
+import asyncio
 import json
 import random
 import re
@@ -10,13 +11,13 @@ import subprocess
 import threading
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from faults.proxy import CUTS, Fault, FaultProxy
 from waiting import PATIENCE
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -49,55 +50,18 @@ process.exit();
 """
 
 
-class Fault:
-    """A proxy that sometimes cuts a connection instead of forwarding data, in either direction."""
-
-    def __init__(self, port: int, chance: random.Random) -> None:
-        self.cuts: Counter[str] = Counter()
-        self._upstream = port
-        self._chance = chance
-        self._open = ExitStack()
-        self._listener = self._open.enter_context(socket.create_server(("127.0.0.1", 0)))
-        self.port: int = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._accept)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):  # closed
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._upstream))
-                for way, source, target in (("request", client, server), ("reply", server, client)):
-                    self._open.enter_context(source)
-                    threading.Thread(target=self._pass_on, args=(way, source, target), daemon=True).start()
-
-    def _pass_on(self, way: str, source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            handshake = True
-            while content := source.recv(65536):
-                if not handshake and self._chance.random() < 0.1:
-                    self.cuts[way] += 1
-                    break
-                target.sendall(content)
-                handshake = False
-        for end in (source, target):
-            with suppress(OSError):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._open.close()
-
-
 @pytest.fixture
-def fault(server: str) -> Iterator[Fault]:
-    port = urlsplit(server).port
-    assert port
-    proxy = Fault(port, random.Random(11))
-    yield proxy
-    proxy.close()
+async def breaking(server: str) -> AsyncIterator[tuple[str, Counter[Fault]]]:
+    """The address of a proxy that cuts a connection at every fifth message or its answer, and the faults so far."""
+    chance, faults = random.Random(5), Counter[Fault]()
+
+    def draw() -> Fault:
+        fault = chance.choices([Fault.NONE, *CUTS], [12, 1, 1, 1])[0]
+        faults[fault] += 1
+        return fault
+
+    async with FaultProxy(int(server.rpartition(":")[2]), draw, spares_first=True) as proxy:
+        yield f"ws://127.0.0.1:{proxy.port}", faults
 
 
 @pytest.fixture
@@ -154,12 +118,16 @@ def chunks(ppm: np.ndarray) -> list[np.ndarray]:
     return np.split(ppm, np.cumsum(CHUNKS)[:-1])
 
 
-def test_python(server: str, fault: Fault, ppm: np.ndarray, expected: bytes):
-    session = Session(f"ws://127.0.0.1:{fault.port}", "co2")
-    outputs = [session.steps(chunk[:, np.newaxis]) for chunk in chunks(ppm)]
-    assert np.concatenate(outputs).tobytes() == expected
+async def test_python(server: str, breaking: tuple[str, Counter[Fault]], ppm: np.ndarray, expected: bytes):
+    url, faults = breaking
+    session = Session(url, "co2")
+
+    def steps() -> list[np.ndarray]:
+        return [session.steps(chunk[:, np.newaxis]) for chunk in chunks(ppm)]
+
+    assert np.concatenate(await asyncio.to_thread(steps)).tobytes() == expected
     assert session.position == position(server, session.id) == len(ppm)
-    assert min(fault.cuts["request"], fault.cuts["reply"]) >= 3
+    assert min(faults[cut] for cut in CUTS) >= 2
 
 
 def test_python_is_told_what_is_wrong(server: str):
@@ -209,14 +177,22 @@ def run(node: list[str], script: Path, *arguments: object) -> subprocess.Complet
     return subprocess.run([*node, script, json.dumps(arguments)], capture_output=True, text=True, timeout=PATIENCE)
 
 
-def test_javascript(server: str, fault: Fault, ppm: np.ndarray, expected: bytes, node: list[str], tmp_path: Path):
+async def test_javascript(
+    server: str,
+    breaking: tuple[str, Counter[Fault]],
+    ppm: np.ndarray,
+    expected: bytes,
+    node: list[str],
+    tmp_path: Path,
+):
+    url, faults = breaking
     given = [chunk.tolist() for chunk in chunks(ppm)]
-    ran = run(node, tmp_path / "driver.mjs", f"ws://127.0.0.1:{fault.port}", given)
+    ran = await asyncio.to_thread(run, node, tmp_path / "driver.mjs", url, given)
     assert ran.returncode == 0, ran.stderr
     session_id, reached, outputs = json.loads(ran.stdout)
     assert bytes.fromhex(outputs) == expected
     assert reached == position(server, session_id) == len(ppm)
-    assert min(fault.cuts["request"], fault.cuts["reply"]) >= 3
+    assert min(faults[cut] for cut in CUTS) >= 2
 
 
 def test_javascript_when_the_server_ends(leaving: str, node: list[str], tmp_path: Path):

@@ -80,7 +80,7 @@ def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("small", "--repository", "models", "--replace", "--sign", "key.pem") == 0
     assert signed_by(bundle.read_content(folder / "models/small/1")) in TrustedKeys.read(folder / "key.pub.pem").keys
     assert run("small", "--repository", "models", "--replace", "--sign", "key.pub.pem") == 1
-    assert "holds no private key" in capsys.readouterr().err
+    assert "has no private key" in capsys.readouterr().err
     # The same model gives the same bytes, so the digest that sessions are bound to stays.
     assert bundle.read(folder / "models/small/1").manifest.digest == manifest.digest
 

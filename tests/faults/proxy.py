@@ -25,10 +25,20 @@ CUTS = (Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
 
 
 class FaultProxy:
-    """target: the upstream port. draw: called for each piece; may be replaced at any time. delay: seconds."""
+    """target: the upstream port. draw: called for each piece; may be replaced at any time. delay: seconds.
 
-    def __init__(self, target: int, draw: Callable[[], Fault] = lambda: Fault.NONE, delay: float = 0.1) -> None:
-        self.target, self.draw, self.delay = target, draw, delay
+    spares_first: the first piece of each connection, such as a handshake, gets through.
+    """
+
+    def __init__(
+        self,
+        target: int,
+        draw: Callable[[], Fault] = lambda: Fault.NONE,
+        delay: float = 0.1,
+        *,
+        spares_first: bool = False,
+    ) -> None:
+        self.target, self.draw, self.delay, self.spares_first = target, draw, delay, spares_first
         self.port = 0  # any free port, kept when it accepts again
         self._serving: dict[asyncio.Task[None], _Pair] = {}
 
@@ -92,9 +102,11 @@ class _Pair:
             writer.transport.abort()
 
     async def _requests(self) -> None:
+        spared = self._proxy.spares_first
         while piece := await self._here[0].read(65536):
-            if self._fault is not Fault.SILENCE:
+            if self._fault is not Fault.SILENCE and not spared:
                 self._fault = self._proxy.draw()
+            spared = False
             match self._fault:
                 case Fault.CUT_REQUEST:
                     self._there[1].write(piece[: len(piece) // 2])

@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from unroll import cli
 from unroll.bundle.errors import REMEDIES
+from unroll.service.api.all_workers import metrics_of_all
 from unroll.service.api.error_responses import STATUS
-from unroll.service.api.worker_metrics import merge
 from unroll.service.core.errors import UnrollError
 from unroll.service.descriptions import PREFIX
 from unroll.service.settings import Settings
@@ -94,7 +94,7 @@ def store_metrics() -> list[str]:
 
 def worker_metrics() -> list[str]:
     """Those of the port that workers share."""
-    return _samples(merge({1: None}))
+    return _samples(bytes(metrics_of_all([None]).body).decode())
 
 
 def _samples(text: str) -> list[str]:

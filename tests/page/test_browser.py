@@ -390,7 +390,7 @@ def test_figures_and_files_are_read_correctly(visit: Visit) -> None:
         """async text => {
             const { Scrape, quantile } = await import("/page/prometheus.mjs");
             const { columnsOf } = await import("/page/sources.mjs");
-            const scrape = new Scrape(text, 0), counts = scrape.counts("a", { m: 'x"y' });
+            const scrape = new Scrape(text, 0), counts = scrape.counts("a");
             return [counts.map(([, count]) => count), quantile(counts, 0.5), quantile(counts, 0.99), scrape.sum("b"),
                     columnsOf("# c\\nwhen;v\\nmon;1.5\\ntue;-2\\n"), columnsOf("1,2\\n3,4")];
         }""",

@@ -89,7 +89,7 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
         ("BUCKETS", "[0]", "greater than 0"),
         ("SERVE", "co2=1", """'co2=1': it is not JSON such as {"co2": 1}, or co2=1 in a flag"""),
         ("SERVE", '{"co2": 0}', "greater than 0"),
-        ("LOG_LEVEL", "LOUD", "it is none of debug, info, warning, error"),
+        ("LOG_LEVEL", "LOUD", "it is not one of debug, info, warning, error"),
     ],
 )
 def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(
@@ -198,7 +198,9 @@ def test_a_secret_in_a_flag_is_noticed(flags: dict, found: list[str]) -> None:
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "--repository: give it, or set UNROLL_REPOSITORY (bundle repository" in capsys.readouterr().err
+    assert (
+        "--repository: required; use the flag, or set UNROLL_REPOSITORY (bundle repository" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("words", [["[1,64]"], ["1,64"], ["1", "64"]])
@@ -237,8 +239,8 @@ def test_a_flag_comes_before_a_variable_before_the_file_before_the_default(
         ('max_batch = "many"', "max_batch 'many': it is not a whole number above 0"),
         ("idle_timeout = inf", "idle_timeout inf: it is not a finite number of seconds"),
         ("memory_share = nan", "memory_share nan: it is not a number above 0, at most 1"),
-        ("max_batch", "cannot be read as a file of settings"),
-        (None, "cannot be read as a file of settings"),
+        ("max_batch", "cannot be read as a settings file"),
+        (None, "cannot be read as a settings file"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_setting(
@@ -275,6 +277,6 @@ def test_a_server_that_others_can_reach_needs_keys_or_a_word(host: str, tmp_path
 def test_keys_and_their_absence_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(SettingsRefused, match="contradict"):
         gather(GIVEN | {"auth": "none", "keys": "keys.toml"})
-    with pytest.raises(SettingsRefused, match="--auth keys needs a file"):
+    with pytest.raises(SettingsRefused, match="--auth keys needs a keys file"):
         gather(GIVEN | {"auth": "keys"})
     assert main([*FLAGS, "--keys", str(tmp_path / "none.toml")]) == 1

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bench import machine
-from bench.internals.gpu import pytorch, steps, stream, variants
+from bench.internals.gpu import pytorch, steps, stream
 from bench.internals.gpu.documents import write
 from bench.internals.gpu.engine import inputs, open_engine, some_slots, steps_of
 from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of, model
@@ -59,9 +59,6 @@ class Run:
         for shape, sizes, precision in STEPS:
             self._steps += steps.measure(shape, sizes, precision, self._limits, self.repository, self.turns, self.count)
         return [asdict(each) | {"steps_per_second": each.steps_per_second} for each in self._steps]
-
-    def variants(self) -> list[dict[str, Any]]:
-        return [asdict(each) for each in variants.measure(MEDIUM, [1, 64, 1024], self.repository, self.count)]
 
     def sequences(self) -> list[dict[str, Any]]:
         """Seconds for a batch of whole sequences, from host memory to host memory."""
@@ -121,7 +118,7 @@ def main() -> int:
         run = Run(repository, Path(folder), arguments.turns, arguments.seconds)
         _export(repository)
         parts: list[Callable[[], Any]] = [
-            run.limits, run.steps, run.variants, run.sequences, run.resident, run.proof, run.streams,
+            run.limits, run.steps, run.sequences, run.resident, run.proof, run.streams,
         ]  # fmt: skip
         for part in parts:
             began = perf_counter()

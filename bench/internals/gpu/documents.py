@@ -59,12 +59,6 @@ def _steps(results: Results) -> list[str]:
     return lines + _table(head, rows, left=3)
 
 
-def _variants(results: Results) -> list[str]:
-    head = ["moving the rows, LSTM 2×256", "rows", "graph, µs"]
-    rows = [[each["what"], each["rows"], f"{each['graph']:.1f}"] for each in results["variants"]]
-    return ["### Where the rows are moved", "", *_table(head, rows, left=1)]
-
-
 def _sequences(results: Results) -> list[str]:
     head = ["32 sequences of 512 steps", "precision", "Unroll, ms", "PyTorch, ms", "PyTorch / Unroll"]
     rows = [
@@ -124,7 +118,6 @@ def _streams(results: Results) -> list[str]:
 
 _PARTS = {
     "steps": _steps,
-    "variants": _variants,
     "sequences": _sequences,
     "resident": _resident,
     "proof": _proof,

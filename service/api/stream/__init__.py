@@ -1,1 +1,1 @@
-"""Streams of the native API: many sessions on one WebSocket, and chunks of many of them in one frame."""
+"""Streams of the native API: a WebSocket carries many sessions, and a frame has chunks of several sessions."""

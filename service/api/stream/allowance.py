@@ -1,27 +1,27 @@
-"""How much of what costs a client nothing one connection may send: pings, wrong messages, control messages."""
+"""Rate limits per connection for messages that cost a client nothing: pings, malformed and control messages."""
 
 from time import monotonic
 
-#: Of one connection: a second, and at once after a pause.
+#: Per connection: rate per second, and burst.
 PINGS = 50.0, 1000
 ERRORS = 50.0, 1000
 CONTROLS = 500.0, 2000
-#: Entries of frames that are wrong in themselves, of which as many count as one wrong message.
+#: This many invalid frame entries count as one malformed message.
 ENTRIES_PER_ERROR = 32
-#: Frames of WebSocket that one message may come in.
+#: Maximum number of WebSocket fragments per message.
 MAX_FRAGMENTS = 4096
-#: The close code of a connection that sent more: RFC 6455's Policy Violation.
+#: Close code of a connection that exceeds a limit: RFC 6455's Policy Violation.
 TOO_MUCH = 1008
-#: Of one whose message has no room here now: RFC 6455's registry calls it Try Again Later.
+#: Close code if there is no memory for a message: Try Again Later in RFC 6455's registry.
 TRY_AGAIN = 1013
 
 
 class Allowance:
-    """A token bucket. While there is something in it, taking some costs a comparison.
+    """A token bucket. As long as it has tokens, taking some costs only a comparison.
 
     Args:
-        rate: what comes back in a second.
-        burst: what can be there at most, as at first.
+        rate: Tokens added per second.
+        burst: Capacity; the bucket starts full.
     """
 
     __slots__ = ("_at", "_burst", "_left", "_rate")
@@ -32,7 +32,7 @@ class Allowance:
         self._at = monotonic()
 
     def take(self, amount: float = 1.0) -> float:
-        """Take some; returns the seconds until it would have been there, 0 if it was."""
+        """Take tokens. Returns the seconds until they will have been available; 0 if they already are."""
         self._left -= amount
         if self._left >= 0:
             return 0.0

@@ -1,14 +1,14 @@
-"""One connection of a stream: many sessions, and chunks of many of them in one frame.
+"""One stream connection: it carries many sessions, and a frame has chunks of several sessions.
 
-This package is the protocol. It gets messages and answers them through a `Link`, and knows no web server. Only
-`control` waits, for the store:
+This package implements the protocol. It receives and answers messages through a `Link`, independent of the web server.
+Only `control` awaits anything, namely the store:
 
     bytes -> connection -> codec -> flow.acquire -> submission -> the scheduler's loop
                                                                           |
     bytes <- link <- replies, flow.release <- submission <- outcomes <----+
 
-`connection` only connects the parts. `control` answers text messages, `handles` knows the sessions, `link` is how a web
-server offers a connection, and `endpoint` is the route.
+`connection` connects the parts. `control` answers text messages, `handles` maps handles to sessions, `link` is the
+interface to the web server, and `endpoint` is the route.
 """
 
 import asyncio
@@ -34,22 +34,23 @@ from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
 from unroll.service.core.session_ids import shown
 from unroll.service.protocol.frames import Frame, FrameCodec, SingleEntryFrame
 
-#: Close code of a stream whose server ends: RFC 6455's registry calls it Service Restart.
+#: Close code when the server shuts down: Service Restart in RFC 6455's registry.
 RESTART = 1012
 
 
 class Connection:
-    """Gets what the link receives.
+    """Handles the messages of a link.
 
     Args:
-        model: the model's, `name` or `name:version`.
-        link: the connection, which need not be accepted yet.
+        model: `name` or `name:version`.
+        link: The connection, which may not be accepted yet.
+        call_soon: The event loop's.
 
     Raises:
-        ModelUnknown: there is no such model.
-        NotStreamable: it serves whole sequences only.
-        Draining: the server is about to end.
-        QuotaExceeded: the tenant has as many streams as it may.
+        ModelUnknown: There is no such model.
+        NotStreamable: The model serves only whole sequences.
+        Draining: The server is shutting down.
+        QuotaExceeded: The tenant has reached its limit of streams.
     """
 
     def __init__(self, app: AppState, tenant: str, model: str, link: Link, call_soon: CallSoon) -> None:
@@ -115,7 +116,7 @@ class Connection:
                 return
         try:
             if len(message) > self._max_frame_bytes:
-                raise BodyTooLarge(f"a frame may have {self._max_frame_bytes} bytes, this one has {len(message)}")
+                raise BodyTooLarge(f"the frame has {len(message)} bytes; the limit is {self._max_frame_bytes}")
             frame = codec.decode_single(message) or codec.decode(message)
         except InvalidRequest as error:
             self._replies.send_error(error)
@@ -128,17 +129,17 @@ class Connection:
             faults = codec.faults(frame)
             if (refused := self._over_quota(frame.total)) is not None:
                 faults = dict.fromkeys(range(len(frame.entries)), refused) | faults
-            apart = self._submitter.submit_frame(frame, faults)
-            if len(apart) > SLICE:
-                self._control.carry_out(self._submit_in_slices(frame, faults, apart))
+            remaining = self._submitter.submit_frame(frame, faults)
+            if len(remaining) > SLICE:
+                self._control.carry_out(self._submit_in_slices(frame, faults, remaining))
             else:
-                self._submitter.submit_apart(frame, faults, apart)
+                self._submitter.submit_chunks(frame, faults, remaining)
         flow.update()
 
     async def _submit_in_slices(self, frame: Frame, faults: dict[int, UnrollError], entries: list[int]) -> None:
-        """Suspends after each slice."""
+        """Submit the entries, suspending after each slice."""
         for begin in range(0, len(entries), SLICE):
-            self._submitter.submit_apart(frame, faults, entries[begin : begin + SLICE])
+            self._submitter.submit_chunks(frame, faults, entries[begin : begin + SLICE])
             await asyncio.sleep(0)
 
     def _over_quota(self, steps: int) -> UnrollError | None:
@@ -149,17 +150,17 @@ class Connection:
         return None
 
     def on_writable(self, writable: bool) -> None:
-        """The client reads again, or what it does not read piles up."""
+        """Called when the client stops reading, and when it reads again."""
         self._flow.writable = writable
         self._flow.update()
 
     def drain(self) -> None:
-        """Read no more, answer what was read, tell the client where its sessions are, and close the connection."""
+        """Stop reading, answer all messages that were read, send goodbyes, and close the connection."""
         self._flow.draining = True
         self._flow.update()
 
     def close(self) -> None:
-        """The connection is gone; its sessions live on. What has not begun to run is cancelled."""
+        """Clean up after the connection ended. Its sessions stay open; work that has not started is cancelled."""
         self._app.streams.discard(self)
         self._replies.close()
         self._submitter.close()
@@ -168,29 +169,29 @@ class Connection:
         self._flow.clear()
 
     def _log(self, error: UnrollError, handle: int | None, position: int | None, session_id: str | None) -> None:
-        """An entry or a session of a message, or the whole message, was refused."""
+        """Log the refusal of a message, or of an entry or session in a message."""
         found = None if handle is None else self._handles.find(handle)
         session = session_id if found is None else shown(found[1].id)
         name = split_reference(self._model)[0]
         log_error(self._app.request_log, "v1/stream", error, model=name, session=session, position=position)
         wrong = type(error) is InvalidRequest or isinstance(error, BodyTooLarge)
         if wrong and self._errors.take(1 if handle is None else 1 / ENTRIES_PER_ERROR):
-            self._link.close(TOO_MUCH, f"too many malformed messages: {ERRORS[0]:g} a second are allowed")
+            self._link.close(TOO_MUCH, f"too many malformed messages: the limit is {ERRORS[0]:g} per second")
 
-    # ── goodbyes: tell the client where its sessions are, and close the connection ───────────────
+    # ── goodbyes: send the client the positions of its sessions, and close the connection ────────
 
     def _on_drained(self) -> None:
         self._send_goodbyes(iter([*self._handles]))
 
     def _send_goodbyes(self, handles: Iterator[int]) -> None:
-        """Describe some of the sessions now, and more in the next turn of the event loop."""
+        """Describe a slice of the sessions, and continue in the next turn of the event loop."""
         if self._replies.closed:
             return
         if described := [self._describe(handle) for handle in islice(handles, SLICE)]:
             self._replies.send({"op": "closing", "sessions": described})
             self._call_soon(partial(self._send_goodbyes, handles))
         else:
-            self._link.close(RESTART, "the server is about to end: resume elsewhere")
+            self._link.close(RESTART, "the server is shutting down: resume elsewhere")
 
     def _describe(self, handle: int) -> dict[str, Any]:
         try:

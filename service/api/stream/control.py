@@ -1,4 +1,4 @@
-"""Control messages: requests to open and close sessions and to detach handles."""
+"""Control messages: requests to open and close sessions, to detach handles, and to start and stop rollouts."""
 
 import asyncio
 from collections import deque
@@ -32,23 +32,23 @@ _log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-#: Sessions, or chunks of a frame, that are handled in one turn of the event loop.
+#: Sessions, or chunks of a frame, handled per turn of the event loop.
 SLICE = 64
-#: Handles, each of which costs next to nothing.
+#: The same for detached handles, which cost almost nothing.
 _DETACH_SLICE = 4096
-#: Sessions that a store is asked for at once.
+#: Sessions requested from the store at once.
 _STORE_SLICE = 256
-#: Seconds for which a client is not read that sends too many control messages.
+#: Minimum pause in reading from a client that sends too many control messages, in seconds.
 _LEAST_PAUSE = 0.02
 
 
 class Control:
-    """Runs the client's requests: one at a time, and a slice of it in each turn of the event loop.
+    """Runs control requests one at a time, one slice per turn of the event loop.
 
-    While one runs, the messages behind it wait in the backlog, in their order.
+    While a request is running, later messages wait in the backlog, in order.
 
     Attributes:
-        running: a request is under way; later messages must be deferred.
+        running: A request is running; later messages must be deferred.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class Control:
         self._backlog: deque[tuple[Callable[[bytes], None], bytes]] = deque()
         self.running = False
         self._task: asyncio.Task[None] | None = None
-        self._opening: asyncio.Task[None] | None = None  # the same, if it may be dropped
+        self._opening: asyncio.Task[None] | None = None  # the same task, if it may be cancelled on close
 
     def defer(self, handle: Callable[[bytes], None], message: bytes) -> None:
-        """Call `handle` with the message when the request under way, and what waits already, is done."""
+        """Call `handle` with the message after the running request and the backlog."""
         self._backlog.append((handle, message))
         self._flow.backlogged = True
         self._flow.update()
 
     def start(self, message: bytes) -> None:
-        """Begin a request. Without a store, one for less than `SLICE` sessions is answered within the call.
+        """Start a request. Without a store, a request for fewer than `SLICE` sessions is answered before this returns.
 
         Raises:
-            InvalidRequest: nothing was done.
+            InvalidRequest: Nothing was done.
         """
         json.check_size(message, self._max_bytes)
         request = parse_request(message)
@@ -107,7 +107,7 @@ class Control:
             self._detach(request.handles)
 
     def _throttle(self, seconds: float) -> None:
-        """Read nothing more until the client has waited for its next message."""
+        """Pause reading until the client's next message is within the limit."""
 
         def resume() -> None:
             self._flow.throttled = False
@@ -118,7 +118,7 @@ class Control:
         asyncio.get_running_loop().call_later(max(seconds, _LEAST_PAUSE), resume)
 
     def close(self) -> None:
-        """The connection is gone: what it opens is dropped, what it closes is closed, and nothing is answered."""
+        """Clean up after the connection ended: cancel the opening of sessions, but complete their closing."""
         self._backlog.clear()
         if self._opening is not None:
             self._opening.cancel()
@@ -149,7 +149,7 @@ class Control:
         return {"handle": handle, "position": position}
 
     async def _submit_steps(self, request: StepsRequest) -> None:
-        await asyncio.sleep(0)  # a turn for the values, which took one to parse
+        await asyncio.sleep(0)  # parsing took one turn; decode the values in another
         self._steps.submit(request)
 
     def _detach(self, handles: list[int]) -> None:
@@ -168,7 +168,7 @@ class Control:
         self._replies.send({"op": "detached", "handles": handles})
 
     def _roll_out(self, request: RolloutRequest) -> None:
-        """Begin a rollout. Later messages wait until it is known what it begins from."""
+        """Start a rollout. Later messages wait until its initial state is known."""
 
         async def begin() -> None:
             await self._rollouts.begin(request)
@@ -190,7 +190,7 @@ class Control:
         self._say_busy()
 
     def carry_out(self, slices: Coroutine[Any, Any, None]) -> None:
-        """Run what is no request, and suspends after each slice: later messages wait."""
+        """Run a coroutine that suspends after each slice; later messages wait for it."""
 
         async def run() -> None:
             await slices
@@ -208,7 +208,7 @@ class Control:
     async def _in_slices(
         self, op: str, items: Sequence[T], handle: Callable[[T], Coroutine[Any, Any, dict[str, Any]]]
     ) -> None:
-        """Handle all items and send the results. Without a store it suspends after each full slice only."""
+        """Handle all items and send the results. Without a store, this suspends only after full slices."""
         parts: list[bytes] = []
         size = _STORE_SLICE if self._handles.has_store else SLICE
         for begin in range(0, len(items), size):
@@ -227,7 +227,7 @@ class Control:
     async def _complete(self, slices: Coroutine[Any, Any, None]) -> None:
         try:
             await slices
-        except Exception as error:  # noqa: BLE001 the client, and the messages behind this one, wait for an answer
+        except Exception as error:  # noqa: BLE001 the client waits for an answer, and later messages for this one
             _log.error("unexpected error", exc_info=error)
             self.running = False
             if not self._replies.closed:
@@ -236,7 +236,7 @@ class Control:
         self._drain_backlog()
 
     def _advance(self, slices: Coroutine[Any, Any, None]) -> None:
-        """Run one slice now, and the next in a later turn of the event loop."""
+        """Run one slice, and schedule the next for a later turn of the event loop."""
         try:
             slices.send(None)
         except StopIteration:
@@ -251,7 +251,7 @@ class Control:
         self._drain_backlog()
 
     def _drain_backlog(self) -> None:
-        """Handle the messages that waited, up to the next request that takes longer than a slice."""
+        """Handle deferred messages, up to the next request that takes longer than a slice."""
         if self._replies.closed:
             return
         while self._backlog and not self.running:

@@ -1,6 +1,6 @@
-"""The WebSocket route of a stream: who may connect, and what becomes of a client that does not read.
+"""The WebSocket route of streams: admits connections, and disconnects clients that do not read.
 
-A web page, which cannot send a header with a WebSocket, connects with a ticket.
+Web pages cannot send headers with a WebSocket, so they connect with a ticket.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ from unroll.service.core.errors import UnrollError
 
 _log = structlog.get_logger(__name__)
 
-#: The name of the protocol, for clients that offer some.
+#: The WebSocket subprotocol, which clients may offer.
 PROTOCOL = "unroll.v1"
-#: Seconds after which a client that does not read is cut off.
+#: Seconds after which a client that does not read is disconnected.
 STALLED_SECONDS = 30.0
 
 
 class Ticket(BaseModel):
-    """seconds: for which it opens streams."""
+    """seconds: how long it is valid."""
 
     ticket: str
     seconds: float
@@ -75,11 +75,11 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
         tags=["native v1"],
         summary="A ticket that opens streams in place of the API key, for a short time",
         description="Connect with the protocols `unroll.v1` and `unroll.ticket.` followed by the ticket.",
-        responses=problem_responses({404: "not_found: this server has no keys, and streams need no ticket"}),
+        responses=problem_responses({404: "not_found: this server has no keys, so streams need no ticket"}),
     )
     async def ticket(http: Request) -> Ticket:
         if not server.gate.has_keys:
-            raise HTTPException(404, "this server has no keys: streams need no ticket")
+            raise HTTPException(404, "this server has no keys, so streams need no ticket")
         ticket, seconds = server.gate.ticket(server.gate.key_of(dict(http.scope["headers"])))
         return Ticket(ticket=ticket, seconds=seconds)
 
@@ -87,8 +87,8 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
 
 
 async def _refuse_page(websocket: WebSocket) -> None:
-    """A browser hides the HTTP status of a refusal from the page; a close code with a reason it hands over."""
-    if websocket.headers.get("user-agent", "").startswith("Mozilla/"):  # as every browser's does
+    """Browsers hide the HTTP status of a refusal from the page, but report a close code and reason."""
+    if websocket.headers.get("user-agent", "").startswith("Mozilla/"):  # as for every browser
         await websocket.accept()
         await websocket.close(4403, "pages of this origin may not open streams here; see --allowed-origins")
     else:
@@ -97,7 +97,7 @@ async def _refuse_page(websocket: WebSocket) -> None:
 
 
 async def _deny(websocket: WebSocket, answer: Answer) -> None:
-    """Refuse the connection by an HTTP response if the server can send one, else by close code 4000 + status."""
+    """Refuse the connection with an HTTP response if the server can send one, else with close code 4000 + status."""
     if "websocket.http.response" in (websocket.scope.get("extensions") or {}):
         await websocket.send_denial_response(answer.response())
     else:
@@ -106,7 +106,7 @@ async def _deny(websocket: WebSocket, answer: Answer) -> None:
 
 
 class SlowReaderTimer:
-    """Cuts off a client that takes nothing for a while although much waits for it."""
+    """Disconnects a client that stops reading while much data is waiting for it."""
 
     def __init__(self, link: Link, on_writable: Callable[[bool], None], seconds: float) -> None:
         self._link = link

@@ -1,24 +1,28 @@
-"""Flow control of one connection: what of it is unanswered, and why nothing is read from it now."""
+"""Flow control of one connection: counts unanswered work, and pauses reading."""
 
 from collections.abc import Callable
 
-#: Entries of a connection that may be unanswered before reading stops, and bytes of their inputs and outputs.
+#: Unanswered entries at which reading stops, and bytes of their inputs and outputs.
 WINDOW = 2048
 WINDOW_BYTES = 16 * 2**20
 
 
 class FlowControl:
-    """Pauses reading while too much is unanswered, or while another reason holds.
+    """Pauses reading while too much is unanswered, or for another reason.
 
     Args:
-        on_drained: called once, when the connection drains and everything that was read is answered.
+        step_bytes: Size of the inputs and outputs of one step.
+        pause, resume: Stop and restart reading.
+        on_drained: Called once, when the connection is draining and everything is answered.
 
     Attributes:
-        busy: a control message, or what waits behind one, is being worked on.
-        throttled: the client has sent more control messages than it may, and waits.
-        backlogged: messages wait behind a control message. Until then the connection is read, to notice its end.
-        draining: nothing more is read; the connection ends when everything is answered.
+        busy: A control message or a message behind it is being handled.
+        throttled: The client exceeded the rate of control messages.
+        backlogged: Messages are waiting behind a control message. A control message alone does not pause reading, so
+            that a disconnect is noticed.
+        draining: Reading has stopped for good; the connection closes when everything is answered.
         drained: `on_drained` was called; messages that still arrive are ignored.
+        writable: The client reads.
     """
 
     __slots__ = (
@@ -54,7 +58,7 @@ class FlowControl:
 
     @property
     def state(self) -> str:
-        """Whether the connection is read from, and if not, why: for logs and `repr`."""
+        """Whether the connection is being read, and if not, why; for `repr`."""
         if not self.paused:
             return "open"
         reasons = {
@@ -67,7 +71,7 @@ class FlowControl:
         return f"paused by {' and '.join(reason for reason, holds in reasons.items() if holds)}"
 
     def acquire(self, entries: int, steps: int) -> None:
-        """Count entries, and the steps of all of them, as unanswered. `update` follows when they are submitted."""
+        """Count entries and their total steps as unanswered. Call `update` after they are submitted."""
         self.entries += entries
         self._steps += steps
 
@@ -78,7 +82,7 @@ class FlowControl:
             self.update()
 
     def update(self) -> None:
-        """Pause or resume reading, and notice the end of a drain."""
+        """Pause or resume reading, and detect the end of a drain."""
         paused = self._is_full() or self.backlogged or self.throttled or self.draining or not self.writable
         if paused != self.paused:
             self.paused = paused
@@ -88,7 +92,7 @@ class FlowControl:
             self._on_drained()
 
     def clear(self) -> None:
-        """The connection is gone, and with it what was unanswered."""
+        """Forget all unanswered entries after the connection ended."""
         self.entries = self._steps = 0
 
     def _is_full(self) -> bool:

@@ -1,6 +1,6 @@
-"""The handles of one connection: which session each one means, and on which version of the model.
+"""The handles of one connection map to sessions and their model versions.
 
-A handle means the session that it was bound to, and never another that is opened under the same id later.
+A handle always means the session that it was bound to, never a later session with the same id.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,18 +22,19 @@ from unroll.service.core.errors import (
 from unroll.service.core.session_ids import check_id, new_id, owned, shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Life, Session
-from unroll.service.store.record import Record
 
 
 class Handles:
-    """Opens, finds and ends the sessions of a connection.
+    """Opens, finds and closes the sessions of a connection.
 
     Args:
-        served: the version the connection began with; sessions of another must have the same inputs and outputs.
-        on_unbind: called when a handle is free again.
+        model: `name` or `name:version`.
+        served: The connection's first version. Sessions of other versions must have the same inputs and outputs.
+        on_unbind: Called when a handle becomes free.
 
     Attributes:
-        has_store: opening and closing a session may suspend.
+        has_store: Opening and closing a session may suspend.
+        by_model: Sessions by handle, by version.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Handles:
         self._on_unbind = on_unbind
         self.by_model: dict[ServedModel, dict[int, Session]] = {}
         self._count = 0
-        self._opening: set[int] = set()  # handles whose sessions are being opened
+        self._opening: set[int] = set()  # handles of sessions that are being opened
 
     def __len__(self) -> int:
         return self._count
@@ -62,23 +63,23 @@ class Handles:
         return self.find(handle) is not None
 
     def unbound(self, handles: list[int]) -> set[int]:
-        """Those that no session is bound to."""
+        """The handles without a session."""
         return {*handles}.difference(*self.by_model.values())
 
     def find(self, handle: int) -> tuple[ServedModel, Session] | None:
-        """The session as it was bound, whatever became of it."""
+        """The session that was bound, even if it has ended since."""
         for served, bound in self.by_model.items():
             if (session := bound.get(handle)) is not None:
                 return served, session
         return None
 
     def resolve(self, handle: int) -> tuple[ServedModel, Session]:
-        """The session, detached from its cohort. A memory session has its row; a durable one may have lost its copy.
+        """The session, detached from its cohort. A memory session has a row; a durable one may have lost its copy.
 
         Raises:
-            InvalidRequest: no session is bound to the handle.
-            SessionError: what became of a memory session that lost its row.
-            NeedsStoreLookup: the memory session lost its row and may be in the store.
+            InvalidRequest: No session is bound to the handle.
+            SessionError: The memory session lost its row and has ended.
+            NeedsStoreLookup: The memory session lost its row and may be in the store.
         """
         served, session = self._bound(handle)
         if session.life is Life.GONE and session.origin is not None and session.durable is None:
@@ -86,11 +87,11 @@ class Handles:
         return served, served.scheduler.sessions.detach_from_cohort(session)
 
     def rebind(self, handle: int, before: Session) -> tuple[ServedModel, Session]:
-        """Bind a session that lost its row here and has one again, or is brought back from host memory now.
+        """Bind the handle again after its session lost its row, restoring the session from host memory if necessary.
 
         Raises:
-            NeedsStoreLookup: the session is durable or not here, and was not looked up for this call.
-            SessionError: what became of it.
+            NeedsStoreLookup: The session is durable or not here, and was not looked up for this call.
+            SessionError: The session has ended.
         """
         if before.durable is not None:
             self._sessions.require_verified(self._name, before.id)
@@ -109,12 +110,12 @@ class Handles:
         return served, session
 
     async def open(self, spec: OpenSpec) -> tuple[ServedModel, Session]:
-        """Open or resume a session and bind it. Suspends only if there is a store. Raises UnrollError."""
+        """Open or resume a session and bind it. Suspends only with a store. Raises UnrollError."""
         handle = spec.handle
         if self.find(handle) is not None or handle in self._opening:
-            raise InvalidRequest(f"handle {handle} is bound to a session")
+            raise InvalidRequest(f"handle {handle} is already bound to a session")
         if self._count + len(self._opening) >= MAX_HANDLES:
-            raise CapacityExhausted(f"one connection holds at most {MAX_HANDLES} sessions: detach some, or use another")
+            raise CapacityExhausted(f"one connection has at most {MAX_HANDLES} handles: detach some, or use another")
         self._opening.add(handle)
         try:
             self._check_allowed(spec)
@@ -125,7 +126,6 @@ class Handles:
             else:
                 served = self._app.models.resolve(self._name, self._version)
                 self._check_tensors(served)
-                self._app.refuse_another_session(self._tenant)
                 start = start_of_static(served, spec.static)
                 durability = self._app.durability_of(spec.durability)
                 session = await self._sessions.create(served, new_id(self._tenant, spec.session_id), start, durability)
@@ -136,19 +136,19 @@ class Handles:
         return served, session
 
     async def close(self, handle: int) -> int:
-        """End the session and free the handle; returns its position. Suspends only if it is durable or in the store.
+        """Close the session, free the handle, and return the position. Suspends only if the session is in the store.
 
         Raises UnrollError.
         """
         try:
             closed = self._unbind_and_close(handle)
-        except NeedsStoreLookup as needed:  # in the same turn: a moment later the session may have lost its row again
+        except NeedsStoreLookup as needed:  # `verified` calls `close` in the same turn: the session keeps its row
             close = partial(self._unbind_and_close, handle)
             closed = await self._sessions.verified(self._name, needed.session_id, close)
         return await self._close_durable(closed) if closed.durable is not None else closed.position
 
     def _unbind_and_close(self, handle: int) -> Session:
-        """A durable session stays open."""
+        """Free the handle and close the session, unless it is durable."""
         served, session = self.resolve(handle)
         self.unbind(handle)
         if session.durable is None:
@@ -157,14 +157,14 @@ class Handles:
         return session
 
     def unbind(self, handle: int) -> None:
-        """Free the handle; the session lives on."""
+        """Free the handle; the session stays open."""
         for bound in self.by_model.values():
             if bound.pop(handle, None) is not None:
                 self._count -= 1
                 self._on_unbind()
 
     def describe_session(self, handle: int) -> dict[str, Any]:
-        """The session's id and position; of one that the store has, the position known here. Raises UnrollError."""
+        """The session's id and last known position. Raises UnrollError."""
         try:
             served, session = self.resolve(handle)
             if session.durable is None:
@@ -174,7 +174,7 @@ class Handles:
         return {"handle": handle, "session_id": shown(session.id), "position": session.position}
 
     def _bound(self, handle: int) -> tuple[ServedModel, Session]:
-        """`find`. Raises InvalidRequest."""
+        """Like `find`, but raises InvalidRequest."""
         found = self.find(handle)
         if found is None:
             raise InvalidRequest(f"no session is bound to handle {handle}")
@@ -188,12 +188,12 @@ class Handles:
     def _check_allowed(self, spec: OpenSpec) -> None:
         self._app.refuse_if_draining()
         if spec.mode == "resume" and spec.session_id is None:
-            raise InvalidRequest("a session to resume needs its session_id")
+            raise InvalidRequest("mode 'resume' requires a session_id")
         if not self.has_store:
             self._app.durability_of(spec.durability)  # raises if a store is requested
 
     async def _find_existing(self, spec: OpenSpec) -> tuple[ServedModel, Session] | None:
-        """The session to resume; None if there is none, and a new one may be opened instead."""
+        """The session to resume; None if there is none and `spec` permits a new one."""
         assert spec.session_id is not None
         session_id = owned(self._tenant, spec.session_id)
         check_id(session_id)
@@ -205,7 +205,7 @@ class Handles:
             return None
 
     def _check_tensors(self, served: ServedModel) -> None:
-        """Frames have one layout: sessions may be of several versions, but these must agree on it."""
+        """Raises ModelChanged unless the version has the inputs and outputs of this connection's frames."""
         manifest, own = served.manifest, self._served.manifest
         if manifest is not own and (manifest.inputs, manifest.outputs) != (own.inputs, own.outputs):
             raise ModelChanged(
@@ -216,12 +216,11 @@ class Handles:
     async def _close_durable(self, bound: Session) -> int:
         if await self._sessions.origin(self._name, bound.id) != bound.origin:
             raise replaced(bound)
-        closed = await self._sessions.close(self._name, None, bound.id)
-        return closed.position if isinstance(closed, Record) else closed[1].position
+        return (await self._sessions.close(self._name, None, bound.id))[1]
 
 
 def check_present(served: ServedModel, session: Session) -> None:
-    """Raises what became of the session, if it is not here any more."""
+    """Raises SessionError if the session is no longer here."""
     if session.life is Life.LEAVING or session.life is Life.GONE:
         table = served.scheduler.sessions
         if session.id in table:
@@ -230,5 +229,5 @@ def check_present(served: ServedModel, session: Session) -> None:
 
 
 def replaced(session: Session) -> SessionClosed:
-    """The error of a session whose id belongs to another by now."""
-    return SessionClosed(f"session {shown(session.id)!r} was closed, and another was opened under its id since")
+    """The error for a session after another was opened with its id."""
+    return SessionClosed(f"session {shown(session.id)!r} was closed; its id now belongs to another session")

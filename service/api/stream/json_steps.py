@@ -1,4 +1,4 @@
-"""Steps in JSON: what a person can type, one chunk in a text message, with the positions and errors of frames."""
+"""Steps in JSON, for use by hand: one chunk per text message, with the same positions and errors as frames."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from unroll.service.scheduler.reply import Reply
 
 
 class JsonSteps:
-    """Decodes and submits them. over_quota: the error of a tenant that may not take so many steps now."""
+    """Decodes and submits steps in JSON. over_quota: returns an error if the tenant may not run this many steps now."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class JsonSteps:
         self._replies.answer_text(entry, self._outputs(entry, reply))
 
     def _answer_with_rows(self, entry: SingleEntryFrame, reply: Reply) -> None:
-        """With the rows of the batch that it ran in; null for a reply that was kept."""
+        """Answer with the size of the chunk's batch; null for a remembered reply."""
         found = self._handles.find(entry.handle)
         rows = None if found is None else found[0].scheduler.answered_rows or None
         self._replies.answer_text(entry, {**self._outputs(entry, reply), "batch_rows": rows})

@@ -1,4 +1,4 @@
-"""A connection as a stream uses it, and the adapter that makes one of any ASGI server's WebSocket."""
+"""The interface between a stream and its web server, and an adapter for any ASGI server."""
 
 import asyncio
 from collections import deque
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from fastapi import WebSocket
 from starlette.websockets import WebSocketDisconnect
 
-#: Bytes written and not yet sent, above which an ASGI client counts as not reading, and below which it reads again.
+#: Unsent bytes above which the client of an ASGI server counts as not reading, and below which it reads again.
 _HIGH_WATER, _LOW_WATER = 65_536, 16_384
 
 OnMessage = Callable[[bytes], None]
@@ -16,13 +16,13 @@ OnWritable = Callable[[bool], None]
 
 
 class Link(Protocol):
-    """An accepted connection, of any server. closed: done when there will be no more messages."""
+    """A WebSocket connection. closed: done when no more messages will arrive."""
 
     closed: asyncio.Future[None]
     tenant: str
 
     def attach(self, on_text: OnMessage, on_binary: OnMessage, on_writable: OnWritable) -> None:
-        """Call these for each message, and when the client stops reading or reads again."""
+        """Set the callbacks for messages, and for when the client stops reading and reads again."""
 
     def send_binary(self, message: bytes) -> None: ...
     def send_text(self, message: bytes) -> None: ...
@@ -30,27 +30,27 @@ class Link(Protocol):
         """Stop reading."""
 
     def resume(self) -> None:
-        """Read again."""
+        """Resume reading."""
 
     def unsent(self) -> int:
-        """Bytes that were sent here and that the client has not taken."""
+        """Bytes that were sent but not yet taken by the client."""
 
     def close(self, code: int, reason: str) -> None:
-        """Close the connection when everything sent here has left. What the client still sends is discarded."""
+        """Close the connection after sending everything. Further messages from the client are discarded."""
 
     def abort(self) -> None:
-        """Cut the connection; what is unsent is lost."""
+        """Drop the connection immediately, discarding unsent bytes."""
 
 
 class AsgiLink:
-    """A link over ASGI's `receive` and `send`. A transport that offers `unroll.stream` works without the queue."""
+    """A link over ASGI's `receive` and `send`. Unroll's own transport provides a link without this queue."""
 
     closed: asyncio.Future[None]
     tenant = ""
 
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket
-        self._outgoing: deque[tuple[dict[str, Any], int]] = deque()  # messages, and bytes of each
+        self._outgoing: deque[tuple[dict[str, Any], int]] = deque()  # messages with their sizes in bytes
         self._unsent = 0
         self._to_write = asyncio.Event()
         self._reading = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The control messages that a client of a stream sends, as JSON in text messages."""
+"""The control messages that a stream's client sends, as JSON in text messages."""
 
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -11,14 +11,14 @@ from unroll.service.api.rollout import RolloutSpec
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.store.record import current_durability
 
-#: The most handles of one connection, and of one message.
+#: Maximum number of handles per connection and per message.
 MAX_HANDLES = 65_536
 
 Handle = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class OpenSpec(Strict):
-    """One session to open or to resume, and the handle to bind it to."""
+    """One session to open or resume, and the handle to bind it to."""
 
     handle: Handle
     session_id: str | None = None
@@ -41,7 +41,7 @@ class HandlesRequest(Strict):
 
 
 class StepsRequest(Strict):
-    """One chunk of a session, in JSON instead of a frame. batch_rows: the answer says in how large a batch it ran."""
+    """One chunk of a session, in JSON instead of a frame. batch_rows: include the chunk's batch size in the answer."""
 
     op: Literal["steps"]
     handle: Handle
@@ -51,7 +51,7 @@ class StepsRequest(Strict):
 
 
 class RolloutRequest(RolloutSpec):
-    """values: what the steps are sent in."""
+    """values: the encoding of the steps."""
 
     op: Literal["rollout"]
     handle: Handle
@@ -68,10 +68,10 @@ _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discrimina
 
 
 def parse_request(message: bytes) -> Request:
-    """Raises InvalidRequest, which names the first member that is wrong."""
+    """Parse a control message. Raises InvalidRequest, which names the first invalid member."""
     check_members(message)
     try:
-        with suppress(orjson.JSONDecodeError):  # which takes half the time, but no number of more than 64 bits
+        with suppress(orjson.JSONDecodeError):  # twice as fast, but limited to 64-bit numbers
             return _REQUEST.validate_python(orjson.loads(message))
         return _REQUEST.validate_json(message)
     except ValidationError as error:

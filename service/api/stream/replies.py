@@ -1,4 +1,4 @@
-"""The answers of one connection: encoded, and those of one turn of the event loop sent in one frame."""
+"""Encodes and sends the answers of one connection; coalesces those of one turn of the event loop into a frame."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,16 +21,16 @@ from unroll.service.scheduler.chunk import GroupReply
 from unroll.service.scheduler.reply import Reply
 
 CallSoon = Callable[[Callable[[], None]], object]
-#: Called with an error, and with the handle, the position and the session id that it is about.
+#: Called with an error, and the handle, position and session id that it concerns.
 OnRefused = Callable[[UnrollError, int | None, int | None, str | None], None]
 
 
 class Replies:
-    """Sends the answers to entries, and the answers to control messages.
+    """Sends the answers to entries and to control messages.
 
     Attributes:
-        closed: the connection is gone; nothing is sent any more.
-        send_text: sends what is encoded already.
+        closed: The connection has ended; nothing more is sent.
+        send_text: Sends an encoded message.
     """
 
     __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "closed", "on_refused", "send_text")
@@ -44,26 +44,25 @@ class Replies:
         self.closed = False
 
     def send(self, document: dict[str, Any]) -> None:
-        """The answer to a control message, or a message of the server's own."""
         self.send_text(json.dump(document))
 
     def send_frame(self, frame: bytes) -> None:
         self._send_binary(frame)
 
     def send_error(self, error: UnrollError) -> None:
-        """The answer to a message that was refused as a whole."""
+        """Answer a message that was refused as a whole."""
         self.on_refused(error, None, None, None)
         self.send({"op": "error", **error_members(error)})
 
     def answer(self, entry: SingleEntryFrame, reply: Reply) -> None:
-        """In a frame of its own, at once."""
+        """Answer immediately, in a separate frame."""
         if self._coalesced:
-            self.flush()  # an earlier chunk of the session may be among them
+            self.flush()  # it may contain an earlier chunk of the session
         self._send_binary(encode_single(entry.handle, entry.steps, reply.position, reply.outputs, kept=reply.kept))
         self._release(1, entry.steps)
 
     def answer_step(self, handle: int, position: int, values: bytes) -> None:
-        """One step in a frame of its own, at once; values: its outputs one after another."""
+        """Answer one step immediately, in a separate frame. values: its outputs, concatenated."""
         if self._coalesced:
             self.flush()
         self._send_binary(encode_step(handle, position, values))
@@ -75,18 +74,19 @@ class Replies:
         self._release(1, entry.steps)
 
     def coalesce(self, entry: SingleEntryFrame, reply: Reply) -> None:
-        """In one frame with the other answers of this turn of the event loop."""
+        """Answer in one frame with the other answers of this turn of the event loop."""
         if not self._coalesced:
             self._call_soon(self.flush)
         values = [output.tobytes() for output in reply.outputs]
         self._coalesced.append((entry.handle, entry.steps, reply.position, values, reply.kept))
 
     def answer_group(self, frame: Frame, rows: list[int] | None, reply: GroupReply) -> None:
-        """In a frame of its own, but for the rows that failed.
+        """Answer a group in one frame, and its failed rows separately.
 
         Args:
-            rows: the rows of the frame that were submitted; None if all were.
-            reply: the answer to some of those rows, or to all.
+            frame: The client's frame.
+            rows: The rows of the frame that were submitted; None for all.
+            reply: The answer to all or some of these rows.
         """
         answered = reply.rows if rows is None or isinstance(reply.rows, slice) else [rows[row] for row in reply.rows]
         entries, positions, outputs = frame.entries[answered], reply.positions, reply.outputs
@@ -104,13 +104,13 @@ class Replies:
             self._release(len(entries), len(entries) * int(entries[0]["steps"]))
 
     def refuse(self, handle: int, steps: int, position: int | None, error: UnrollError, **members: bool) -> None:
-        """Answer an entry with an error. members: further ones."""
+        """Answer an entry with an error. members: further members of the message."""
         self.on_refused(error, handle, position, None)
         self.send({"op": "error", **error_members(error), "handle": handle, "position": position, **members})
         self._release(1, steps)
 
     def flush(self) -> None:
-        """Send the answers that were coalesced, if there are any."""
+        """Send the coalesced answers, if any."""
         if not self._coalesced:
             return
         handles, steps, positions, values, kept = zip(*self._coalesced, strict=True)

@@ -1,4 +1,4 @@
-"""The rollouts of one connection: at most one at a time for each handle."""
+"""The rollouts of one connection, at most one per handle at a time."""
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.rollout import RolloutCall, step_members
@@ -14,7 +14,7 @@ from unroll.service.scheduler.session import Session
 
 
 class StreamRollouts:
-    """Begins and stops rollouts, and sends what they bring. flow: where each rollout counts as an entry."""
+    """Starts and stops rollouts, and sends their results. flow: each rollout counts as one entry."""
 
     def __init__(self, app: AppState, name: str, handles: Handles, replies: Replies, flow: FlowControl) -> None:
         self._app = app
@@ -25,13 +25,13 @@ class StreamRollouts:
         self.running: dict[int, RolloutCall] = {}
 
     async def begin(self, request: RolloutRequest) -> None:
-        """Begin; every answer is a message of its own. Suspends until the state to begin from is known."""
+        """Start a rollout, which answers in separate messages. Suspends until its initial state is known."""
         handle = request.handle
         found = self._handles.find(handle)
         self.flow.acquire(1, 0)
         if found is None or handle in self.running:
             why = (
-                f"no session is bound to handle {handle}" if found is None else f"handle {handle} is rolled out already"
+                f"no session is bound to handle {handle}" if found is None else f"handle {handle} has a rollout already"
             )
             self.replies.refuse(handle, 0, request.position, InvalidRequest(why), rollout=True)
             return
@@ -41,7 +41,7 @@ class StreamRollouts:
         await call.begin()
 
     def stop(self, handle: int) -> None:
-        """Stop the rollout of the handle, if there is one. No more of its steps are sent."""
+        """Stop the handle's rollout, if there is one; no more steps are sent."""
         if (call := self.running.pop(handle, None)) is not None:
             call.cancel()
             self.flow.release(1, 0)
@@ -53,7 +53,7 @@ class StreamRollouts:
 
 
 class _Sink:
-    """Of one rollout. bound: the session that its handle means."""
+    """Sends the results of one rollout. bound: the session that its handle is bound to."""
 
     def __init__(self, rollouts: StreamRollouts, request: RolloutRequest, bound: Session) -> None:
         self._rollouts = rollouts

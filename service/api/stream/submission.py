@@ -1,6 +1,6 @@
-"""From the frames of a client to the work of the scheduler: as cohorts, as a group, as joined steps or as chunks."""
+"""Submits frames to the scheduler, as cohorts, a group, joined steps or chunks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,22 +13,21 @@ from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.frames import NO_POSITION, Frame, SingleEntryFrame
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
-from unroll.service.scheduler.joined_steps import StepForm
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import Cohort, Life, Session
 from unroll.service.sessions.attempts import Attempts
 
-#: Signatures of a connection's frames that are recognised when they come again.
+#: Number of frame signatures that a connection remembers.
 MAX_RECURRING = 16
 
 
 @dataclass(slots=True, eq=False)
 class RecurringFrame:
-    """The sessions of a frame, which most likely will step together again.
+    """The sessions of a frame that is expected to recur.
 
     Attributes:
-        served: the version they are all on; None if they differ.
-        cohorts: theirs, in the frame's order.
+        served: The version of all its sessions; None if they differ.
+        cohorts: Their cohorts, in the frame's order.
     """
 
     served: ServedModel | None = None
@@ -36,10 +35,10 @@ class RecurringFrame:
 
 
 class RecurringFrames:
-    """The frames of a connection by signature, as long as every handle means the same session.
+    """A connection's recurring frames by signature, valid until a handle changes its meaning.
 
     Attributes:
-        steps: those of one step, by handle.
+        steps: Recurring frames of one step, by handle.
     """
 
     def __init__(self) -> None:
@@ -62,47 +61,39 @@ class RecurringFrames:
 
 @dataclass(slots=True, eq=False)
 class RecurringStep:
-    """The single steps of a memory session that come in frames of their own, and join the steps of others.
+    """Single steps of a session in separate frames; they join the open group.
 
     Attributes:
-        position: of the last one, as the client named it.
+        position, values: Position and inputs of the last step, as sent by the client.
     """
 
     submitter: "FrameSubmitter"
     handle: int
     served: ServedModel
     session: Session
-    form: StepForm
     position: int | None = None
+    values: bytes = b""
+
+    write = staticmethod(Codec.rows_to_raw)
+
+    def complete(self, outputs: bytes, position: int) -> None:
+        self.submitter.complete_step(self, outputs, position)
+
+    def fail(self, error: UnrollError) -> None:
+        self.submitter.fail_step(self, error)
 
     def leave(self) -> None:
-        """Cancel it, unless it has begun to run."""
+        """Cancel the step unless it is running."""
         self.served.loop.leave_joined(self.session, self)
-
-
-class JoinedFrames:
-    """Steps in frames of their own, and their answers."""
-
-    def __init__(self, codec: Codec) -> None:
-        self._rows = codec.rows_to_raw
-        self.faults = codec.faults
-
-    def answer(self, steps: Sequence[RecurringStep], reply: GroupReply) -> None:
-        outputs, positions, errors = self._rows(reply.outputs), reply.positions.tolist(), reply.errors
-        for row, step in enumerate(steps):
-            if row in errors:
-                step.submitter.refuse_step(step, errors[row])
-            else:
-                step.submitter.complete_step(step, positions[row], outputs[row])
 
 
 @dataclass(slots=True, eq=False)
 class PendingChunk:
-    """A chunk that is not answered; called with its outcome.
+    """An unanswered chunk; called with its outcome.
 
     Attributes:
-        served, chunk: what it was submitted to and as.
-        attempts: looks its session up in the store and submits it again; None as long as that was not needed.
+        served, chunk: The submission, once there is one.
+        attempts: Looks the session up in the store and submits the chunk again; None until that is necessary.
     """
 
     submitter: "FrameSubmitter"
@@ -116,16 +107,16 @@ class PendingChunk:
         self.submitter.complete(self, outcome)
 
     def leave(self) -> None:
-        """Cancel it, unless it has begun to run."""
+        """Cancel the chunk unless it is running."""
         if self.served is not None and self.chunk is not None:
             self.served.loop.leave(self.chunk, self)
 
 
 class FrameSubmitter:
-    """Submits frames, retries chunks whose session another replica updated, and hands the outcomes to the replies.
+    """Submits frames, retries chunks after another replica updated their session, and passes on outcomes.
 
     Args:
-        recurring: the connection's frames; cleared when a handle is unbound.
+        recurring: The connection's recurring frames; cleared when a handle is unbound.
     """
 
     def __init__(
@@ -140,37 +131,41 @@ class FrameSubmitter:
         self._pending: dict[PendingChunk | RecurringStep, None] = {}
 
     def close(self) -> None:
-        """The connection is gone. Chunks that have not begun to run are cancelled, the last first."""
+        """Cancel all chunks that are not running, the last first, after the connection ended."""
         for pending in reversed([*self._pending]):
             pending.leave()
         self._pending.clear()
         self._recurring.clear()
 
     def join(self, handle: int, position: int | None, values: bytes) -> bool:
-        """Submit a frame of one step together with those of others; False if it must be submitted as any frame."""
+        """Join a frame of one step to the open group; False if it must be submitted as an ordinary frame."""
+        if self._replies.closed:
+            return False
         step = self._recurring.steps.get(handle)
-        if step is None or self._replies.closed:
+        if step is None:
+            if (found := self._handles.find(handle)) is None:
+                return False
+            step = self._recurring.steps[handle] = RecurringStep(self, handle, *found)
+        if not step.served.loop.join(step.session, position, values, self._timeout, step):
             return False
-        if not step.served.loop.join(step.session, position, values, self._timeout, step.form, step):
-            return False
-        step.position = position
+        step.position, step.values = position, values
         self._pending[step] = None
         return True
 
     def submit_frame(self, frame: Frame, faults: dict[int, UnrollError]) -> list[int]:
-        """Submit as cohorts if its sessions are, else as one group, what can be.
+        """Submit the entries of a frame as cohorts if their sessions form some, else as a group.
 
         Args:
-            frame: of several entries.
-            faults: the errors in their values, by the index of the entry; gets those of entries there is no room for.
+            frame: A frame of several entries.
+            faults: Invalid entries, by index. Entries that the scheduler has no room for are added.
 
         Returns:
-            The indexes of the other entries, which `submit_apart` takes.
+            The indexes of the remaining entries, for `submit_chunks`.
         """
         taken: set[int] = set()
         if frame.uniform_inputs is not None:
             recurring = self._recurring.recognise(frame)
-            rows: list[int] | None = None  # that are being submitted; None: all
+            rows: list[int] | None = None  # the rows being submitted; None: all
             try:
                 if not faults and self._submit_cohorts(frame, frame.uniform_inputs, recurring):
                     return []
@@ -182,13 +177,13 @@ class FrameSubmitter:
                 faults.update(dict.fromkeys(range(len(frame.entries)) if rows is None else rows, error))
         return [i for i in range(len(frame.entries)) if i not in taken] if len(taken) < len(frame.entries) else []
 
-    def submit_apart(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
+    def submit_chunks(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
         for i in entries:
             entry = SingleEntryFrame(frame.handles[i], frame.steps[i], frame.positions[i], frame.chunk(i))
             self.submit(entry, faults.get(i), self._replies.coalesce)
 
     def _submit_cohorts(self, frame: Frame, inputs: Tensors, recurring: RecurringFrame) -> bool:
-        """False if the frame's sessions are no cohorts, or cannot take this step as such.
+        """Submit the frame as cohorts. False if its sessions do not form cohorts, or these cannot take the step.
 
         Raises QueueFull, DeadlineUnreachable.
         """
@@ -206,7 +201,7 @@ class FrameSubmitter:
     def _submit_group(
         self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session], recurring: RecurringFrame
     ) -> list[int]:
-        """Returns the rows of the frame that are accepted. Raises QueueFull, DeadlineUnreachable."""
+        """Submit rows as a group. Returns the accepted rows. Raises QueueFull, DeadlineUnreachable."""
         assert frame.uniform_inputs is not None
         inputs, positions = frame.uniform_inputs, frame.positions
         whole = len(rows) == len(frame.entries)
@@ -217,12 +212,12 @@ class FrameSubmitter:
             positions = [positions[i] for i in rows]
         on_reply = partial(self._complete_group, frame, None if whole else rows, recurring)
         now, groups = served.loop.clock.now(), served.scheduler.groups
-        declined = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
+        rejected = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
         served.loop.wake()
-        if not declined:
+        if not rejected:
             return rows
-        others = set(declined)
-        return [i for row, i in enumerate(rows) if row not in others]
+        rejected_rows = set(rejected)
+        return [i for row, i in enumerate(rows) if row not in rejected_rows]
 
     def submit(
         self,
@@ -230,7 +225,7 @@ class FrameSubmitter:
         fault: UnrollError | None,
         answer: Callable[[SingleEntryFrame, Reply], None] | None = None,
     ) -> None:
-        """Submit one chunk, or refuse it. answer: sends its reply; by default in a frame of its own."""
+        """Submit one chunk, or refuse it. answer: sends its reply; by default in a separate frame."""
         if fault is not None:
             self._replies.refuse(entry.handle, entry.steps, entry.position, fault)
             return
@@ -241,7 +236,7 @@ class FrameSubmitter:
             self._attempts(pending).look_up(needed.session_id)
 
     def _begin(self, pending: PendingChunk) -> None:
-        """Raises NeedsStoreLookup. Any other error is the chunk's answer."""
+        """Submit the chunk. Raises NeedsStoreLookup; answers the chunk with any other error."""
         if self._replies.closed:
             return
         entry = pending.entry
@@ -254,13 +249,10 @@ class FrameSubmitter:
                 _check_depth(session, entry.position)
             pending.served = served
             chunk = Chunk(entry.inputs, session, entry.position)
-            chunk.patient = True  # flow control holds the client back
+            chunk.patient = True  # flow control limits the client
             pending.chunk = served.loop.submit(chunk, self._timeout, pending)
             if pending.chunk is not None:
                 self._pending[pending] = None
-            if entry.steps == 1 and session.durable is None and entry.handle not in self._recurring.steps:
-                step = RecurringStep(self, entry.handle, served, session, JoinedFrames(served.codec))
-                self._recurring.steps[entry.handle] = step
         except UnrollError as error:
             self._fail(pending, error)
 
@@ -275,7 +267,7 @@ class FrameSubmitter:
             self._replies.refuse(pending.entry.handle, pending.entry.steps, pending.entry.position, error)
 
     def complete(self, pending: PendingChunk, outcome: Outcome) -> None:
-        """Answer the chunk, unless its session was updated elsewhere: then it begins again."""
+        """Answer the chunk, or submit it again if its session was updated elsewhere."""
         if self._replies.closed:
             return
         self._pending.pop(pending, None)
@@ -285,20 +277,22 @@ class FrameSubmitter:
         else:
             pending.answer(pending.entry, outcome)
 
-    def complete_step(self, step: RecurringStep, position: int, outputs: bytes) -> None:
+    def complete_step(self, step: RecurringStep, outputs: bytes, position: int) -> None:
         if not self._replies.closed:
-            self._pending.pop(step, None)
+            del self._pending[step]
             self._replies.answer_step(step.handle, position, outputs)
 
-    def refuse_step(self, step: RecurringStep, error: UnrollError) -> None:
-        if not self._replies.closed:
-            self._pending.pop(step, None)
-            self._replies.refuse(step.handle, 1, step.position, error)
+    def fail_step(self, step: RecurringStep, error: UnrollError) -> None:
+        """Answer the step with the error, or submit it again as a chunk."""
+        self._pending.pop(step, None)
+        inputs = step.served.codec.from_raw(step.values, None) if isinstance(error, SessionContended) else ()
+        entry = SingleEntryFrame(step.handle, 1, step.position, inputs)
+        self.complete(PendingChunk(self, entry, self._replies.answer), error)
 
     def _complete_group(
         self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply
     ) -> None:
-        """rows: of the frame that were submitted; None if all were. recurring: gets the cohort they have become."""
+        """rows: the rows that were submitted; None for all. recurring: receives the cohort that the sessions form."""
         if self._replies.closed:
             return
         if recurring is not None and reply.cohort is not None:
@@ -309,7 +303,7 @@ class FrameSubmitter:
 def _members(
     bound: dict[int, Session], handles: list[int], faults: dict[int, UnrollError]
 ) -> tuple[list[int], list[Session]]:
-    """The entries without fault whose handles are bound here, and their sessions."""
+    """The valid entries with a handle in `bound`, and their sessions."""
     members = [session for handle in handles if (session := bound.get(handle)) is not None]
     if len(members) == len(handles) and not faults:
         return list(range(len(handles))), members
@@ -318,11 +312,11 @@ def _members(
 
 
 def _check_depth(session: Session, position: int | None) -> None:
-    """Raises QueueFull if a new chunk exceeds the depth that the stream opened the session with. A retry is not new.
+    """Raises QueueFull if a new chunk (not a retry) exceeds the depth with which the stream opened the session.
 
-    Only streams have this limit: over HTTP a client cannot declare a depth, and the scheduler's admission decides.
+    Only streams have this limit. HTTP clients cannot declare a depth, so for them the scheduler's admission decides.
     """
     if position is None or position == session.expected:
         chunks = sum(not isinstance(work, Action) for work in session.own_progress.queue())
         if chunks >= session.depth:
-            raise QueueFull(f"{chunks} chunks of the session are unanswered; it was opened for {session.depth}", 0.0)
+            raise QueueFull(f"{chunks} chunks of the session are unanswered; its depth is {session.depth}", 0.0)

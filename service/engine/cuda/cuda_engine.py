@@ -41,8 +41,8 @@ class CudaEngine:
         tf32: Those kernels compute in TF32's accuracy.
 
     Attributes:
-        captured: Graphs run the steps. A model that partly runs on the CPU cannot be captured: its steps run as
-            sequences.
+        captured: Steps run as captured graphs. A model that runs partly on the CPU cannot be captured, so its steps
+            run as sequences.
 
     Raises:
         OutOfDeviceMemory, CompilationFailed, DeviceFailed: The engine cannot be created.
@@ -103,7 +103,7 @@ class CudaEngine:
         return result
 
     def _next_call(self, rows: int, steps: int) -> StepCall:
-        """Return the calls of this size in turn, since a call's memory is in use until its answers are fetched."""
+        """Return the calls of this size in turn, because a call's memory is in use until its answers are fetched."""
         calls = self._steps[bucket_of(self._buckets, rows), steps]
         calls.append(calls.pop(0))
         return calls[-1]
@@ -111,8 +111,8 @@ class CudaEngine:
     def _run_stepwise(self, rows: Rows) -> BatchResult:
         """Run several steps at a time.
 
-        A state stays in a row of the engine's own until its last step, which writes it to its target unless a step
-        failed.
+        Until its last step, a row's state stays in a private row of the engine. The last step writes it to its target
+        unless a step failed.
         """
         count, longest, lens = len(rows.lens), rows.inputs[0].shape[1], np.array(rows.lens)
         own = np.arange(self._rows, self._rows + count)

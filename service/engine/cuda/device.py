@@ -1,7 +1,7 @@
 """The interface between the engine and a GPU: memory, copies, kernels and graphs, all on one stream.
 
 Every call is queued in order. A method that waits returns when the stream has reached it. Only one thread calls a
-device at a time. `driver.py` is the implementation; tests use one whose memory is the host's.
+device at a time. `driver.py` is the implementation; tests use one in host memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ class Device(Protocol):
     multiprocessors: int
 
     def close(self) -> None:
-        """Free all memory and all graphs. None of them may be used after this."""
+        """Free all memory and all graphs, which must not be used after this."""
 
     def allocate(self, shape: Sequence[int], dtype: Any) -> TensorRef:
         """Allocate a tensor of zeros.
@@ -121,5 +121,5 @@ class Device(Protocol):
         """Wait for all queued work.
 
         Raises:
-            DeviceFailed: Some of it failed.
+            DeviceFailed: Some work failed.
         """

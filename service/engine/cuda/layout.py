@@ -59,7 +59,7 @@ def output_tensors(manifest: Manifest, rows: int, steps: int = 1) -> list[Tensor
     return [((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs]
 
 
-#: Row counts of captured calls, up to the largest batch. A GPU takes hardly longer for 64 rows than for 16.
+#: Row counts of captured calls, up to the largest batch. On a GPU, 64 rows take hardly longer than 16.
 BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 

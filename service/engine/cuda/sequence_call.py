@@ -1,4 +1,4 @@
-"""Runs rows of any length in one call, padded to the longest, and commits the rows whose outputs are finite."""
+"""Runs rows of any length in one call, padded to the longest, and commits the rows with finite outputs."""
 
 import numpy as np
 

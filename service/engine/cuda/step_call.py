@@ -1,4 +1,4 @@
-"""Steps as a captured graph: one step, or several steps of the same rows one after another."""
+"""Steps as a captured graph: one step, or several consecutive steps of the same rows."""
 
 from collections.abc import Sequence
 from functools import partial

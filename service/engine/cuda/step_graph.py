@@ -15,7 +15,7 @@ from onnx.utils import Extractor
 from unroll.bundle import Manifest
 from unroll.service.engine.cuda.parts import Layer, NotSeparable, Segment
 
-#: With one time step these operators change a tensor's shape but not the order of its values.
+#: With one time step, these operators change a tensor's shape but not the order of values.
 _RESHAPING = {"Squeeze", "Unsqueeze", "Identity", "Transpose", "Split", "Flatten"}
 _SUPPORTED = {
     "LSTM": {"hidden_size", "direction", "input_forget", "layout"},
@@ -24,7 +24,7 @@ _SUPPORTED = {
 
 
 def take_apart(model: bytes, manifest: Manifest) -> list[Layer | Segment]:
-    """Return the parts in the order in which they run. Raises NotSeparable."""
+    """Return the parts in execution order. Raises NotSeparable."""
     return list(_Graph(shape_inference.infer_shapes(onnx.load_from_string(model)), manifest).parts())
 
 
@@ -115,7 +115,7 @@ class _Graph:
 
     @cached_property
     def _to_row(self) -> dict[str, tuple[int, int]]:
-        """Offset and size in `state_out` of each tensor that becomes a part of it and is used nowhere else."""
+        """Offset and size in `state_out` of each tensor that is joined into it and used nowhere else."""
         last = self._source("state_out")
         node = self._maker[last]
         ends = list(node.input) if node.op_type == "Concat" else [last]

@@ -1,5 +1,5 @@
-"""The commands: each is a dataclass of its options whose `run` does the work.
+"""The commands. Each is a dataclass of its options, and its `run` does the work.
 
-A module here imports nothing heavy at its top, so that help and wrong arguments are answered at once; `run` imports
-what the command needs.
+The modules here import nothing heavy at the top level, so that help and usage errors are fast; `run` imports the
+command's dependencies.
 """

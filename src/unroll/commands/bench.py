@@ -20,14 +20,14 @@ def _bounded(seconds: float) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure a model on a running server: rate, latency, and what was refused.
+    """Benchmark a model on a running server: rate, latency and refusals.
 
-    Each client has a session of its own and sends random inputs. Without --rate the loop is closed: a client sends its
-    next request when it has the reply. With --rate it is open: requests are due at random times, whatever the server
-    does, and a latency begins when a request was due.
+    Each client has its own session and sends random inputs. Without --rate the loop is closed: a client sends its next
+    request once it has the reply. With --rate the loop is open: requests are due at random times, independent of the
+    server, and latency is measured from the time a request was due.
 
-    Nothing is sent again, so each refusal counts. A load generator on the server's machine takes its share of the
-    cores; the report says how much.
+    Requests are not retried, so every refusal counts. A load generator on the server's machine competes for its cores;
+    the report says how many it used.
     """
 
     model: Annotated[str, argument("MODEL", "a model of the server: NAME or NAME:VERSION")]
@@ -35,17 +35,17 @@ class Bench:
     api_key: ApiKey = None
     clients: Annotated[int, option("--clients", "N", "clients, each with a session", positive)] = 16
     rate: Annotated[
-        float | None, option("--rate", "N", "open loop: requests per second of all clients together", positive)
+        float | None, option("--rate", "N", "open loop: total requests per second of all clients", positive)
     ] = None
-    steps: Annotated[
-        str, option("--steps", "N,N", "time steps per request; of several, one after another", _lengths)
-    ] = "1"
+    steps: Annotated[str, option("--steps", "N,N", "time steps per request; several numbers take turns", _lengths)] = (
+        "1"
+    )
     over: Annotated[
-        Literal["http", "stream"], option("--over", "http|stream", "one request each, or frames of a WebSocket")
+        Literal["http", "stream"], option("--over", "http|stream", "HTTP requests, or frames of a WebSocket")
     ] = "http"
-    seconds: Annotated[float, option("--seconds", "S", "how long to measure, at most 600", _bounded)] = 10.0
+    seconds: Annotated[float, option("--seconds", "S", "duration of the measurement, at most 600", _bounded)] = 10.0
     processes: Annotated[int, option("--processes", "N", "processes of the load generator", positive)] = 1
-    seed: Annotated[int, option("--seed", "N", "seed of the inputs and of the times of an open loop")] = 0
+    seed: Annotated[int, option("--seed", "N", "seed of the inputs, and of the request times of an open loop")] = 0
     json: Json = False
 
     def run(self) -> int:

@@ -1,16 +1,16 @@
-"""Completion of commands and options by the shell that the user works in."""
+"""Shell completion for commands and options."""
 
 import os
 from pathlib import Path
 
 from unroll.commands.options import Failed
 
-#: The file that each shell reads when it starts.
+#: The start-up file of each shell.
 _STARTS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/completions/unroll.fish"}
 
 
 def script() -> str:
-    """What the shell is to run. Raises Failed for another shell."""
+    """The line for the shell's start-up file. Raises Failed for an unsupported shell."""
     shell, _ = _shell()
     if shell == "fish":
         return "_UNROLL_COMPLETE=fish_source unroll | source"
@@ -18,7 +18,7 @@ def script() -> str:
 
 
 def install() -> str:
-    """Add it to the file that the shell reads when it starts. Returns what was done."""
+    """Add the line to the shell's start-up file. Returns a message for the user."""
     shell, file = _shell()
     before = file.read_text("utf-8") if file.exists() else ""
     if script() not in before:

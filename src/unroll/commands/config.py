@@ -8,9 +8,9 @@ from typing import Any
 from unroll.commands.options import Json, WrongOption
 from unroll.commands.serve import Serve
 
-_ABOUT = """Show each setting of a server, and where it was set: a flag, a variable, a file, or its default.
+_ABOUT = """Show each setting of a server and its origin: a flag, a variable, a file, or the default.
 
-The flags are those of `unroll serve`. Keys and passwords are not shown.
+It takes the flags of `unroll serve`. Keys and passwords are masked.
 """
 
 

@@ -11,14 +11,14 @@ from unroll.commands.options import LOCAL, Json, Url, flag, option
 class Demo:
     """Stream a real time series through a running server.
 
-    43 years of weekly CO₂ measurements go through one session, one request each, and are compared with PyTorch's
-    forecasts. It needs the model `co2` of the examples.
+    It sends 43 years of weekly CO₂ measurements through one session, one request each, and compares the forecasts with
+    PyTorch's. The server needs the example model `co2`.
     """
 
     url: Url = LOCAL
     example: Annotated[
         Path | None,
-        option("--example", "DIR", "folder with co2.csv and expected.safetensors (default: that of the package)"),
+        option("--example", "DIR", "folder with co2.csv and expected.safetensors (default: the package's own)"),
     ] = None
     quick: Annotated[bool, flag("--quick", "send only the last 520 weeks one by one")] = False
     json: Json = False

@@ -11,14 +11,14 @@ from unroll.commands.options import Json, option
 
 def _device(word: str) -> None:
     if not re.fullmatch(r"cpu|auto|cuda:\d+(,cuda:\d+)*", word):
-        raise ValueError("use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
+        raise ValueError("use cpu, auto, or GPUs such as cuda:0 or cuda:0,cuda:1")
 
 
 @dataclass(frozen=True)
 class Doctor:
     """Check this machine and its installation, and suggest fixes.
 
-    The exit status is 0 if the requested device, and the store and files that are named, work.
+    The exit status is 0 if the requested device, store and files work.
     """
 
     device: Annotated[
@@ -26,7 +26,7 @@ class Doctor:
         option(
             "--device",
             "DEVICE",
-            "device that must work: cpu, cuda:N, several as in cuda:0,cuda:1, or auto",
+            "device that must work: cpu, cuda:N, several such as cuda:0,cuda:1, or auto",
             _device,
             envvar="UNROLL_DEVICE",
         ),
@@ -36,7 +36,7 @@ class Doctor:
         option(
             "--store",
             "URL",
-            "store that must work, as for `unroll serve`: what it is, what it survives, and how long a commit takes",
+            "store that must work, as for `unroll serve`; also shows what it survives, and the time of a commit",
             envvar="UNROLL_STORE",
         ),
     ] = None
@@ -49,16 +49,15 @@ class Doctor:
         Path | None,
         option("--tls-password-file", "FILE", "the key's password", envvar="UNROLL_TLS_PASSWORD_FILE"),
     ] = None
-    keys: Annotated[
-        Path | None, option("--keys", "FILE", "file of API keys that must work, likewise", envvar="UNROLL_KEYS")
-    ] = None
+    keys: Annotated[Path | None, option("--keys", "FILE", "file of API keys that must work", envvar="UNROLL_KEYS")] = (
+        None
+    )
     json: Json = False
 
     def run(self) -> int:
-        from unroll.service.doctor.report import Given, lines, report
+        from unroll.service.doctor.report import lines, report
 
-        given = Given(self.store, self.tls_cert, self.tls_key, self.tls_password_file, self.keys)
-        findings, facts = report(self.device, given)
+        findings, facts = report(self)
         works = not any(finding.fault for finding in findings)
         if self.json:
             found = {"works": works, "device": self.device, "findings": list(map(asdict, findings))}

@@ -10,7 +10,7 @@ from unroll.commands.options import Json, argument, flag, option, positive
 
 
 def _spec(parse: str) -> Callable[[list[str] | None], None]:
-    """Reads what an option says of an argument, as this function of `input_specs` does."""
+    """A check that parses each word with the named function of `input_specs`."""
 
     def check(words: list[str] | None) -> None:
         if words:
@@ -24,14 +24,14 @@ def _spec(parse: str) -> Callable[[list[str] | None], None]:
 
 @dataclass(frozen=True)
 class Export:
-    """Convert a PyTorch model to a bundle that is proven equal to it.
+    """Convert a PyTorch model to a bundle, and prove that the two are equal.
 
       unroll export MODULE:FACTORY [--weights FILE] --input ... --name NAME --repository DIR
       unroll export FILE.py:FACTORY [--weights FILE] --input ... --name NAME --repository DIR
       unroll export SCRIPT.pt --input ... --repository DIR [--name NAME]
       unroll export CHECKPOINT --repository DIR [--name NAME]
 
-    Unless the exit status is 0, nothing was written.
+    If the exit status is not 0, nothing was written.
     """
 
     model: Annotated[
@@ -43,12 +43,14 @@ class Export:
         ),
     ]
     repository: Annotated[Path, option("--repository", "DIR", "folder that holds the bundles")]
-    weights: Annotated[Path | None, option("--weights", "FILE", "weights: safetensors, or a file of torch.save")] = None
+    weights: Annotated[Path | None, option("--weights", "FILE", "weights: safetensors, or written by torch.save")] = (
+        None
+    )
     random_weights: Annotated[
         bool,
         flag(
             "--random-weights",
-            "export a model whose weights are random numbers, for a trial; without this it is refused",
+            "allow a model with random weights, for a trial; otherwise it is refused",
         ),
     ] = False
     arg: Annotated[
@@ -56,8 +58,8 @@ class Export:
         option(
             "--arg",
             "NAME=VALUE",
-            "an argument of FACTORY, as hidden=128 or cell=gru; what a checkpoint of PyTorch Lightning holds is used "
-            "without it",
+            "an argument of FACTORY, such as hidden=128 or cell=gru; arguments saved in a PyTorch Lightning checkpoint "
+            "are the default",
             _spec("factory_argument"),
         ),
     ] = None
@@ -75,7 +77,7 @@ class Export:
         option(
             "--allow-nan",
             "INPUT",
-            "this input of float32 may hold NaN, for a value that is missing: forward must know what to do with it",
+            "allow NaN for missing values in this float32 input; forward must handle it",
         ),
     ] = None
     input_rate: Annotated[
@@ -83,8 +85,8 @@ class Export:
         option(
             "--input-rate",
             "NAME=RATE",
-            "values per second of an input whose time steps are consecutive pieces of a signal, such as sound: "
-            "the page listens to a microphone at it",
+            "values per second, for an input whose time steps are consecutive pieces of a signal such as sound; the "
+            "page records from a microphone at this rate",
             _spec("input_rate"),
         ),
     ] = None
@@ -93,7 +95,7 @@ class Export:
         option(
             "--static",
             "NAME:DTYPE:SHAPE",
-            "an argument of forward without time, (batch, *SHAPE), given once when a sequence begins",
+            "an argument of forward without time, (batch, *SHAPE), given once at the start of a sequence",
             _spec("InputSpec.parse"),
         ),
     ] = None
@@ -102,9 +104,9 @@ class Export:
         option(
             "--state",
             "NAME:DTYPE:SHAPE=OUTPUT",
-            "an argument of forward, (batch, *SHAPE), that starts as zeros and is this output of the call before: "
-            "y1 is the second of a tuple; not needed for the state of a recurrent layer; B is where the batch is "
-            "if not first, as in 2xBx64; NAME=OUTPUT with --step if forward starts without it",
+            "an argument of forward, (batch, *SHAPE), that starts as zeros and then takes this output of the previous "
+            "call; y1 is the second item of a tuple; B marks the batch axis if it is not the first, as in 2xBx64; "
+            "NAME=OUTPUT with --step if forward starts without it; not needed for states of recurrent layers",
             _spec("StateSpec.parse"),
         ),
     ] = None
@@ -112,8 +114,8 @@ class Export:
         bool,
         flag(
             "--step",
-            "forward makes one time step: inputs are (batch, *SHAPE), states are those of --state or what the module "
-            "keeps in itself",
+            "forward computes one time step: inputs are (batch, *SHAPE), states are given by --state or kept in the "
+            "module",
         ),
     ] = False
     name: Annotated[
@@ -123,9 +125,7 @@ class Export:
     replace: Annotated[bool, flag("--replace", "overwrite an existing bundle")] = False
     time_first: Annotated[bool, flag("--time-first", "forward takes (time, batch, ...)")] = False
     time_last: Annotated[bool, flag("--time-last", "forward takes (batch, ..., time), as convolutions do")] = False
-    outputs: Annotated[
-        str | None, option("--outputs", "A,B", "names of the outputs, in the order forward returns them")
-    ] = None
+    outputs: Annotated[str | None, option("--outputs", "A,B", "names of the outputs, in forward's order")] = None
     precision: Annotated[
         Literal["float32", "float16", "int8"],
         option("--precision", "float32|float16|int8", "precision of the graph: float16 for a GPU, int8 for the CPU"),
@@ -135,15 +135,15 @@ class Export:
         option(
             "--max-error",
             "E",
-            "refuse a model of which an output differs from PyTorch in float64 by more than E",
+            "refuse the model if an output differs from PyTorch in float64 by more than E",
             positive,
         ),
     ] = None
     sign: Annotated[
         Path | None,
-        option("--sign", "FILE", "sign the bundle with this private key, as `unroll keys pair` makes one"),
+        option("--sign", "FILE", "sign the bundle with this private key, made by `unroll keys pair`"),
     ] = None
-    verbose: Annotated[bool, flag("--verbose", "below a refusal, also print what PyTorch said, in full")] = False
+    verbose: Annotated[bool, flag("--verbose", "after a refusal, print PyTorch's full error")] = False
     json: Json = False
 
     def run(self) -> int:

@@ -1,4 +1,4 @@
-"""The text of `--help`: usage, purpose, and the options in groups, coloured in a terminal."""
+"""Formats `--help`: usage, purpose, and grouped options, coloured on a terminal."""
 
 import io
 import shutil
@@ -14,18 +14,18 @@ _OPTIONS = "options"
 
 
 class Command(click.Command):
-    """A command that prints its help in this form."""
+    """A command with this module's help."""
 
     def get_help(self, ctx: click.Context) -> str:
         return text(ctx)
 
 
 class Group(Command, click.Group):
-    """A command with commands of its own."""
+    """A command with subcommands."""
 
 
 def usage(ctx: click.Context) -> str:
-    """The line that shows how a command is called."""
+    """The usage line of a command."""
     command: Any = ctx.command
     words = [ctx.command_path, "[OPTIONS]"]
     for param in command.params:
@@ -40,7 +40,7 @@ def usage(ctx: click.Context) -> str:
 
 
 def text(ctx: click.Context) -> str:
-    """The help of a command, as wide as the terminal, at most 100 columns."""
+    """The help of a command, as wide as the terminal but at most 100 columns."""
     from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding
@@ -55,7 +55,7 @@ def text(ctx: click.Context) -> str:
     sections = list(_sections(ctx))
     names = max(len(name) for _, rows in sections for name, _ in rows)
     longest = max(len(word) for _, rows in sections for name, _ in rows for word in name.split())
-    left = max(width // 3, longest)  # a name that is cut could not be typed
+    left = max(width // 3, longest)  # never cut a name
     for title, rows in sections:
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(min_width=min(names, left), max_width=left)
@@ -69,7 +69,7 @@ def text(ctx: click.Context) -> str:
 
 
 def _sections(ctx: click.Context) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yield the title of each group, and the names in it with what they mean."""
+    """Yield the title of each group, with its names and their descriptions."""
     command: Any = ctx.command
     if isinstance(command, click.Group):
         commands = {name: command.get_command(ctx, name) for name in command.list_commands(ctx)}

@@ -24,7 +24,7 @@ class Inspect:
 
         try:
             content = read_content(self.bundle.resolve())
-            found = describe(parse(content, allowed_operators=None), _signed_by(content))  # nothing of it runs here
+            found = describe(parse(content, allowed_operators=None), _signed_by(content))  # nothing is executed
         except BundleError as error:
             raise Failed(f"{self.bundle}: {error}") from error
         print(json.dumps(found, indent=2)) if self.json else print(*lines(found), sep="\n")

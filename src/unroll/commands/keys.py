@@ -10,7 +10,7 @@ from unroll.commands.options import Failed, argument, option
 if TYPE_CHECKING:
     from unroll.service.access.keys import KeyRing
 
-#: Those of `unroll.service.access.keys`, which takes long to import.
+#: The scopes of `unroll.service.access.keys`, repeated because its import is slow.
 _SCOPES = ("infer", "metrics", "sessions:admin", "models:admin", "server:admin")
 _FILE = argument("FILE", "file of keys, as for `unroll serve --keys`")
 
@@ -22,15 +22,15 @@ def _scopes(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class New:
-    """Make an API key, and add its entry to a file of keys, which is made if it is not there.
+    """Create an API key, and add its entry to a file of keys. The file is created if it does not exist.
 
-    The key is printed once and is nowhere else: the file has its SHA-256. Servers read the file again at SIGHUP. The
-    exit status is 1 if the file cannot be used; it is then as before.
+    The key is printed once and not stored; the file holds its SHA-256. Servers reload the file on SIGHUP. The exit
+    status is 1 if the file is unusable; it is then unchanged.
     """
 
     file: Annotated[Path, _FILE]
-    tenant: Annotated[str, option("--tenant", "TENANT", "whose sessions the key reaches: letters, digits, . _ -")]
-    name: Annotated[str | None, option("--name", "NAME", "of the key, in messages (default: the tenant)")] = None
+    tenant: Annotated[str, option("--tenant", "TENANT", "owner of the key's sessions: letters, digits, . _ -")]
+    name: Annotated[str | None, option("--name", "NAME", "name of the key in messages (default: the tenant)")] = None
     scope: Annotated[
         list[str] | None,
         option(
@@ -53,9 +53,9 @@ class New:
 
 @dataclass(frozen=True)
 class Check:
-    """Read a file of keys, and list them. The exit status is 1 if it cannot be used.
+    """List the keys in a file. The exit status is 1 if the file is unusable.
 
-    A file with quotas of tenants and no keys can be used with `--jwt-keys` only, and the list says so.
+    A file with tenant quotas but no keys is usable only with `--jwt-keys`; the list says so.
     """
 
     file: Annotated[Path, _FILE]
@@ -85,13 +85,13 @@ def _lines(ring: "KeyRing") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Make a pair of keys that sign bundles.
+    """Create a key pair for signing bundles.
 
-    FILE gets the private key, which `unroll export --sign` uses; keep it secret. The public key, for `unroll serve
-    --trusted-keys`, is written next to it. No file is replaced.
+    The private key is written to FILE, for `unroll export --sign`; keep it secret. The public key, for `unroll serve
+    --trusted-keys`, is written next to it. Existing files are not replaced.
     """
 
-    file: Annotated[Path, argument("FILE", "file of the private key, such as key.pem")]
+    file: Annotated[Path, argument("FILE", "file for the private key, such as key.pem")]
 
     def run(self) -> int:
         from unroll.bundle.signature import KeyUnusable, make_pair

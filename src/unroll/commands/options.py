@@ -1,4 +1,4 @@
-"""How commands declare their options, and what they raise for a wrong one."""
+"""Declares the options of commands, and the exceptions for invalid ones."""
 
 import json
 from collections.abc import Callable
@@ -14,13 +14,13 @@ _CLICK = {str: click.STRING, int: click.INT, float: click.FLOAT, Path: click.Pat
 
 
 class Failed(Exception):
-    """The command cannot do what it was asked; the message says why, and what to do."""
+    """The command failed; the message gives the reason and a remedy."""
 
     status = 1
 
 
 class WrongOption(Failed):
-    """An argument or an option is wrong, as only the command itself can tell."""
+    """An argument or option is invalid in a way that only the command itself can detect."""
 
     status = 2
 
@@ -29,19 +29,22 @@ class Runnable(Protocol):
     """A command with the values of its options."""
 
     def run(self) -> int:
-        """Returns the exit status."""
+        """Run the command. Returns the exit status."""
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What the annotation of a command's field says of its option or argument.
+    """The declaration of an option or argument, in the annotation of a command's field.
 
     Attributes:
-        flags: Such as `--json` or `--page/--no-page`; empty for an argument.
-        metavar: What the value is, in help; words with | between them are all that is allowed. Empty for a switch.
-        check: Gets the value, and raises ValueError with the reason if it is not allowed.
-        envvar: The variable that it is taken from if it is not given.
-        group: The heading below which help lists it.
+        flags: The flag, such as `--json` or `--page/--no-page`; empty for an argument.
+        metavar: The value's placeholder in help; `a|b` restricts the value to these words. Empty for a switch.
+        help: The description in help.
+        check: Called with the value; raises ValueError with the reason if it is invalid.
+        envvar: The environment variable with the default.
+        group: The heading in help.
+        hidden: Whether help omits the option.
+        show_default: Whether help shows the default.
     """
 
     flags: str
@@ -55,13 +58,13 @@ class Declared:
 
 
 class Option(click.Option):
-    """An option that help lists below a heading."""
+    """An option with a heading in help."""
 
     group: str | None = None
 
 
 class Argument(click.Argument):
-    """An argument that has help."""
+    """An argument with a help text."""
 
     help = ""
 
@@ -71,7 +74,7 @@ def argument(metavar: str, help: str, check: Callable[[Any], Any] | None = None)
 
 
 def option(flag: str, metavar: str, help: str, check: Callable[[Any], Any] | None = None, **more: Any) -> Declared:
-    """An option with a value; `more` as in `Declared`."""
+    """Declare an option with a value; `more` as in `Declared`."""
     return Declared(flag, metavar, help, check or (_one_of(metavar.split("|")) if "|" in metavar else None), **more)
 
 
@@ -80,12 +83,12 @@ def flag(name: str, help: str) -> Declared:
 
 
 def json_object(text: str | None) -> None:
-    """The JSON of an object."""
+    """Check for a JSON object."""
     if text is not None and not isinstance(json.loads(text), dict):
         raise ValueError(f"{text} is no JSON object")
 
 
-#: The URL of the server, and the key for it, of every command that is a client.
+#: The server's URL and the API key, for all client commands.
 Url = Annotated[str, option("--url", "URL", "URL of the server")]
 ApiKey = Annotated[str | None, option("--api-key", "KEY", "", envvar="UNROLL_API_KEY", hidden=True)]
 Static = Annotated[str | None, option("--static", "JSON", "static inputs of a new session: {name: value}", json_object)]
@@ -101,25 +104,25 @@ def _one_of(allowed: list[str]) -> Callable[[str | None], None]:
 
 
 def positive(value: float | None) -> None:
-    """A number above 0."""
+    """Check for a number above 0."""
     if value is not None and not value > 0:
         raise ValueError(f"{value} is not a number above 0")
 
 
 def not_negative(value: float | None) -> None:
-    """A number of at least 0."""
+    """Check for a number of at least 0."""
     if value is not None and not value >= 0:
         raise ValueError(f"{value} is below 0")
 
 
 def parameters(command: type[Runnable]) -> list[click.Parameter]:
-    """The options and arguments that the fields of a dataclass declare."""
+    """The options and arguments declared by the fields of a dataclass."""
     hints = get_type_hints(command, include_extras=True)
     return [_parameter(one.name, hints[one.name], one.default) for one in fields(command)]  # type: ignore[arg-type]
 
 
 def called(command: type[Runnable], values: dict[str, Any]) -> Runnable:
-    """The command with these values; of an option that may be repeated, a list, or None if it was not given."""
+    """Make the command from its values; those of a repeatable option become a list, or None if there are none."""
     return command(**{name: list(one) or None if isinstance(one, tuple) else one for name, one in values.items()})
 
 

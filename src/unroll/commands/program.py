@@ -1,6 +1,6 @@
-"""The program: every command, and what a wrong argument is answered with.
+"""The program: all commands, and the messages for usage errors.
 
-A command is imported when it is named, or when help lists it.
+A command is imported when it is called, or when help lists it.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from unroll.commands.options import Option, Runnable, called, parameters
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
-#: Where each command is, below `unroll.commands`; of a group, what it is about and its commands.
+#: The location of each command below `unroll.commands`; for a group, its description and its commands.
 _COMMANDS: dict[str, str | tuple[str, dict[str, str]]] = {
     "export": "export:Export",
     "inspect": "inspect:Inspect",
@@ -31,24 +31,24 @@ _COMMANDS: dict[str, str | tuple[str, dict[str, str]]] = {
     "doctor": "doctor:Doctor",
     "demo": "demo:Demo",
     "config": ("Show the settings of a server.", {"show": "config:Show"}),
-    "store": ("Examine the store of durable sessions.", {"check": "store:Check"}),
+    "store": ("Check the store of durable sessions.", {"check": "store:Check"}),
     "keys": (
-        "Make API keys for a server that others can reach, and keys that sign bundles.",
+        "Create API keys for servers, and key pairs for signing bundles.",
         {"new": "keys:New", "check": "keys:Check", "pair": "keys:Pair"},
     ),
     "sessions": (
-        "Look after the sessions of a store.",
+        "Manage the sessions in a store.",
         {name: f"sessions:{name.capitalize()}" for name in ("list", "show", "close", "export", "import")},
     ),
 }
 
 
 class UsageError(Exception):
-    """The arguments are wrong; the message is what the user reads."""
+    """The arguments are invalid; the message is for the user."""
 
 
 class _Program(Group):
-    """Commands that are imported when they are named."""
+    """A group that imports a command when it is called."""
 
     def __init__(self, about: str, places: Mapping[str, str | tuple[str, dict[str, str]]]) -> None:
         super().__init__(help=about, context_settings=_HELP, no_args_is_help=False)
@@ -77,10 +77,10 @@ def parse(argv: list[str]) -> Runnable | int:
     """Find the command and read its options.
 
     Returns:
-        The command; or an exit status, if help or the version was asked for and printed.
+        The command; or an exit status, if help or the version was printed.
 
     Raises:
-        UsageError: There is no such command or option, or a value is not allowed.
+        UsageError: A command or option does not exist, or a value is invalid.
     """
     try:
         found: Runnable | int | None = application().main(argv, prog_name="unroll", standalone_mode=False)
@@ -92,15 +92,15 @@ def parse(argv: list[str]) -> Runnable | int:
 def application() -> click.Group:
     program = _Program("Serve stacked GRU and LSTM models trained in PyTorch.", _COMMANDS)
     program.params += [
-        _asked("--version", "print the version and exit", lambda: f"unroll {__version__}"),
-        _asked("--install-completion", "let this shell complete commands and options", completion.install),
-        _asked("--show-completion", "print the script that lets this shell complete them", completion.script),
+        _printing("--version", "print the version and exit", lambda: f"unroll {__version__}"),
+        _printing("--install-completion", "install completion for this shell", completion.install),
+        _printing("--show-completion", "print the completion script for this shell", completion.script),
     ]
     return program
 
 
-def _asked(flag: str, about: str, answer: Callable[[], str]) -> click.Option:
-    """An option that prints its answer, and ends the program."""
+def _printing(flag: str, about: str, answer: Callable[[], str]) -> click.Option:
+    """An option that prints its answer and exits."""
 
     def callback(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
         if asked:
@@ -127,12 +127,12 @@ def _command(name: str, place: str) -> click.Command:
 
 
 def _explained(error: click.UsageError) -> str:
-    """What is wrong, and how the command is called."""
+    """The error, followed by the usage of the command."""
     ctx = error.ctx
     assert ctx is not None
     if isinstance(error, click.NoSuchOption):
         names = [name[2:] for param in ctx.command.get_params(ctx) for name in param.opts if name.startswith("--")]
-        meant = get_close_matches(error.option_name.lstrip("-"), names, 1)  # dashes would make all of them alike
+        meant = get_close_matches(error.option_name.lstrip("-"), names, 1)  # dashes would make all names similar
         what = f"there is no option {error.option_name!r}{f'; did you mean --{meant[0]}?' if meant else ''}"
     else:
         message = error.format_message().rstrip(".")

@@ -1,4 +1,4 @@
-"""`python -m unroll.commands.reference FILE` writes the help of every command there, below a mark."""
+"""`python -m unroll.commands.reference FILE` writes the help of every command to FILE, below a marker."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ import click
 from unroll import cli
 from unroll.commands.program import application
 
-#: Before the first section that is written.
+#: Marks the start of the generated sections.
 MARK = "<!-- from here on: the help of every command, written by `python -m unroll.commands.reference` -->\n"
 
 

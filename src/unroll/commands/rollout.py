@@ -12,35 +12,33 @@ from unroll.commands.options import LOCAL, ApiKey, Static, Url, WrongOption, arg
 class Rollout:
     """Feed a model's outputs back as its inputs on the server, and print each time step.
 
-    The rows of FILE or of stdin come first: a forecast continues where they end. Or --session continues a session, and
-    needs no rows. By default the rollout runs on a copy of the session, which stays as it is.
+    The rows of FILE or stdin run first, and the forecast continues from their end. With --session, it continues an open
+    session, and needs no rows. By default the rollout runs on a copy and leaves the session unchanged.
 
-    The output has the format of the rows: CSV, JSONL or raw values of the outputs; with lines, the bytes themselves.
+    The outputs have the format of the rows: CSV, JSONL or raw values; with lines, the bytes themselves.
     """
 
     model: Annotated[str, argument("MODEL", "a model of the server: NAME or NAME:VERSION")]
     steps: Annotated[int, option("--steps", "N", "time steps to feed back", positive)]
-    file: Annotated[Path | None, argument("FILE", "rows that come first (default: stdin, or none with --session)")] = (
-        None
-    )
+    file: Annotated[Path | None, argument("FILE", "rows to run first (default: stdin, or none with --session)")] = None
     url: Url = LOCAL
     api_key: ApiKey = None
     map: Annotated[
         str,
-        option("--map", "MAP", "how an input is made of an output: identity, argmax, sample, or the JSON of a map"),
+        option("--map", "MAP", "how to compute inputs from outputs: identity, argmax, sample, or a map as JSON"),
     ] = "identity"
-    temperature: Annotated[float | None, option("--temperature", "T", "of --map sample", positive)] = None
-    top_k: Annotated[int | None, option("--top-k", "K", "of --map sample", positive)] = None
-    seed: Annotated[int | None, option("--seed", "N", "of --map sample")] = None
+    temperature: Annotated[float | None, option("--temperature", "T", "for --map sample", positive)] = None
+    top_k: Annotated[int | None, option("--top-k", "K", "for --map sample", positive)] = None
+    seed: Annotated[int | None, option("--seed", "N", "for --map sample")] = None
     format: Annotated[
         str | None,
-        option("--format", "csv|jsonl|raw|lines", "of input and output (default: by FILE's name, else csv)"),
+        option("--format", "csv|jsonl|raw|lines", "format of input and output (default: by FILE's suffix, or csv)"),
     ] = None
-    session: Annotated[str | None, option("--session", "ID", "id of an open session to begin from")] = None
+    session: Annotated[str | None, option("--session", "ID", "id of an open session to start from")] = None
     static: Static = None
     on: Annotated[
         Literal["fork", "session"],
-        option("--on", "fork|session", "a copy of the session, or the session itself, which then has had the steps"),
+        option("--on", "fork|session", "run on a copy of the session, or advance the session itself"),
     ] = "fork"
     plot: Annotated[bool, flag("--plot", "draw the outputs on stderr")] = False
 

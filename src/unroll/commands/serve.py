@@ -1,4 +1,4 @@
-"""`unroll serve`: an option for each setting of the server."""
+"""`unroll serve`, with an option for each setting of the server."""
 
 from dataclasses import fields, make_dataclass
 from typing import Annotated, Any
@@ -8,13 +8,13 @@ from unroll.service.descriptions import GROUPS, Description
 
 _ABOUT = """Serve a repository of bundles.
 
-A setting is a flag; else a variable of the environment, UNROLL_ and its name, such as UNROLL_MAX_BATCH; else a line of
-the file of --config, such as max_batch = 64. `unroll config show` prints each, and where it was set.
+Settings come from flags, then from environment variables such as UNROLL_MAX_BATCH, then from the file of --config, with
+lines such as max_batch = 64. `unroll config show` prints each setting and its origin.
 """
 
 
 def _setting(name: str, description: Description, group: str) -> tuple[str, Any, Any]:
-    """The field of an option: its words, as `unroll.service.sources` reads them."""
+    """The dataclass field of a setting; its value is text, which `unroll.service.sources` parses."""
     word = name.replace("_", "-")
     default = f" (default: {description.default})" if description.default else ""
     switch = description.metavar in {"", "no"}
@@ -34,11 +34,11 @@ CONFIG = Description("FILE", "file of settings, in TOML (or $UNROLL_CONFIG)")
 
 
 class _Settings:
-    """The flags that were given."""
+    """The settings given as flags."""
 
     @property
     def flags(self) -> dict[str, Any]:
-        """What was given, by setting."""
+        """The given values, by setting."""
         given = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in given.items() if value is not None}
 
@@ -49,7 +49,7 @@ class _Settings:
             settings = gather(self.flags).settings
         except SettingsRefused as refused:
             raise WrongOption(str(refused)) from refused
-        from unroll.service.serve import main  # takes seconds: wrong settings are answered before
+        from unroll.service.serve import main  # slow to import: check the settings first
 
         return main(settings, exposed(self.flags))
 

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 def _folder(url: str) -> None:
     if not url.startswith("file:///"):
-        raise ValueError("give a folder, such as file:///var/lib/unroll; Redis examines its own files")
+        raise ValueError("give a folder, such as file:///var/lib/unroll; Redis checks its own files")
 
 
 @dataclass(frozen=True)
 class Check:
-    """Compare format and checksum of every entry of a store in a folder.
+    """Check the format and checksum of every entry of a store in a folder.
 
-    Servers may use the store at the same time. The exit status is 0 if every entry is sound or was removed by --repair,
-    1 if entries are damaged, and 2 if the store cannot be opened or its file as a whole is damaged.
+    The store may be in use by servers. The exit status is 0 if every entry is sound or was removed by --repair, 1 if
+    entries are damaged, and 2 if the store cannot be opened or its file is damaged as a whole.
     """
 
     store: Annotated[str, argument("URL", "the store, such as file:///var/lib/unroll", _folder)]
-    repair: Annotated[bool, flag("--repair", "remove the damaged entries, and nothing else")] = False
+    repair: Annotated[bool, flag("--repair", "remove damaged entries")] = False
     json: Json = False
 
     def run(self) -> int:

@@ -12,7 +12,7 @@ from unroll.commands.options import Failed, Json, argument, option, positive
 class Verify:
     """Run a bundle on a device of this machine, and compare it with PyTorch's outputs and with itself.
 
-    It needs no PyTorch: the bundle holds PyTorch's outputs in float64.
+    PyTorch is not needed: the bundle holds its outputs in float64.
     """
 
     bundle: Annotated[Path, argument("BUNDLE", "the folder REPOSITORY/NAME/VERSION")]
@@ -21,7 +21,7 @@ class Verify:
         option(
             "--device",
             "DEVICE",
-            "cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if there is one",
+            "cpu, cuda:N, several such as cuda:0,cuda:1, or auto: a GPU if there is one",
             envvar="UNROLL_DEVICE",
         ),
     ] = "cpu"
@@ -31,14 +31,14 @@ class Verify:
     ] = "float32"
     seed: Annotated[int, option("--seed", "N", "seed of the random chunks and batches")] = 0
     bundle_memory: Annotated[
-        int, option("--bundle-memory", "BYTES", "memory that trying the bundle may take", positive)
+        int, option("--bundle-memory", "BYTES", "memory limit for the trial of the bundle", positive)
     ] = 4 * 2**30
     bundle_time: Annotated[
-        float, option("--bundle-time", "SECONDS", "processor time that trying the bundle may take", positive)
+        float, option("--bundle-time", "SECONDS", "processor time limit for the trial of the bundle", positive)
     ] = 30.0
     allow_operators: Annotated[
         list[str] | None,
-        option("--allow-operators", "OPERATOR", "operator that the graph may have; may be repeated"),
+        option("--allow-operators", "OPERATOR", "allow an operator in the graph; may be repeated"),
     ] = None
     json: Json = False
 
@@ -47,7 +47,7 @@ class Verify:
         from unroll.service.models.trial import ANY
         from unroll.service.models.trial_process import TrialLimits
 
-        # Its answers are compared below, on each device.
+        # The answers are compared below, on each device.
         limits = TrialLimits(self.bundle_memory, self.bundle_time, tuple(self.allow_operators or ()), slack=ANY)
         try:
             found, results = verify.report(self.bundle, self.device, self.precision, self.seed, limits)

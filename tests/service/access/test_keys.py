@@ -98,7 +98,7 @@ def test_a_key_expires(tmp_path: Path) -> None:
         (ENTRY.format(DIGEST) + "expires = 2027-01-01\n", "keys.0.expires"),
         (ENTRY.format(DIGEST) + "expires = 2027-01-01T00:00:00\n", "keys.0.expires"),
         (ENTRY.format(DIGEST) * 2, "two keys have the same sha256"),
-        (ENTRY.format(DIGEST) + "[tenants.other]\nsessions = 3\n", "no key is of the tenant 'other'"),
+        (ENTRY.format(DIGEST) + "[tenants.other]\nsessions = 3\n", "no key belongs to the tenant 'other'"),
         (ENTRY.format(DIGEST) + "[tenants.acme]\nsessions = 0\n", "tenants.acme.sessions"),
         ("keys = " + "[" * 100_000, "keys.toml"),
         ("keys = " + "9" * 5_000, "keys.toml"),
@@ -233,6 +233,10 @@ def test_pages(origin: bytes | None, is_accepted: bool) -> None:
     else:
         with pytest.raises(OriginRefused, match="--allowed-origins"):
             gate.admit(headers, "infer", changes=True)
+
+
+def test_an_origin_without_a_name_is_not_that_of_a_host_without_one() -> None:
+    assert not Gate().accepts_page({b"host": b"", b"origin": b"null"})
 
 
 def test_ids_of_tenants() -> None:

@@ -5,30 +5,19 @@ given; `Track.check` recomputes them with onnxruntime over the whole input and c
 """
 
 import asyncio
-import json
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-import httpx
 import numpy as np
 import tritonclient.http.aio as triton
-import wire
-from serving import RAW, Oracle, raw_steps
+from faults import wires
+from faults.wires import HTTP_WAYS, Reply
+from serving import Oracle
+from waiting import PATIENCE
 
-WAYS = ("json", "raw", "v2", "triton")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """code and expected are None where the way does not tell them."""
-
-    status: int
-    code: str | None = None
-    expected: int | None = None
-    outputs: np.ndarray | None = None
-    position: int | None = None
+WAYS = (*HTTP_WAYS, "triton")
 
 
 class Evicted(Exception):
@@ -44,36 +33,31 @@ class Track:
     oracle: Oracle
     evictable: bool
     accepted: list[np.ndarray] = field(default_factory=list)
-    given: list[tuple[int, np.ndarray]] = field(default_factory=list)
-    last: tuple[int, np.ndarray, np.ndarray] | None = None  # start, input, output
+    given: list[tuple[int, int, bytes]] = field(default_factory=list)  # start, steps, outputs
+    last: tuple[int, np.ndarray, bytes] | None = None  # start, input, outputs
     saved: tuple[bytes, list[np.ndarray]] | None = None
     gone: str | None = None
     applied: int = 0  # steps, in all its lives
     doubtful: int = 0  # steps that were sent, and lost to an eviction before anyone heard of them
 
     @property
-    def path(self) -> str:
-        return f"/v1/models/{self.model}/sessions/{self.id}"
-
-    @property
     def position(self) -> int:
         return sum(map(len, self.accepted))
 
     def accept(self, x: np.ndarray, reply: Reply) -> None:
-        assert reply.outputs is not None
         start = self.position
         assert reply.position == start + len(x)
         self.accepted.append(x)
         self.applied += len(x)
-        self.given.append((start, reply.outputs))
+        self.given.append((start, len(x), reply.outputs))
         self.last = start, x, reply.outputs
 
     def check(self) -> None:
         """Everything given so far equals the whole, computed in one piece."""
         if self.given:
             whole = self.oracle(np.concatenate(self.accepted))
-            for start, outputs in self.given:
-                assert np.array_equal(outputs, whole[start : start + len(outputs)]), self
+            for start, steps, outputs in self.given:
+                assert outputs == whole[start : start + steps].tobytes(), self
         self.given = []
 
     def begin(self) -> None:
@@ -86,75 +70,55 @@ class Track:
 
 
 class Wires:
-    """The four ways to send a chunk."""
+    """The four ways to send a chunk. Triton's client tells no codes."""
 
-    def __init__(self, url: str, client: httpx.AsyncClient, triton_client: triton.InferenceServerClient) -> None:
-        self.port = httpx.URL(url).port
-        self.client = client
+    def __init__(self, port: int, triton_client: triton.InferenceServerClient) -> None:
+        self.port = port
         self.triton = triton_client
+        self._http = {name: wires.Wires(name, ("x", "y"), timeout=PATIENCE) for name in ("hot", "gru")}
 
     async def send(self, way: str, track: Track, x: np.ndarray, position: int | None, **flags: bool) -> Reply:
-        if way == "json":
-            body = {"inputs": x.tolist()} | ({} if position is None else {"position": position})
-            headers = {"Content-Type": "application/json"}
-            answer = await self.client.post(f"{track.path}/steps", content=json.dumps(body), headers=headers)
-            if answer.status_code == 200:
-                document = answer.json()
-                return Reply(200, outputs=np.array(document["outputs"], np.float32), position=document["position"])
-            return self.problem(answer)
-        if way == "raw":
-            headers = raw_steps(x) | ({} if position is None else {"Unroll-Position": str(position)})
-            answer = await self.client.post(f"{track.path}/steps", content=x.tobytes(), headers=headers)
-            if answer.status_code == 200:
-                outputs = np.frombuffer(answer.content, "<f4").reshape(-1, 2)
-                return Reply(200, outputs=outputs, position=int(answer.headers["unroll-position"]))
-            return self.problem(answer)
-        place = {} if position is None else {"sequence_position": position}
-        if way == "v2":
-            made = wire.body({"x": x[np.newaxis]}, binary=len(x) % 2 == 0, sequence_id=track.id, **place, **flags)
-            url = f"/v2/models/{track.model}/infer"
-            answer = await self.client.post(url, content=made.content, headers=made.headers)
-            if answer.status_code == 200:
-                document, arrays = wire.outputs(answer)
-                place = document["parameters"]["sequence_position"]
-                return Reply(200, outputs=arrays["y"][0], position=place)  # type: ignore[arg-type]
-            return self.problem(answer)
-        return await self._triton(track, x, place, flags)
-
-    async def _triton(self, track: Track, x: np.ndarray, place: dict[str, int], flags: dict[str, bool]) -> Reply:
+        if way != "triton":
+            return await self._http[track.model].send(way, self.port, track.id, x, position, **flags)
         tensor = triton.InferInput("x", [1, *x.shape], "FP32")
         tensor.set_data_from_numpy(x[np.newaxis], binary_data=len(x) != 1)
         wanted = [triton.InferRequestedOutput("y", binary_data=len(x) != 3)]
         name = int(track.id) if track.id.isdigit() else track.id
+        parameters = None if position is None else {"sequence_position": position}
         try:
             result = await self.triton.infer(
-                track.model, [tensor], outputs=wanted, sequence_id=name, parameters=place or None, **flags
+                track.model, [tensor], outputs=wanted, sequence_id=name, parameters=parameters, **flags
             )
         except triton.InferenceServerException as error:
             return Reply(int(error.status()))
-        position = result.get_response()["parameters"]["sequence_position"]
-        return Reply(200, outputs=result.as_numpy("y")[0], position=position)
+        reached = result.get_response()["parameters"]["sequence_position"]
+        return Reply(200, result.as_numpy("y")[0].tobytes(), reached)
 
     async def abandon(self, track: Track, x: np.ndarray, position: int) -> None:
         """Send a chunk and go away without reading the reply."""
-        head = f"POST {track.path}/steps HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
-        head += f"Unroll-Position: {position}\r\nUnroll-Steps: {len(x)}\r\nContent-Length: {x.nbytes}\r\n\r\n"
+        head = f"POST /v1/models/{track.model}/sessions/{track.id}/steps HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Content-Type: application/octet-stream\r\nUnroll-Position: {position}\r\n"
+        head += f"Unroll-Steps: {len(x)}\r\nContent-Length: {x.nbytes}\r\n\r\n"
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(head.encode() + x.tobytes())
         await writer.drain()
         writer.close()
         await writer.wait_closed()
 
-    async def call(self, method: str, path: str, **request: object) -> tuple[Reply, httpx.Response]:
-        """One of the other routes of v1."""
-        answer = await self.client.request(method, path, **request)  # type: ignore[arg-type]
-        return (Reply(answer.status_code) if answer.is_success else self.problem(answer)), answer
+    async def call(self, method: str, track: Track, path: str = "", body: object = None) -> Reply:
+        """Another route of the session."""
+        return await self._http[track.model].call(method, self.port, f"/sessions/{track.id}{path}", body)
 
-    @staticmethod
-    def problem(answer: httpx.Response) -> Reply:
-        document = answer.json()
-        assert document.get("detail") or document.get("error")
-        return Reply(answer.status_code, document["code"], document.get("expected"))
+    async def open(self, track: Track) -> Reply:
+        return await self._http[track.model].call("POST", self.port, "/sessions", {"session_id": track.id})
+
+    async def metrics(self) -> str:
+        _, _, text = await self._http["hot"].ask(self.port, "GET", "/metrics")
+        return text.decode()
+
+    def close(self) -> None:
+        for each in self._http.values():
+            each.close()
 
 
 class Client:
@@ -214,7 +178,7 @@ class Client:
     def gone_or(self, track: Track, reply: Reply) -> Reply:
         if reply.status == 410 and track.gone is None:
             assert track.evictable, f"{track.id} was lost: {reply}"
-            assert reply.code in (None, "session_evicted"), reply
+            assert reply.code in ("", "session_evicted"), reply
             track.end("session_evicted")
             raise Evicted
         return reply
@@ -222,7 +186,7 @@ class Client:
     def is_refused(self, track: Track, reply: Reply, status: int, code: str, expected: int | None = None) -> None:
         self.gone_or(track, reply)
         assert reply.status == status, (self._doing, reply)
-        if reply.code is not None:
+        if reply.code:
             assert (reply.code, reply.expected) == (code, expected), (self._doing, reply)
         self.outcomes[code] += 1
 
@@ -247,8 +211,7 @@ class Client:
             return
         start, x, outputs = track.last
         reply = self.is_good(track, await self.send(track, x, start))
-        assert np.array_equal(reply.outputs, outputs)
-        assert reply.position == start + len(x)
+        assert (reply.outputs, reply.position) == (outputs, start + len(x))
 
     async def twins(self, track: Track) -> None:
         """The same chunk several times at once, each perhaps another way. Any but the first may come too late."""
@@ -259,7 +222,7 @@ class Client:
             track.accept(x, good[0])
         for reply in replies:
             self.is_good(track, reply)
-            assert np.array_equal(reply.outputs, good[0].outputs)
+            assert reply.outputs == good[0].outputs
 
     async def leave_and_retry(self, track: Track) -> None:
         x, position = self.chunk(), track.position
@@ -288,9 +251,9 @@ class Client:
         x = self.chunk()
         x[self.chance.randrange(len(x)), 1] = self.chance.choice([np.nan, np.inf, -np.inf])
         way = self.way()
-        if way == "json":
+        if way in ("json", "v2"):
             self.is_refused(track, await self.send(track, x, None, way), 400, "malformed_request")
-        elif len(x) % 2 == 0 or way == "raw":
+        elif way == "raw" or len(x) > 1:
             self.is_refused(track, await self.send(track, x, None, way), 422, "non_finite_input")
 
     async def overflow(self, track: Track) -> None:
@@ -309,16 +272,14 @@ class Client:
     async def fork(self, track: Track) -> None:
         self.forks += 1
         name = f"{track.id}-fork-{self.forks}"
-        reply, answer = await self.wires.call("POST", f"{track.path}/fork", json={"session_id": name})
-        self.is_good(track, reply)
-        assert answer.json()["position"] == track.position
+        reply = self.is_good(track, await self.wires.call("POST", track, "/fork", {"session_id": name}))
+        assert reply.position == track.position
         forked = Track(track.model, name, track.oracle, track.evictable, accepted=list(track.accepted))
         self.outcomes["opened"] += 1
         self.tracks.append(forked)
 
     async def close(self, track: Track) -> None:
-        reply, _ = await self.wires.call("DELETE", track.path)
-        self.is_good(track, reply)
+        self.is_good(track, await self.wires.call("DELETE", track))
         track.end("session_closed")
 
     async def finish(self, track: Track) -> None:
@@ -328,7 +289,7 @@ class Client:
         track.accept(x, reply)
         track.end("session_closed")
         again = await self.wires.send(way, track, x, position, sequence_end=True)
-        assert np.array_equal(again.outputs, reply.outputs)
+        assert again.outputs == reply.outputs
 
     async def restart(self, track: Track) -> None:
         """START on a session that is sure to live."""
@@ -336,24 +297,21 @@ class Client:
             await self.start(track)
 
     async def look(self, track: Track) -> None:
-        reply, answer = await self.wires.call("GET", track.path)
-        self.is_good(track, reply)
-        assert answer.json()["position"] == track.position
+        reply = self.is_good(track, await self.wires.call("GET", track))
+        assert reply.position == track.position
 
     async def save(self, track: Track) -> None:
-        reply, answer = await self.wires.call("GET", f"{track.path}/state")
-        self.is_good(track, reply)
-        track.saved = answer.content, list(track.accepted)
-        check_snapshot(track, answer.content)
+        reply = self.is_good(track, await self.wires.call("GET", track, "/state"))
+        track.saved = reply.outputs, list(track.accepted)
+        check_snapshot(track, reply.outputs)
 
     async def restore(self, track: Track) -> None:
         if track.saved is not None:
             content, accepted = track.saved
-            reply, answer = await self.wires.call("PUT", f"{track.path}/state", content=content, headers=RAW)
-            self.is_good(track, reply)
+            reply = self.is_good(track, await self.wires.call("PUT", track, "/state", content))
             track.begin()
             track.accepted = list(accepted)
-            assert answer.json()["position"] == track.position
+            assert reply.position == track.position
 
     # ── and with one that is gone ────────────────────────────────────────────────────────────────
 
@@ -362,9 +320,7 @@ class Client:
         self.is_refused(track, await self.send(track, self.chunk(), None), 410, track.gone)
 
     async def open(self, track: Track) -> None:
-        request = {"session_id": track.id}
-        reply, _ = await self.wires.call("POST", f"/v1/models/{track.model}/sessions", json=request)
-        self.is_good(track, reply)
+        self.is_good(track, await self.wires.open(track))
         self.outcomes["opened"] += 1
         track.begin()
 

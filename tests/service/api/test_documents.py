@@ -167,7 +167,7 @@ def test_every_route_of_the_app_is_documented(server: Running, document: dict) -
         repository_routes.router(state),
         endpoint.router(state),
         health_routes.router(state),
-        health_routes.metrics_router(state, None),
+        health_routes.metrics_router(state),
     ]
     routes = [r for router in routers for r in router.routes if getattr(r, "include_in_schema", False)]
     served = {(method, r.path_format) for r in routes for method in r.methods if method != "OPTIONS"}  # type: ignore[attr-defined]

@@ -363,7 +363,7 @@ def test_tensors_in_shared_memory_are_refused_in_words(client: httpx.Client, whe
         body = {"inputs": [{**tensor, "data": [1, 2, 3]}], "outputs": [{"name": "y", "parameters": region}]}
     answer = client.post("/v2/models/lstm/infer", json=body)
     assert (answer.status_code, answer.json()["code"]) == (400, "malformed_request")
-    assert "does not offer" in answer.json()["error"]
+    assert "does not support" in answer.json()["error"]
 
 
 def test_a_step_after_the_end_asks_for_start_in_tritons_words(client: httpx.Client) -> None:

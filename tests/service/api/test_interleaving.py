@@ -3,12 +3,10 @@
 import asyncio
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import closing
 
-import httpx
 import pytest
 import tritonclient.http.aio as triton
 from crowd import Client, Track, Wires, check_snapshot
@@ -24,8 +22,6 @@ CLIENTS = 200
 ROUNDS = 16 if "UNROLL_TEST_SEEDS" in os.environ else 4
 AT_ONCE = 64
 BATCH_SECONDS = 0.02
-#: For each request httpx compares every connection of its pool with every other.
-POOLS, POOL = 16, {"limits": httpx.Limits(max_connections=None), "timeout": 60, "verify": False}
 
 #: What has to happen at least once, or the test says little.
 EVERYTHING = {
@@ -45,13 +41,6 @@ def settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return {"session_capacity": 70, "spill_bytes": 0, "cells": "onnxruntime"}
 
 
-@pytest.fixture
-def _without_sniffio(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not installed, httpx has Python look through all folders for it, several times a request."""
-    monkeypatch.setitem(sys.modules, "sniffio", None)
-
-
-@pytest.mark.usefixtures("_without_sniffio")
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], settings: dict, seed: int) -> None:
     running = serve(max_batch=16, piece_steps=4, idle_timeout=0, **settings)
@@ -60,28 +49,24 @@ async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], set
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
     models = {"hot": oracle("hot"), "gru": oracle("gru", "2")}
-    async with AsyncExitStack() as stack:
-        triton_client = await stack.enter_async_context(
-            triton.InferenceServerClient(running.address, conn_limit=AT_ONCE)
-        )
-        pools = [await stack.enter_async_context(httpx.AsyncClient(base_url=running.url, **POOL)) for _ in range(POOLS)]
-        clients = []
-        for i in range(CLIENTS):
-            model = "gru" if i % 4 == 0 else "hot"  # there is room for all of gru's, but not for all of hot's
-            name = str(1000 + i) if i % 3 else f"s{i}"
-            track = Track(model, name, models[model], evictable=model == "hot", gone="session_unknown")
-            wires = Wires(running.url, pools[i % POOLS], triton_client)
-            clients.append(Client(track, wires, random.Random(chance.getrandbits(32)), outcomes))
-        for client in clients:
-            await client.open(client.tracks[0])
-        turns = [client for client in clients for _ in range(ROUNDS)]
-        chance.shuffle(turns)
-        await _all(turns)
+    async with triton.InferenceServerClient(running.address, conn_limit=AT_ONCE) as triton_client:
+        with closing(Wires(running.port, triton_client)) as wires:
+            clients = []
+            for i in range(CLIENTS):
+                model = "gru" if i % 4 == 0 else "hot"  # there is room for all of gru's, but not for all of hot's
+                name = str(1000 + i) if i % 3 else f"s{i}"
+                track = Track(model, name, models[model], evictable=model == "hot", gone="session_unknown")
+                clients.append(Client(track, wires, random.Random(chance.getrandbits(32)), outcomes))
+            for client in clients:
+                await client.open(client.tracks[0])
+            turns = [client for client in clients for _ in range(ROUNDS)]
+            chance.shuffle(turns)
+            await _all(turns)
 
-        tracks = [track for client in clients for track in client.tracks]
-        for track in tracks:
-            await _settle(track, clients[0].wires, outcomes)
-        text = (await pools[0].get("/metrics")).text
+            tracks = [track for client in clients for track in client.tracks]
+            for track in tracks:
+                await _settle(track, wires, outcomes)
+            text = await wires.metrics()
     _account(running, text, tracks, outcomes)
     shared = 1 - metric(text, "unroll_batch_rows_bucket", le="1") / metric(text, "unroll_batch_rows_sum")
     counts = ", ".join(f"{name} {count}" for name, count in sorted(outcomes.items()))
@@ -117,7 +102,7 @@ async def _all(turns: list[Client]) -> None:
 
 async def _settle(track: Track, wires: Wires, outcomes: Counter[str]) -> None:
     """The last look at a session: where it is, the very bits of its state, and the outputs it gave."""
-    reply, answer = await wires.call("GET", f"{track.path}/state")
+    reply = await wires.call("GET", track, "/state")
     track.check()
     if track.gone is not None:
         assert (reply.status, reply.code) == (410, track.gone)
@@ -128,8 +113,8 @@ async def _settle(track: Track, wires: Wires, outcomes: Counter[str]) -> None:
         outcomes["evicted"] += 1
     else:
         assert reply.status == 200
-        assert int(answer.headers["unroll-position"]) == track.position
-        check_snapshot(track, answer.content)
+        assert reply.position == track.position
+        check_snapshot(track, reply.outputs)
 
 
 def _account(running: Running, text: str, tracks: list[Track], outcomes: Counter[str]) -> None:

@@ -73,11 +73,14 @@ class Provider:
     def __init__(self) -> None:
         self.content, self.status = json.dumps({"keys": KEYS}).encode(), 200
         self.asked: list[str] = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         provider = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 provider.asked.append(self.path)
+                provider.may_answer.wait(PATIENCE)
                 self.send_response(provider.status)
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
@@ -322,6 +325,22 @@ def test_an_unknown_key_is_asked_for_only_now_and_then(
     assert len(provider.asked) == before
 
 
+def test_a_new_key_is_not_refused_while_the_set_is_read(
+    guarded: Guarded, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jwts, "LEAST_SECONDS", 0.0)
+    provider.may_answer.clear()
+    new, before = token(kid="new"), len(provider.asked)
+    try:
+        assert guarded.get(new).json()["code"] == "keys_unavailable"
+        until(lambda: len(provider.asked) > before, "the provider was asked")
+        monkeypatch.setattr(jwts, "LEAST_SECONDS", float("inf"))
+        assert guarded.get(new).json()["code"] == "keys_unavailable"
+    finally:
+        provider.may_answer.set()
+    until(lambda: guarded.get(new).status_code == 401, "the set was read, and has no such key")
+
+
 def test_a_provider_that_does_not_answer_yet(repository: Path, tmp_path: Path) -> None:
     guarded = Guarded(repository, tmp_path, "http://127.0.0.1:1/jwks")
     try:
@@ -342,7 +361,7 @@ def test_a_provider_that_does_not_answer_yet(repository: Path, tmp_path: Path) -
         ({"keys": []}, "1 to 100 keys"),
         ({"keys": [public(ELLIPTIC, "a", use="enc")]}, "1 to 100 keys"),
         ({"keys": [public(ELLIPTIC, "a"), public(NEXT, "a")]}, "same kid"),
-        ({"keys": [public(ELLIPTIC, "a"), public(NEXT, None)]}, "without a kid"),
+        ({"keys": [public(ELLIPTIC, "a"), public(NEXT, None)]}, "has no kid"),
         ({"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "a"}]}, "is secret"),
         ({"keys": [RSAAlgorithm.to_jwk(RSA, as_dict=True) | {"kid": "a"}]}, "is secret"),
         ({"keys": [public(RSA, "a", alg="HS256")]}, "cannot be used"),
@@ -357,6 +376,11 @@ def test_a_set_that_is_refused_says_why(content: bytes | dict, reason: str) -> N
         KeySet.read(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
+def test_keys_of_a_kind_to_come_are_left_out() -> None:
+    later = {"kty": "AKP", "alg": "ML-DSA-44", "kid": "later", "pub": "AAAA"}
+    assert KeySet.read(json.dumps({"keys": [later, public(ELLIPTIC, "ec")]}).encode()).keys() == {"ec"}
+
+
 def test_the_only_key_of_a_set_needs_no_kid(tmp_path: Path) -> None:
     path = tmp_path / "jwks.json"
     path.write_text(json.dumps({"keys": [public(ELLIPTIC, None)]}))
@@ -367,6 +391,9 @@ def test_the_only_key_of_a_set_needs_no_kid(tmp_path: Path) -> None:
     path.write_text("{")
     found.reload()
     assert found.is_good(key)
+    path.write_text(json.dumps({"keys": [public(NEXT, None)]}))
+    found.reload()
+    assert not found.is_good(key), "another key under the same kid, or without one, did not sign it"
 
 
 def test_without_pyjwt_the_server_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

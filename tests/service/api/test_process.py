@@ -54,7 +54,8 @@ def test_signals(
     assert process.end() == 0
     assert not [line for line in process.log if line["level"] not in ("info", "debug")]
     (kept,) = [line for line in process.log if line["event"] == "sessions"]
-    assert (kept["durability"], kept["where"], kept["survive"]) == ("memory", "memory", "nothing; --store keeps them")
+    assert (kept["durability"], kept["where"]) == ("memory", "memory")
+    assert kept["survive"] == "nothing; use --store to keep them"
 
 
 def test_the_log_has_no_headers_at_any_level(start_process: StartProcess) -> None:
@@ -214,8 +215,8 @@ FAILING = {
     ("--repository", "README.md"): "the repository cannot be read: [Errno 20] Not a directory",
     ("--device", "tpu"): "use cpu, auto, or GPUs",
     ("--device", "cuda:99"): "cuda:99 was requested, but",
-    ("--auth", "none", "--host", "203.0.113.1"): "cannot listen at 203.0.113.1, port 0: ",
-    ("--auth", "none", "--host", "no.such.host.invalid"): "cannot listen at no.such.host.invalid, port 0: ",
+    ("--auth", "none", "--host", "203.0.113.1"): "cannot listen on 203.0.113.1, port 0: ",
+    ("--auth", "none", "--host", "no.such.host.invalid"): "cannot listen on no.such.host.invalid, port 0: ",
 }
 
 
@@ -264,7 +265,7 @@ def test_a_port_that_is_taken_is_noticed_before_the_models_are_loaded(shelf: Pat
         _, log = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 1
     [line] = [json.loads(line) for line in log.splitlines()]
-    assert line["reason"] == f"cannot listen at 127.0.0.1, port {port}: Address already in use; see --host and --port"
+    assert line["reason"] == f"cannot listen on 127.0.0.1, port {port}: Address already in use; see --host and --port"
 
 
 #: The server without standard descriptors, and what becomes of them.

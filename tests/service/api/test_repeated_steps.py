@@ -16,6 +16,7 @@ import pytest
 from oracle import Oracle
 from raw_http import STEP, Answer, Wire
 from serving import Running, Serve
+from streams import Client, frame
 from waiting import PATIENCE, until
 
 from unroll.service.core.errors import StoreUnavailable, UnrollError
@@ -367,6 +368,35 @@ def test_durable_steps_share_a_commit_and_each_has_its_own_result(
         result.clear()
         assert step(wires[0], names[0], STEP, 4)[2] == outputs[4].tobytes()
         assert position_of(client, names[2]) == 4
+
+
+@pytest.mark.parametrize("durability", ["memory", "stored"])
+def test_requests_and_frames_that_are_read_at_once_run_in_one_batch(
+    serve: Serve, tmp_path: Path, oracle: Callable[..., Oracle], durability: str
+) -> None:
+    running = serve(store=f"file://{tmp_path}/store", durability=durability)
+    alone, counters = oracle("gru", "2"), running.model("gru").scheduler.counters
+    streams = [Client(running, alone.manifest) for _ in range(2)]
+    names = ["asked-0", "asked-1"]
+    with httpx.Client(base_url=running.url) as client, ExitStack() as stack:
+        for name in names:
+            client.post("/v1/models/gru/sessions", json={"session_id": name}).raise_for_status()
+        wires = [Wire(running.port) for _ in names]
+        for each in (*wires, *streams):
+            stack.enter_context(closing(each.socket))
+        for stream in streams:
+            stream.bind(0)
+        for t in range(ROUNDS):
+            before, expected = counters.batches, alone(np.repeat(STEP, t + 1, axis=0))[t:].tobytes()
+            with running.in_one_turn():
+                for wire, name in zip(wires, names, strict=True):
+                    wire.send(head("gru", name) + STEP.tobytes())
+                for stream in streams:
+                    stream.socket.send(frame((0, t, STEP)))
+            answers = [(int(headers["unroll-position"]), body) for _, headers, body in (w.answer() for w in wires)]
+            answers += [(reply.position, reply.content) for stream in streams for reply in stream.receive(1)[0]]
+            assert answers == [(t + 1, expected)] * 4
+            assert counters.batches == before + 1
 
 
 def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:

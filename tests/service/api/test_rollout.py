@@ -438,7 +438,7 @@ def test_a_start_with_a_pointer_that_cannot_be_followed(repository: Path, tmp_pa
     for settings, said in (
         ({"strict": True}, "gru/serve says '2'"),
         ({"serve": {"gru": 3}}, "--serve says '3'"),
-        ({"serve": {"gur": 1}}, r"'gur': --serve says '1', and served are \[\]"),
+        ({"serve": {"gur": 1}}, r"'gur': --serve says '1', but the served versions are \[\]"),
     ):
         with pytest.raises(RepositoryError, match=said):
             app.build(Settings.model_validate({"repository": tmp_path, **settings}))

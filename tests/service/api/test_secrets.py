@@ -151,7 +151,7 @@ def ask_everything(planted: Planted) -> None:
     for method, path in (
         *(("GET", path) for path in ("/", "/metrics", "/openapi.json", "/docs", "/v1/models", "/v1/admin/sessions")),
         *(("GET", path) for path in ("/v2", "/v2/models/gru", "/readyz", "/none", f"/v1/models?key={api_key}")),
-        *(("POST", path) for path in ("/v1/admin/drain", "/v2/repository/models/gru/unload", "/v2/repository/index")),
+        *(("POST", path) for path in ("/v1/admin/log-level", "/v2/repository/models/gru/load", "/v2/repository/index")),
         *(("POST", path) for path in ("/v1/models/gru/sequences", "/v2/models/gru/infer", f"{session}/none/fork")),
         ("PUT", f"{session}/s/state"),
         ("DELETE", f"{session}/none"),
@@ -180,6 +180,8 @@ def ask_everything(planted: Planted) -> None:
 def break_things(planted: Planted) -> None:
     """A record that cannot be read, and a worker that dies."""
     assert planted.send("GET", "/v1/models/gru/sessions/broken").status_code == 422
+    for path in ("/v2/repository/models/gru/unload", "/v1/admin/drain"):
+        planted.send("POST", path)
     os.kill(planted.children[0], signal.SIGKILL)
     log = planted.process.log
     while "worker exited" not in log[-1]["event"]:

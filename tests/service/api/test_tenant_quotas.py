@@ -1,7 +1,10 @@
 """Quotas: how many sessions, streams and steps a tenant may have, and that no tenant takes the place of another."""
 
 import json
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -197,3 +200,73 @@ def test_answers_that_a_tenant_does_not_read_are_its_own(limited: Limited) -> No
         until(lambda: running.server.held.by_kind["answers"] > 0, "answers that are not read")
         assert running.server.held.of_tenants == {"acme": running.server.held.by_kind["answers"]}
     until(lambda: not running.server.held.of_tenants, "the end of the connection")
+
+
+def test_a_sequence_that_is_open_survives_a_start_that_the_quota_refuses(limited: Limited) -> None:
+    _, clients = limited("\n[tenants.acme]\nsteps_per_second = 0.01\n")
+    made = wire.body({"x": X[np.newaxis, :1]}, sequence_id=9, sequence_start=True)
+    post = partial(clients["acme"].post, "/v2/models/gru/infer", content=made.content, headers=made.headers)
+    assert post().status_code == 200
+    assert code(post()) == (429, "quota_exceeded")
+    assert clients["acme"].get("/v1/models/gru/sessions/9").json()["position"] == 1
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_sessions_that_are_opened_at_once_are_counted_one_by_one(
+    limited: Limited, tmp_path: Path, stored: bool, background: Callable[..., Future]
+) -> None:
+    """Those with an id wait for the store, and forks for the work before them."""
+    store = {"store": f"file://{tmp_path}/store"} if stored else {}
+    running, clients = limited("\n[tenants.acme]\nsessions = 3\n", **store)
+    client = clients["acme"]
+    client.post("/v1/models/gru/sessions", json={"session_id": "s"}).raise_for_status()
+    with running.holding("gru") as engine:
+        step = background(
+            client.post, "/v1/models/gru/sessions/s/steps", content=X[:1].tobytes(), headers=raw_steps(X[:1])
+        )
+        engine.wait()
+        asked = [background(client.post, "/v1/models/gru/sessions/s/fork") for _ in range(8)]
+        until(lambda: len(running.uvicorn.server_state.tasks) >= 8, "the forks wait")
+    assert step.result().status_code == 200
+    assert sorted(fork.result().status_code for fork in asked) == [201] * 2 + [429] * 6
+    for fork in asked:
+        if fork.result().status_code == 201:
+            client.delete(f"/v1/models/gru/sessions/{fork.result().json()['session_id']}").raise_for_status()
+    opened = [background(client.post, "/v1/models/gru/sessions", json={"session_id": f"s{i}"}) for i in range(8)]
+    assert sorted(answer.result().status_code for answer in opened) == [201] * 2 + [429] * 6
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_count_of_sessions_does_not_drift(limited: Limited, tmp_path: Path, stored: bool) -> None:
+    """Over random histories of what opens and ends sessions, or fails to."""
+    store = {"store": f"file://{tmp_path}/store"} if stored else {}
+    quota = "\n[tenants.acme]\nsessions = 6\n"
+    running, clients = limited(quota, session_capacity=8, spill_bytes=4000, **store)
+    client, rng = clients["acme"], random.Random(5)
+    path, statuses = "/v1/models/gru/sessions", Counter[int]()
+    key = {"X-API-Key": client.headers["x-api-key"]}
+    for _ in range(300):
+        name, other = rng.choice("abcdefghij"), rng.choice("abcdefghij")
+        start = wire.body({"x": X[np.newaxis]}, sequence_id=name, sequence_start=True, sequence_end=rng.random() < 0.5)
+        tried = [
+            ("POST", path, {"json": {"session_id": name}}),
+            ("POST", path, {"json": {"session_id": name, "state": [1.0]}}),
+            ("POST", f"{path}/{name}/fork", {"json": {"session_id": other}}),
+            ("DELETE", f"{path}/{name}", {}),
+            ("POST", f"{path}/{name}/steps", {"content": X.tobytes(), "headers": raw_steps(X)}),
+            ("POST", "/v2/models/gru/infer", {"content": start.content, "headers": start.headers}),
+        ]
+        method, url, sent = rng.choice(tried)
+        answer = clients[rng.choice(("acme", "acme", "acme", "other"))].request(method, url, **sent)
+        statuses[answer.status_code] += 1
+        if rng.random() < 0.1:
+            url = running.url.replace("http", "ws") + "/v1/models/gru/stream"
+            with connect(url, additional_headers=key) as stream:
+                stream.send(json.dumps({"op": "open", "sessions": [{"handle": 1, "session_id": name}]}))
+                if rng.random() < 0.5:
+                    stream.recv()
+    for name in "abcdefghij":
+        client.delete(f"{path}/{name}")
+    opened = [client.post(path).status_code for _ in range(7)]
+    assert opened == [201] * 6 + [429]
+    assert min(statuses[status] for status in (200, 201, 404, 409, 422, 429)) > 0, statuses

@@ -199,6 +199,14 @@ def test_paths_that_do_not_exist_need_a_key_too(keyed: Keyed) -> None:
         assert keyed.nobody.get(page).status_code == 200
 
 
+@pytest.mark.parametrize(("method", "template"), sorted(route for route in OTHER_ROUTES if route[1] in OTHER_SCOPES))
+@pytest.mark.parametrize("ending", ["%0a", "%0A%0a", "%0d", "/", "%2f", ";", "%00", "%20"])
+def test_no_ending_of_a_path_gets_around_its_scope(keyed: Keyed, method: str, template: str, ending: str) -> None:
+    path = template.format(model="gru", version="1") + ending
+    for client in keyed.clients.values():
+        assert client.request(method, path).status_code in (403, 404, 405), path
+
+
 @pytest.mark.parametrize(("method", "template"), sorted(SESSION_ROUTES))
 def test_the_session_of_another_tenant_is_as_one_that_never_was(keyed: Keyed, method: str, template: str) -> None:
     path = keyed.open("acme", "secret")

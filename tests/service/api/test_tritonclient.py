@@ -48,12 +48,12 @@ def test_configuration_and_index(sync: triton.InferenceServerClient) -> None:
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (lambda client: client.register_system_shared_memory("a", "/a", 8), "shared memory is not offered"),
-        (lambda client: client.get_cuda_shared_memory_status(), "shared memory is not offered"),
+        (lambda client: client.register_system_shared_memory("a", "/a", 8), "shared memory is not supported"),
+        (lambda client: client.get_cuda_shared_memory_status(), "shared memory is not supported"),
         (lambda client: client.load_model("lstm"), "SIGHUP"),
         (lambda client: client.unload_model("lstm"), "SIGHUP"),
-        (lambda client: client.get_trace_settings(), "traces are not offered"),
-        (lambda client: client.update_trace_settings("lstm", {}), "traces are not offered"),
+        (lambda client: client.get_trace_settings(), "traces are not supported"),
+        (lambda client: client.update_trace_settings("lstm", {}), "traces are not supported"),
         (lambda client: client.get_log_settings(), "--log-level"),
     ],
 )

@@ -112,16 +112,23 @@ def test_one_port_and_several_processes(
     assert started.end() == 0
     kept = [line for line in started.log if line["event"] == "sessions"]
     assert {line["worker"] for line in kept} == {1}, "one worker says it for all"
-    assert kept[0]["survive"] == "the end of any server, and a crash of Redis but for the last second"
+    assert kept[0]["survive"] == "the end of any server, and a crash of Redis except for the last second"
     assert not any(version(port) for port in ports)
     ended = [line for line in started.log if line["event"] == "worker exited"]
     assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
 
 
-def test_the_workers_end_with_their_supervisor(started: Process, ports: list[int]) -> None:
+def test_the_workers_end_with_their_supervisor(
+    start_process: StartProcess, ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    flags = ("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", f"file://{tmp_path}/store")
+    started = start_process(*flags)
+    [folder] = tmp_path.glob("unroll-*")
     started.popen.kill()
     started.popen.wait()
     until(lambda: not any(version(port) for port in ports), "the end of the workers")
+    until(lambda: not folder.exists(), "they leave nothing behind")
 
 
 def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -159,7 +166,8 @@ def test_what_does_not_go_together(flags: tuple[str, ...], why: str, capsys: pyt
 #: end by a status or a signal, or stay. Each start is a line in a file.
 PLANNED = """
 import os, signal, socket, sys
-number, listener, link, _ = os.environ["UNROLL_WORKER"].split()
+number, descriptors, *_ = os.environ["UNROLL_WORKER"].split()
+listener, link = descriptors.split(",")
 with open(sys.argv[1], "a+") as starts:
     print(number, socket.socket(fileno=int(listener)).getsockname()[1], file=starts, flush=True)
     starts.seek(0)
@@ -188,7 +196,7 @@ class Planned:
         self.port = self.listener.getsockname()[1]
         monkeypatch.setattr(sys, "orig_argv", ["python", "-c", PLANNED, str(self._starts), plan])
         monkeypatch.setattr(workers, "_PAUSES", tuple(pause / 1000 for pause in workers._PAUSES))
-        self.supervisor = workers._Supervisor("127.0.0.1", self.port, [self.listener], "http")
+        self.supervisor = workers._Supervisor("127.0.0.1", self.port, [self.listener], "http", [], str(folder))
 
     @property
     def starts(self) -> list[str]:
@@ -234,8 +242,8 @@ async def test_pauses_grow_only_for_a_worker_that_cannot_start(
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        ("3 stay", "it exited with status 3; correct what its last line says, and start again"),
-        ("SIGSEGV stay", "it was ended by signal 11, Segmentation fault; see what `unroll doctor` finds"),
+        ("3 stay", "it exited with status 3; fix the problem in its last log line, and start again"),
+        ("SIGSEGV stay", "it was killed by signal 11, Segmentation fault; run `unroll doctor`"),
     ],
 )
 async def test_a_first_start_that_fails_by_itself_ends_all_with_a_line(
@@ -245,7 +253,7 @@ async def test_a_first_start_that_fails_by_itself_ends_all_with_a_line(
     assert await planned.run() == 1
     assert len(planned.starts) == 1
     [line] = [line for line in capfd.readouterr().out.splitlines() if "not started" in line]
-    assert f"worker 1 did not come to serve, so all end: {why}" in line
+    assert f"worker 1 did not start serving, so all workers stop: {why}" in line
 
 
 @pytest.mark.parametrize("served", [False, True])
@@ -295,3 +303,30 @@ def test_keys_and_tickets_are_the_same_to_every_worker(
     assert statuses(kept) == [200, 200]
     started.popen.send_signal(signal.SIGTERM)
     assert started.end() == 0
+
+
+def test_the_operators_port_speaks_for_all_workers(
+    start_process: StartProcess, ports: list[int], tmp_path: Path
+) -> None:
+    flags = ("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", f"file://{tmp_path}/store")
+    started = start_process(*flags, "--admin", "--admin-port", "0")
+    [port] = [line["port"] for line in started.log if line["event"] == "operator's port"]
+    urls = [f"http://127.0.0.1:{own}" for own in ports[:NUMBER]]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as operator:
+        up = operator.get("/metrics").text
+        assert [metric(up, "unroll_worker_up", worker=worker) for worker in ("1", "2")] == [1, 1]
+        assert httpx.get(f"{started.url}/metrics").status_code == 404
+        for verb, status in (("unload", 404), ("load", 200)):
+            assert operator.post(f"/v2/repository/models/gru/{verb}").status_code == 200
+            assert [httpx.get(url + MODEL).status_code for url in urls] == [status, status]
+        refused = operator.post("/v2/repository/models/none%2F/load")
+        assert (refused.status_code, refused.json()["code"]) == (404, "model_unknown")
+        httpx.post(f"{urls[0]}{MODEL}/sessions", json={"session_id": "s"}).raise_for_status()
+        assert [one["session_id"] for one in operator.get("/v1/admin/sessions").json()["sessions"]] == ["s"]
+        assert operator.put("/v1/admin/log-level", json={"level": "loud"}).json()["code"] == "malformed_request"
+        assert operator.put("/v1/admin/log-level", json={"level": "error"}).json() == {"level": "error"}
+        assert operator.post("/v1/admin/drain").json() == {"ready": False}
+        assert [httpx.get(f"{url}/readyz").status_code for url in urls] == [503, 503]
+    started.popen.send_signal(signal.SIGTERM)
+    assert started.end() == 0
+    assert "draining" not in {line["event"] for line in started.log}, "a line of level info"

@@ -5,12 +5,6 @@ from dataclasses import replace
 from unroll.service.doctor.facts import Driver, Facts, Gpu, Machine, Runtime
 
 WITH_CUDA = ("CUDAExecutionProvider", "CPUExecutionProvider")
-WHEELS = "/opt/unroll/lib/python3.11/site-packages/nvidia"
-LIBRARIES: dict[str, str | None] = {
-    "libcublasLt.so.13": f"{WHEELS}/cu13/lib/libcublasLt.so.13",
-    "libcudart.so.13": "/usr/local/cuda/lib64/libcudart.so.13.0.48",
-    "libcudnn.so.9": f"{WHEELS}/cudnn/lib/libcudnn.so.9",
-}
 H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 * 2**30, 79 * 2**30)
 DRIVER = Driver("/usr/lib/x86_64-linux-gnu/libcuda.so.580.65.06", "13.0", (H100,))
 NO_DEVICE = replace(DRIVER, gpus=(), problem="no CUDA-capable device is detected (CUDA error 100)")
@@ -23,7 +17,7 @@ GPU = Facts(
     machine=replace(BARE, nodes=("/dev/nvidia0", "/dev/nvidiactl")),
     bindings="13.0.1",
     driver=DRIVER,
-    runtime=Runtime("1.31.1", "13.0", WITH_CUDA, LIBRARIES, ("cuda:0",), "a GPU was found"),
+    runtime=Runtime("1.31.1", "13.0", WITH_CUDA, ("cuda:0",), "a GPU was found"),
     sessions={"cpu": None, "cuda:0": None},
 )
 CPU = replace(
@@ -32,6 +26,6 @@ CPU = replace(
     machine=BARE,
     bindings=None,
     driver=None,
-    runtime=Runtime("1.32.0", "", ("CPUExecutionProvider",), {}, ("cpu",), "no GPU"),
+    runtime=Runtime("1.32.0", "", ("CPUExecutionProvider",), ("cpu",), "no GPU"),
     sessions={"cpu": None},
 )

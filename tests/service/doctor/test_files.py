@@ -17,7 +17,7 @@ from unroll.service.doctor.facts import Runtime
 @pytest.fixture(autouse=True)
 def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that works, without a process of its own."""
-    monkeypatch.setattr(ask, "runtime", lambda: Runtime("1", "", ("CPUExecutionProvider",), {}, ("cpu",), "no GPU"))
+    monkeypatch.setattr(ask, "runtime", lambda: Runtime("1", "", ("CPUExecutionProvider",), ("cpu",), "no GPU"))
     monkeypatch.setattr(ask, "session", lambda device: None)
 
 

@@ -1,6 +1,7 @@
 """Queries of the driver, answered by a fake library."""
 
-from ctypes import c_char_p
+from ctypes import CDLL, c_char_p
+from pathlib import Path
 from typing import Any
 
 from unroll.service.doctor import nvidia_driver
@@ -86,3 +87,9 @@ def test_without_devices_it_says_why():
 
 def test_a_count_of_none():
     assert nvidia_driver.ask(Cuda([]), PATH).problem == "it counts 0 GPUs"
+
+
+def test_where_a_library_is():
+    path = Path(nvidia_driver.path_of(CDLL("libc.so.6")))
+    assert path.is_file()
+    assert path.name.startswith("libc")

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fold import (
+    INVALID,
     LATER,
-    FoldForm,
+    Joiner,
     answer,
     failure,
     find,
@@ -19,7 +20,7 @@ from fold import (
     turn,
 )
 
-from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionContended, SessionExpired, UnrollError
+from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionContended, SessionExpired
 from unroll.service.core.session_ids import owned
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
@@ -42,8 +43,8 @@ def settled(s: Scheduler, engine) -> Scheduler:
 class Log(dict):
     """What was answered, by session."""
 
-    def of(self, name: str):
-        return lambda outcome: self.update({name: outcome.code if isinstance(outcome, UnrollError) else outcome})
+    def of(self, name: str) -> Joiner:
+        return Joiner(lambda outcome: self.update({name: getattr(outcome, "code", outcome)}))
 
 
 def joined(s: Scheduler, names: str, log: Log, step: int = 2) -> list[bool]:
@@ -87,6 +88,18 @@ def test_no_step_joins_while_other_work_waits(settled, engine):
     run_until_idle(settled, engine)
     assert joined(settled, "b", Log()) == [True]
     run_until_idle(settled, engine)
+
+
+def test_steps_join_beside_a_long_chunk_whose_pieces_run_in_batches_of_their_own(settled, engine):
+    log, long = Log(), submit(settled, "a", inputs(*range(2, 12)), 0, LATER)  # a piece has four steps
+    assert joined(settled, "bc", log) == [True, True]
+    assert turn(settled, engine).rows == 1
+    assert not log
+    assert turn(settled, engine).rows == 2
+    assert log == dict.fromkeys("bc", fold([1, 2])[-1:])
+    run_until_idle(settled, engine)
+    assert answer(long) == fold(range(1, 12))[1:]
+    settled.check_invariants()
 
 
 def test_a_step_that_left_is_as_if_it_had_never_come(settled, engine):
@@ -140,12 +153,13 @@ def test_a_refused_step_joins_again_on_the_record_that_came_with_the_refusal(set
     for session in sessions:
         session.origin, session.durable = origin, Durable(origin.to_bytes(), b"token")
 
-    def again(name: str):
-        def listener(outcome: list[int] | UnrollError) -> None:
-            if not isinstance(outcome, SessionContended) or not join(settled, find(settled, name), 2, listener):
-                log.of(name)(outcome)
+    def again(name: str) -> Joiner:
+        def take(outcome: object) -> None:
+            if not isinstance(outcome, SessionContended) or not join(settled, find(settled, name), 2, joiner):
+                log[name] = getattr(outcome, "code", outcome)
 
-        return listener
+        joiner = Joiner(take)
+        return joiner
 
     def write(slot: int, row: np.ndarray) -> None:
         engine.rows[slot] = int(row[0])
@@ -201,7 +215,7 @@ def test_a_step_whose_retry_waits_is_not_cancelled(settled, engine):
 
 def test_only_the_step_with_invalid_values_fails_and_those_behind_it_move_up(settled, engine):
     log = Log()
-    joined(settled, "b", log, FoldForm.invalid)
+    joined(settled, "b", log, INVALID)
     joined(settled, "ac", log)
     again = submit(settled, "c", inputs(2), 0, LATER, position=1)
     behind = submit(settled, "b", inputs(3), 0, LATER)
@@ -213,7 +227,7 @@ def test_only_the_step_with_invalid_values_fails_and_those_behind_it_move_up(set
 
 def test_a_group_of_invalid_steps_only_runs_nothing(settled, engine):
     log = Log()
-    joined(settled, "ab", log, FoldForm.invalid)
+    joined(settled, "ab", log, INVALID)
     assert turn(settled, engine).rows == 0
     assert log == dict.fromkeys("ab", "non_finite_input")
     assert settled.idle
@@ -239,19 +253,33 @@ def test_steps_that_are_late_fail(settled, engine):
     assert find(settled, "a", 51).position == 1
 
 
-def test_a_step_does_not_join_a_group_that_would_be_late_long_before_it(settled, engine):
+def test_the_first_step_of_a_session_joins_and_its_retry_is_answered(s, engine):
+    log, session = Log(), s.open("new", 0)
+    assert join(s, session, 1, log.of("new"), position=0)
+    run_until_idle(s, engine)
+    assert log == {"new": fold([1])}
+    assert answer(submit(s, "new", inputs(1), 0, LATER, position=0)) == fold([1])
+    assert join(s, session, 2, log.of("new"), position=1)
+    run_until_idle(s, engine)
+    assert log == {"new": fold([1, 2])[-1:]}
+
+
+def test_a_step_that_joined_is_late_by_its_own_deadline(settled, engine):
     log = Log()
-    took = [join(settled, find(settled, name), 2, log.of(name), now) for name, now in (("a", 0), ("b", 5), ("c", 6))]
-    assert took == [True, True, False]
-    alone = submit(settled, "c", inputs(2), 6, 56)
+    for now, name in enumerate("abc"):
+        assert join(settled, find(settled, name), 2, log.of(name), now)
+    behind = submit(settled, "a", inputs(3), 2, LATER)
+    again = submit(settled, "b", inputs(2), 2, LATER, position=1)
     run_until_idle(settled, engine, now=51)
-    assert log == dict.fromkeys("ab", "deadline_exceeded")
-    assert answer(alone) == fold([1, 2])[-1:]
+    assert log == {"a": "deadline_exceeded", "b": "deadline_exceeded", "c": fold([1, 2])[-1:]}
+    assert (answer(behind), failure(again)) == (fold([1, 3])[-1:], "deadline_exceeded")
+    assert settled.counters.failed["deadline_exceeded"] == 2
+    assert [find(settled, name, 51).position for name in "abc"] == [2, 1, 2]
 
 
 def test_an_invalid_step_does_not_take_the_position_of_a_valid_one(settled, engine):
     log = Log()
-    joined(settled, "ab", log, FoldForm.invalid)
+    joined(settled, "ab", log, INVALID)
     valid = submit(settled, "a", inputs(3), 0, LATER, position=1)
     assert log == {"a": "non_finite_input"}
     run_until_idle(settled, engine)
@@ -259,7 +287,7 @@ def test_an_invalid_step_does_not_take_the_position_of_a_valid_one(settled, engi
 
 
 def test_an_invalid_step_is_no_use_of_its_session(settled, engine):
-    join(settled, find(settled, "a"), FoldForm.invalid, Log().of("a"), now=60)
+    join(settled, find(settled, "a"), INVALID, Log().of("a"), now=60)
     run_until_idle(settled, engine, now=60)
     with pytest.raises(SessionExpired):
         find(settled, "a", 101)
@@ -271,7 +299,7 @@ def test_a_full_queue_takes_no_step(settled):
     sessions = [scheduler.open(name, 0) for name in "abc"]
     for session in sessions:
         session.applied = None
-    assert [join(scheduler, session, 2, print) for session in sessions] == [True, True, False]
+    assert [join(scheduler, session, 2, Joiner(print)) for session in sessions] == [True, True, False]
     assert scheduler.in_flight == 2
     assert [session.expected for session in sessions] == [1, 1, 0]
 
@@ -283,9 +311,10 @@ def test_a_full_queue_has_a_place_for_another_tenant_than_those_that_wait(settle
     theirs = scheduler.open(owned("theirs", "0"), 0)
     for session in (*mine, theirs):
         session.applied = None
-    assert join(scheduler, mine[0], 2, print)
+    joiner = Joiner(print)
+    assert join(scheduler, mine[0], 2, joiner)
     if joined == "left":
-        scheduler.joined.cancel(mine[0], print, 0)
+        scheduler.joined.cancel(mine[0], joiner, 0)
     for session in mine[1 : 4 if joined == "other" else 5]:
         scheduler.submit(Chunk(inputs(2), session), 0, LATER)
     scheduler.submit(Chunk(inputs(2), theirs), 0, LATER)

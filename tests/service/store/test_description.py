@@ -28,8 +28,8 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     ("settings", "survives"),
     [
         ({"appendfsync": "always"}, "a crash of Redis"),
-        ({"appendfsync": "everysec"}, "but for the last second"),
-        ({"appendfsync": "no"}, "has not yet written to the disk"),
+        ({"appendfsync": "everysec"}, "except for the last second"),
+        ({"appendfsync": "no"}, "has not yet written to disk"),
         ({"appendonly": "no", "save": "3600 1"}, "a crash of Redis leaves its last snapshot (save 3600 1)"),
         ({"appendonly": "no", "save": ""}, "not a restart of Redis: it has no file"),
     ],
@@ -46,7 +46,7 @@ async def test_a_redis_that_does_not_say_it_or_does_not_answer_is_no_obstacle(re
     redis.client.config_set("appendonly", "yes")
     url = redis.url.replace("://", "://me:secret@")
     said = await where_sessions_are(RedisStoreConfig(url, timeout=5.0), None)
-    assert "does not say" in said["survive"]
+    assert "does not report" in said["survive"]
     down = await where_sessions_are(RedisStoreConfig("redis://me:secret@127.0.0.1:1/0", timeout=5.0), None)
     assert down["where"] == "redis://127.0.0.1:1/0"
     assert "unknown: " in down["survive"]
@@ -60,7 +60,7 @@ async def test_what_a_folder_and_memory_survive(tmp_path: Path) -> None:
         "survive": "the end of any process, but not a crash of the machine",
     }
     memory = await where_sessions_are(None, tmp_path / "file")
-    assert memory == {"where": "memory", "survive": f"an orderly end of the server, in {tmp_path}/file"}
+    assert memory == {"where": "memory", "survive": f"an orderly shutdown, in {tmp_path}/file"}
 
 
 def test_server_without_a_redis_does_not_import_its_client(tmp_path: Path) -> None:

@@ -403,7 +403,7 @@ async def test_the_pages_of_a_tenant_say_nothing_of_others(store: Store, tokens:
 async def test_a_page_that_no_page_named_is_refused(store: Store):
     if isinstance(store, MemoryStore):
         pytest.skip("any text names one of its pages")
-    with pytest.raises(InvalidRequest, match="use what the page before said"):
+    with pytest.raises(InvalidRequest, match="use `after` of the previous page"):
         await store.page("?", 1)
 
 

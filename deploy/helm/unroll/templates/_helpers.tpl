@@ -48,9 +48,6 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if and (or (gt (int .Values.replicas) 1) .Values.autoscaling.enabled) (not $store) (not .Values.store.snapshotKeysSecret) }}
   {{- fail "a session in the memory of one replica is unknown to the others: set redis.enabled, store.secret, or store.snapshotKeysSecret (client-held states); or set replicas=1" }}
 {{- end }}
-{{- if and .Values.serviceMonitor.enabled (contains "--workers" (join " " .Values.args)) (not (contains "--worker-port" (join " " .Values.args))) }}
-  {{- fail "serviceMonitor.enabled scrapes the port that the workers share, which has metrics only with --worker-port: add it to args" }}
-{{- end }}
 {{- if or (contains "--drain-timeout" (join " " .Values.args)) (contains "UNROLL_DRAIN_TIMEOUT" (toJson .Values.env)) }}
   {{- fail "set drainTimeout instead of --drain-timeout: terminationGracePeriodSeconds follows from it" }}
 {{- end }}

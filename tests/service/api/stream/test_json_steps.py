@@ -210,7 +210,7 @@ def test_steps_of_others_go_on_between_and_stop_ends_it(dial: Dial, server: Runn
         client.socket.send(json.dumps({"op": "rollout", "handle": 0, "steps": 1, "map": COLUMNS}))
         while isinstance(received := message(client), bytes):
             pass
-        assert (received["code"], received["detail"]) == ("malformed_request", "handle 0 is rolled out already")
+        assert (received["code"], received["detail"]) == ("malformed_request", "handle 0 has a rollout already")
         client.socket.send(json.dumps({"op": "stop", "handle": 0}))
         while isinstance(received := message(client), bytes):
             pass

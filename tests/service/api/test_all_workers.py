@@ -1,0 +1,44 @@
+"""One answer from those of all workers."""
+
+from pathlib import Path
+
+import pytest
+from fastapi import HTTPException
+from serving import metrics
+
+from unroll.service.api.all_workers import WorkerAnswer, _answer, done_by_all, metrics_of_all
+from unroll.service.telemetry.metrics import Collector, RequestFigures, StoreFigures
+
+
+def test_samples_of_all_workers_are_kept_apart_and_their_families_together() -> None:
+    texts = {}
+    for number in (1, 2):
+        requests = {'a "route" { of } words': RequestFigures()}
+        requests['a "route" { of } words'].observe(200, 0.5 * number)
+        texts[number] = b"".join(Collector(list, requests, (), (), dict, StoreFigures()).exposition())
+    merged = bytes(metrics_of_all([*[WorkerAnswer(200, None, text) for text in texts.values()], None]).body).decode()
+    heads = [line for line in merged.splitlines() if line.startswith("# HELP")]
+    assert len(heads) == len(set(heads)) > 5
+    found = metrics(merged)
+    for number, text in texts.items():
+        worker = {("worker", str(number))}
+        assert {(name, labels - worker): v for (name, labels), v in found.items() if worker <= labels} == {
+            **metrics(text.decode()),
+            ("unroll_worker_up", frozenset()): 1.0,
+        }
+    assert found["unroll_worker_up", frozenset({("worker", "3")})] == 0.0
+
+
+def test_what_one_worker_did_not_do_is_not_done() -> None:
+    done, refused = WorkerAnswer(200, None, b""), WorkerAnswer(404, "application/json", b"{}")
+    assert done_by_all([done, done]).status_code == 200
+    answer = done_by_all([done, refused, None])
+    assert (answer.status_code, answer.body, answer.media_type) == (404, b"{}", "application/json")
+    for answers in ([None, done], [None]):
+        with pytest.raises(HTTPException, match=r"workers \[1\] do not answer") as missing:
+            done_by_all(answers)
+        assert missing.value.status_code == 504
+
+
+async def test_a_worker_that_is_not_there(tmp_path: Path) -> None:
+    assert await _answer(tmp_path / "1", b"GET /metrics HTTP/1.1\r\n\r\n", 60.0) is None
