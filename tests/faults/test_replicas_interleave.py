@@ -76,7 +76,7 @@ class _AnyOrder(MemoryStore):
 
     async def _do(self, call: Callable[[], T]) -> T:
         with self._lock:
-            before, after, lost = *(self._chance.choice((0, 0, 0.001, 0.004)) for _ in "ba"), self._chance.random()
+            before, after, lost = *(self._chance.choice((0, 0, 0.001, 0.004)) for _ in range(2)), self._chance.random()
         await asyncio.sleep(before)
         if self.loses and lost < 0.01:
             raise StoreUnavailable("as asked: it was not done", 0.01)
