@@ -193,7 +193,7 @@ def whole(path: Path) -> None:
 
 #: What writes the file, and what must be said of it.
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "garbage": (lambda path: path.write_bytes(b"everything else" * 99), "holds no weights and no model of PyTorch"),
+    "garbage": (lambda path: path.write_bytes(b"everything else" * 99), "is no PyTorch model or weights file"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
     "hdf5": (
