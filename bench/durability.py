@@ -1,7 +1,7 @@
 """The cost of durable sessions.
 
-Redis runs on the load generator's core, as it would on another machine: the server's work for a commit counts, Redis's
-own work does not.
+Redis runs on the load generator's core, as if on another machine: the server's work for a commit counts, but not
+Redis's own.
 """
 
 import base64
@@ -27,7 +27,7 @@ from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
 from bench.turns import Bench, Servers, Turn, by_name
 from deploy import local_redis
 
-#: Target: share of the rate with sessions in memory.
+#: The target, as a share of the rate with sessions in memory.
 _BOUND = 0.6
 #: Number of sessions that are reloaded, one after another.
 _RELOADED = 500
@@ -92,7 +92,7 @@ def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: 
 
 
 def _processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
-    """Processor time of a step, which other load on the machine changes little."""
+    """Processor time of a step, which is insensitive to other load."""
     before = {name: process.cpu_seconds() for name, process in processes.items()}
     steps = turn.measure(bench.seconds).rate * bench.seconds * (1 + WARM_UP)
     took = {name: (process.cpu_seconds() - before[name]) / steps * 1e6 for name, process in processes.items()}
@@ -132,7 +132,7 @@ def _client_held(launch: Launch, reference: Reference) -> Subject:
 
 
 def _bytes_of_a_session(port: int) -> float:
-    """Mean over all sessions in Redis."""
+    """The mean over all sessions in Redis."""
     with Redis(HOST, port) as redis:
         keys: list[bytes] = redis.keys("unroll:*")
         total = sum(redis.memory_usage(key, samples=0) for key in keys)

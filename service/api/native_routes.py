@@ -132,7 +132,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
 
     @api.post(
         "/models/{model}/sessions",
-        summary="Open a session; a raw body is a snapshot to begin from",
+        summary="Open a session; a raw body is its initial snapshot",
         status_code=201,
         response_model=SessionInfo | HeldSession,
         responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
