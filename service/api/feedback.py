@@ -41,7 +41,7 @@ def draw(seed: int, position: int) -> float:
 
 
 class _Source(Strict):
-    output: str | None = Field(None, description="name of the output; may be left out if the model has one")
+    output: str | None = Field(None, description="name of the output; optional if the model has only one")
 
 
 class Identity(_Source):

@@ -1,7 +1,7 @@
 """Joined steps: single steps that arrive one by one form a group, which the next batch takes.
 
-Steps join only while nothing else is waiting; otherwise they are submitted as chunks. Until the batch is formed, a step
-can leave the group without a trace.
+Steps join only while nothing but single steps and long chunks is waiting; otherwise they are submitted as chunks. Until
+the batch is formed, a step can leave the group without a trace.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -198,7 +198,6 @@ class JoinedSteps:
             follower.answer(error)
 
     def _remove(self, group: OpenGroup, row: int, now: float) -> StepListener:
-        """Remove a row. Returns its listener."""
         session = group.sessions.pop(row)
         del group.values[row], group.deadlines[row]
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]

@@ -54,7 +54,7 @@ _REFUSALS: tuple[tuple[type[Exception] | str, str], ...] = (
     (NoPermissionError, _RIGHTS),
     ("user executing the script can't", _RIGHTS),
     ("ACL failure in script", _RIGHTS),
-    (ssl.SSLCertVerificationError, "name the file of its authority: rediss://…?ssl_ca_certs=FILE"),
+    (ssl.SSLCertVerificationError, "specify its CA file: rediss://…?ssl_ca_certs=FILE"),
     ("DB index is out of range", "check the number of the database at the end of --store"),
     ("Cluster mode is not enabled", "it is a single Redis: use redis://"),
     (MovedError, "it is a Redis Cluster: use redis+cluster://"),

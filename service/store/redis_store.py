@@ -223,11 +223,11 @@ class RedisStore:
         return (state, state + b":gone"), (function, *words, *_NO_WORDS[len(words) :])
 
     def _call_of(self, commit: Commit) -> _Call:
-        who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
+        arguments = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
         if commit.ends:
             origin, position, last = unpack_trace(commit.content)
-            return self._call(*who, last, position.to_bytes(8, "little"), origin)
-        return self._call(*who, commit.content, b"", commit.content[:ORIGIN_BYTES] if commit.begins else b"")
+            return self._call(*arguments, last, position.to_bytes(8, "little"), origin)
+        return self._call(*arguments, commit.content, b"", commit.content[:ORIGIN_BYTES] if commit.begins else b"")
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:

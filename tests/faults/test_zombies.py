@@ -99,7 +99,7 @@ async def test_a_replica_dies_at_every_place(redis_server: RedisServer, replicas
     async with Crowd([dying.port, other.port], 9, 20, pause=0.1) as crowd:
         async with crowd.stepping():
             for name in sorted(NAMES):
-                dying.environment["UNROLL_FAILPOINTS"] = f"{name}=kill:20"
+                dying.environment["UNROLL_FAILPOINTS"] = f"{name}=kill:8"
                 dying.launch()  # it may have ended before anyone could ask whether it is ready
                 assert await dying.ended() == -9, name
         verdict = await crowd.verdict(oracle)
@@ -111,7 +111,7 @@ async def test_replicas_stand_still_in_turn(redis_server: RedisServer, replicas:
     await start(cluster)
     async with Crowd([replica.port for replica in cluster], 10, 30, timeout=1.0) as crowd:
         async with crowd.stepping():
-            for replica in cluster * 3:
+            for replica in cluster * 2:
                 replica.pause()
                 await crowd.acknowledged(50)
                 replica.resume()

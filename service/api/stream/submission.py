@@ -83,7 +83,7 @@ class RecurringStep:
         self.submitter.fail_step(self, error)
 
     def leave(self) -> None:
-        """Cancel it, unless it has begun to run."""
+        """Cancel the step unless it is running."""
         self.served.loop.leave_joined(self.session, self)
 
 
@@ -161,7 +161,7 @@ class FrameSubmitter:
             faults: Invalid entries, by index. Entries that the scheduler has no room for are added.
 
         Returns:
-            The indexes of the remaining entries, for `submit_apart`.
+            The indexes of the remaining entries, for `submit_chunks`.
         """
         taken: set[int] = set()
         if frame.uniform_inputs is not None:
@@ -178,7 +178,7 @@ class FrameSubmitter:
                 faults.update(dict.fromkeys(range(len(frame.entries)) if rows is None else rows, error))
         return [i for i in range(len(frame.entries)) if i not in taken] if len(taken) < len(frame.entries) else []
 
-    def submit_apart(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
+    def submit_chunks(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
         for i in entries:
             entry = SingleEntryFrame(frame.handles[i], frame.steps[i], frame.positions[i], frame.chunk(i))
             self.submit(entry, faults.get(i), self._replies.coalesce)
@@ -213,12 +213,12 @@ class FrameSubmitter:
             positions = [positions[i] for i in rows]
         on_reply = partial(self._complete_group, frame, None if whole else rows, recurring)
         now, groups = served.loop.clock.now(), served.scheduler.groups
-        declined = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
+        rejected = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
         served.loop.wake()
-        if not declined:
+        if not rejected:
             return rows
-        others = set(declined)
-        return [i for row, i in enumerate(rows) if row not in others]
+        rejected_rows = set(rejected)
+        return [i for row, i in enumerate(rows) if row not in rejected_rows]
 
     def submit(
         self,
@@ -274,8 +274,8 @@ class FrameSubmitter:
             return
         self._pending.pop(pending, None)
         if isinstance(outcome, UnrollError):
-            moved = pending.session if isinstance(outcome, SessionContended) else None
-            if moved is None or not self._retry(pending, moved.id):
+            contended = pending.session if isinstance(outcome, SessionContended) else None
+            if contended is None or not self._retry(pending, contended.id):
                 self._fail(pending, outcome)
         else:
             pending.answer(pending.entry, outcome)
@@ -286,7 +286,7 @@ class FrameSubmitter:
             self._replies.answer_step(step.handle, position, outputs)
 
     def fail_step(self, step: RecurringStep, error: UnrollError) -> None:
-        """Answer the step, or begin it again, as a chunk."""
+        """Answer the step with the error, or submit it again as a chunk."""
         self._pending.pop(step, None)
         inputs = step.served.codec.from_raw(step.values, None) if isinstance(error, SessionContended) else ()
         entry = SingleEntryFrame(step.handle, 1, step.position, inputs)
