@@ -208,7 +208,6 @@ class _Supervisor:
                 await self._pause(index, pause)
 
     def _give_up(self, index: int, end: _End) -> None:
-        """Stop all workers, because one cannot start."""
         remedy = "fix the problem in its last log line" if end.status > 0 else "run `unroll doctor`"
         reason = f"worker {index + 1} did not start serving, so all workers stop: {end}; {remedy}, and start again"
         _log.error("not started", worker=index + 1, status=end.status, reason=reason)

@@ -226,7 +226,6 @@ class SpilledSessions:
         return True
 
     def _all_records(self, resident: list[tuple[ServedModel, Session]]) -> Iterator[tuple[Key, Record, float]]:
-        """Yields key, record, and seconds since last use."""
         now = self._clock.now()
         for key, record, used in self._spill:
             yield key, record, now - used

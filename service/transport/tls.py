@@ -88,7 +88,6 @@ class Handshake(asyncio.Protocol):
 
 
 def _feed(protocol: Any, data: bytes) -> None:
-    """Pass data that arrived early to the TLS protocol."""
     while data:
         buffer = protocol.get_buffer(len(data))
         size = min(len(buffer), len(data))
