@@ -109,7 +109,6 @@ def lines(device: str, checks: list[Check]) -> Iterator[str]:
 
 
 def _golden(what: str, measured: Differences, manifest: Manifest, backend: DeviceBackend) -> Iterator[Check]:
-    """Differences from PyTorch, which must be within the tolerance."""
     for entry in manifest.parity:
         yield Check(what, entry.output, measured.get(entry.output, 0.0), entry.tolerance * backend.slack)
 

@@ -42,7 +42,6 @@ class Turns:
                 return made
 
     async def _next(self) -> None:
-        """Wait for the next free turn."""
         turn = asyncio.get_running_loop().create_future()
         self.call(lambda: None if turn.done() else turn.set_result(None))
         await turn

@@ -158,7 +158,6 @@ class FrameCodec:
         return handle, None if position == NO_POSITION else position, frame[_SINGLE_ENTRY.size :]
 
     def _single_inputs(self, frame: bytes, steps: int) -> Tensors:
-        """The inputs of a frame's only entry, each (steps, *shape)."""
         if len(self._layout) == 1:
             dtype, shape, _ = self._layout[0]
             return (np.ndarray((steps, *shape), dtype, frame, _SINGLE_ENTRY.size),)

@@ -245,7 +245,6 @@ class Codec:
             raise OutOfRange(f"{spec.name!r} must be in 0 … {spec.limit - 1}")
 
     def _by_name(self, value: Any) -> list[Any]:
-        """One item per input, in the manifest's order."""
         if isinstance(value, dict):
             names = [spec.name for spec in self.inputs]
             if set(value) != set(names):

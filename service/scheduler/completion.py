@@ -156,7 +156,6 @@ class Completion:
                 self._answer(chunk, gap, now)
 
     def _continue(self, chunk: Chunk, now: float) -> None:
-        """Queue a chunk for its next piece."""
         error = chunk.abandoned or chunk.prepare_next()
         self.admission.waiting_steps += self.lanes.next_steps(chunk)
         if error is not None:

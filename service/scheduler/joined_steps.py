@@ -198,7 +198,6 @@ class JoinedSteps:
             follower.answer(error)
 
     def _remove(self, group: OpenGroup, row: int, now: float) -> StepListener:
-        """Remove a row. Returns its listener."""
         session = group.sessions.pop(row)
         del group.values[row], group.deadlines[row]
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]

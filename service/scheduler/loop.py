@@ -152,7 +152,7 @@ class Loop:
         return True
 
     def leave_joined(self, session: Session, listener: StepListener) -> None:
-        """Cancel such a step, unless a batch has taken it."""
+        """Cancel a joined step, unless a batch has taken it."""
         self.scheduler.joined.cancel(session, listener, self.clock.now())
 
     def wake(self) -> None:

@@ -196,7 +196,6 @@ def _walk(environment: Any, report: Report) -> None:
 
 
 def _now(clock: Any) -> float:
-    """The current time on the store's clock."""
     if clock is None:
         return 0.0
     boot, offset, last = TIME.unpack(clock)
@@ -204,7 +203,6 @@ def _now(clock: Any) -> float:
 
 
 def _note(report: Report, place: bytes, content: bytes, now: float) -> None:
-    """Validate an entry, and add it to the report."""
     try:
         entry = Entry.read(content)
         entry.record() if entry.kind == SESSION else entry.gone()

@@ -149,7 +149,6 @@ class EmbeddedStore:
         return await self._thread.call(partial(self._run, calls))
 
     def _run(self, calls: list[_Call]) -> list[Any]:
-        """In the thread: run all calls in one transaction."""
 
         def work(transaction: Any) -> list[Any]:
             now = self._now()

@@ -44,7 +44,6 @@ class Replies:
         self.closed = False
 
     def send(self, document: dict[str, Any]) -> None:
-        """Send a text message."""
         self.send_text(json.dump(document))
 
     def send_frame(self, frame: bytes) -> None:

@@ -83,7 +83,7 @@ class RecurringStep:
         self.submitter.fail_step(self, error)
 
     def leave(self) -> None:
-        """Cancel it, unless it has begun to run."""
+        """Cancel the step unless it is running."""
         self.served.loop.leave_joined(self.session, self)
 
 
@@ -286,7 +286,7 @@ class FrameSubmitter:
             self._replies.answer_step(step.handle, position, outputs)
 
     def fail_step(self, step: RecurringStep, error: UnrollError) -> None:
-        """Answer the step, or begin it again, as a chunk."""
+        """Answer the step with the error, or submit it again as a chunk."""
         self._pending.pop(step, None)
         inputs = step.served.codec.from_raw(step.values, None) if isinstance(error, SessionContended) else ()
         entry = SingleEntryFrame(step.handle, 1, step.position, inputs)

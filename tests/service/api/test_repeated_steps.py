@@ -328,6 +328,31 @@ def test_requests_and_frames_that_are_read_at_once_run_in_one_batch(
             assert counters.batches == before + 1
 
 
+def test_a_session_is_opened_although_its_client_disconnects(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = serve(store=f"file://{tmp_path}/store", durability="stored")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    commit, reached, may_commit = store.commit, threading.Event(), threading.Event()
+
+    async def slow(commits: list[Commit]) -> list[UnrollError | None]:
+        reached.set()
+        await asyncio.to_thread(may_commit.wait)
+        return await commit(commits)
+
+    monkeypatch.setattr(store, "commit", slow)
+    wire, content = Wire(running.port), b'{"session_id":"left"}'
+    with closing(wire.socket):
+        wire.send(
+            b"POST /v1/models/gru/sessions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(content), content)
+        )
+        assert reached.wait(PATIENCE)
+    may_commit.set()
+    with httpx.Client(base_url=running.url) as client:
+        until(lambda: client.get("/v1/models/gru/sessions/left").status_code == 200)
+
+
 def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:
     name = open_session("unlike")
     for i in range(12):
