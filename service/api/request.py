@@ -36,6 +36,8 @@ CONTENT_ENCODING = b"content-encoding"
 HEADER_LENGTH = b"inference-header-content-length"
 #: Key in an ASGI scope: the tenant of an admitted request.
 TENANT = "unroll.tenant"
+#: Key in an ASGI scope: the lock under which long bodies are decompressed. They do not count as held, so one exists.
+LONG_BODIES = "unroll.long_bodies"
 
 #: Header of a reply that was too large to keep, so that a retry of its chunk is refused.
 NOT_KEPT = b"unroll-reply-kept: false\r\n"
@@ -271,5 +273,9 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
         raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
     if (coding := headers.get(CONTENT_ENCODING)) is not None:
         made = decoded(body, coding, limit)
-        body = made if isinstance(made, bytes) else await made
+        if isinstance(made, bytes):
+            body = made
+        else:
+            async with scope[LONG_BODIES]:  # the caller parses it before others can run
+                body = await asyncio.to_thread(made)
     return Request(headers, body, scope.get(TENANT, ""))
