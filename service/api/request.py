@@ -67,7 +67,6 @@ class Request:
         tenant: The tenant; empty without keys.
         session, position: Id of the session and the specified position, if any, for the log.
         again: Looks a session up in the store and handles the request again; None without a store.
-        cancel: Cancels the work.
         repeats: The next request on the connection may have the same headers, except for numbers.
         repeat: Handles such a request; see `repeated_steps.py`.
         text: The text of the last small Open Inference request on the connection.

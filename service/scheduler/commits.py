@@ -33,7 +33,6 @@ class Commits:
         """One commit per chunk, and one per successful row of a group.
 
         Args:
-            model: The model's name.
             pending: Returned by `Scheduler.complete`.
             read_rows: Reads the states in the given slots.
         """

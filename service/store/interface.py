@@ -28,7 +28,6 @@ class Commit:
 
     Attributes:
         expected: The token of the previous record; empty if the session must not exist.
-        token: The token of this record.
         content: The record, from `pack`.
         begins: This is the session's first commit.
         ends: The commit closes the session. Its last chunk stays available for retries; the row is removed.
