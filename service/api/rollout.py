@@ -322,7 +322,7 @@ class RolloutCall:
         assert outcome is not None
         if isinstance(outcome, UnrollError):
             is_new = not (self._sent or self._waiting)
-            if not (is_new and isinstance(outcome, SessionContended) and self._attempts.again(self._where[2])):
+            if not (is_new and isinstance(outcome, SessionContended) and self._attempts.again()):
                 self._fail(outcome)
             return
         self._flush()

@@ -110,7 +110,7 @@ class JoinedSteps:
         ):
             return False
         group, durable = self.group, session.durable
-        if durable is not None and durable.stale:
+        if durable is not None and (durable.stale or not durable.token):
             return False
         if group is None:
             self._room = self._most
