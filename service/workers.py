@@ -66,7 +66,6 @@ class Worker:
         return cls(int(number), listener, link, operator, bytes.fromhex(secret), Path(folder))
 
     def all(self, count: int) -> AllWorkers:
-        """All `count` workers."""
         ports = {listener.getsockname()[1] for listener in (self.listener, *self.operator)}
         return AllWorkers([self._socket(number) for number in range(1, count + 1)], ports)
 
@@ -209,7 +208,6 @@ class _Supervisor:
                 await self._pause(index, pause)
 
     def _give_up(self, index: int, end: _End) -> None:
-        """Stop all workers, because one cannot start."""
         remedy = "fix the problem in its last log line" if end.status > 0 else "run `unroll doctor`"
         reason = f"worker {index + 1} did not start serving, so all workers stop: {end}; {remedy}, and start again"
         _log.error("not started", worker=index + 1, status=end.status, reason=reason)
@@ -217,7 +215,6 @@ class _Supervisor:
         self._stop()
 
     async def _run_one(self, index: int) -> _End:
-        """Run one worker process to its end."""
         loop, since = asyncio.get_running_loop(), None
         try:
             async with self._one_at_a_time:

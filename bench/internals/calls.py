@@ -257,6 +257,7 @@ async def _in_memory(server: Server) -> Figures:
         "JSON step": await count(in_json[:1]),
         "infer step": await count(infer[:1]),
         f"sequence of {_STEPS} steps": await count([sequence]),
+        "session opened": await count([server.request(_SESSIONS, {})]),
         "frame of 1": await count([await server.frame([_ENTRIES])]),
         f"frame of {_ENTRIES}": await count([await server.frame(range(_ENTRIES))]),
     }

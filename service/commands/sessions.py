@@ -109,7 +109,6 @@ async def _import(store: Store, config: StoreConfig, options: "commands.Import")
 
 
 def _print(options: Any, document: dict[str, Any], lines: list[str]) -> None:
-    """Print the document as JSON if requested, else the lines."""
     print(json.dumps(document, indent=2) if options.json else "\n".join(lines))
 
 

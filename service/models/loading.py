@@ -188,7 +188,7 @@ class ModelLoader:
 
 
 def _trial_limits(options: ModelOptions, devices: Collection[str]) -> TrialLimits:
-    """The limits of trials. Without a CPU among the devices, the CPU's answers do not matter."""
+    """The limits of trials. A GPU is judged by its own answers, so a server with one accepts any answer of a trial."""
     limits = options.scheduler
     long_rows = min(limits.max_batch, max(1, limits.max_batch_steps // limits.piece_steps))
     calls = ((limits.max_batch, 1), (long_rows, limits.piece_steps))

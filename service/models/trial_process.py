@@ -144,7 +144,6 @@ def _why(status: int, seconds: float, job: Job, *, in_time: bool) -> dict[str, A
 
 
 def _limit(job: Job) -> None:
-    """Limit this process."""
     in_use = 0
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -124,7 +124,7 @@ class Groups:
         return True
 
     def take_in(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
-        """A batch ran the group; outputs, errors: as of `complete`."""
+        """Record that a batch ran the group. outputs, errors: as for `complete`."""
         count = len(group.sessions)
         self._admission.waiting_steps -= count * group.length
         if group.is_durable and len(errors) < count:

@@ -97,7 +97,6 @@ class JoinedSteps:
             position: The position that the client specified, or None.
             step: The step's inputs, concatenated, of the right length.
             deadline: The time by which the step must start.
-            listener: Receives the outcome.
 
         Returns:
             False if nothing was changed, and the step must be submitted as a chunk.
@@ -111,7 +110,7 @@ class JoinedSteps:
         ):
             return False
         group, durable = self.group, session.durable
-        if durable is not None and durable.stale:
+        if durable is not None and (durable.stale or not durable.token):
             return False
         if group is None:
             self._room = self._most
@@ -198,7 +197,6 @@ class JoinedSteps:
             follower.answer(error)
 
     def _remove(self, group: OpenGroup, row: int, now: float) -> StepListener:
-        """Remove a row. Returns its listener."""
         session = group.sessions.pop(row)
         del group.values[row], group.deadlines[row]
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]

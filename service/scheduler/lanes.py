@@ -205,7 +205,6 @@ class Lanes:
 
 
 def _add_piece(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int) -> None:
-    """Add the next `steps` steps of a chunk that has a workspace."""
     assert chunk.workspace is not None
     chunk.running = True
     end = chunk.done + steps
@@ -222,7 +221,6 @@ def _add(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int, source: int, t
 
 
 def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
-    """Arena rows of the chunk's initial and final state."""
     if chunk.session is not None:
         return chunk.session.source, chunk.session.slot
     if chunk.state_row is not None and chunk.workspace is not None:
@@ -231,7 +229,6 @@ def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
 
 
 def _rows_of(group: Group) -> tuple[Indices, Indices]:
-    """Arena rows that the group reads and writes."""
     if group.cohort is not None:
         return group.cohort.slots, group.cohort.slots
     sources, targets = [session.source for session in group.sessions], [session.slot for session in group.sessions]

@@ -83,11 +83,10 @@ class ReplayCache:
         return fits
 
     def has_row(self, session: Session) -> bool:
-        """Does the table have the session's single steps? Then there is always room for the reply."""
+        """Whether the table has the session's single steps, so that there is always room for the reply."""
         return session.depth == 1 and self._steps is not None
 
     def forget(self, session: Session) -> None:
-        """Forget all chunks of the session."""
         self._replace(session, ())
 
     def adopt(self, session: Session, kept: Iterable[Kept]) -> None:

@@ -141,7 +141,6 @@ class SpilledSessions:
     # ── limits ───────────────────────────────────────────────────────────────────────────────────
 
     def expire(self) -> None:
-        """Remove expired sessions."""
         if self._idle_timeout is None:
             return
         while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:
@@ -227,7 +226,6 @@ class SpilledSessions:
         return True
 
     def _all_records(self, resident: list[tuple[ServedModel, Session]]) -> Iterator[tuple[Key, Record, float]]:
-        """Yields key, record, and seconds since last use."""
         now = self._clock.now()
         for key, record, used in self._spill:
             yield key, record, now - used

@@ -302,7 +302,6 @@ class HttpProtocol(LimitedProtocol):
         self._answer(self._exchange.route.failure(error))
 
     def _encode_on(self, answer: Answer) -> None:
-        """Encode a slice of a long answer, unless its client has disconnected."""
         if self.transport.is_closing():
             answer.pieces = None
         else:

@@ -68,7 +68,6 @@ class LimitedProtocol(HttpToolsProtocol):
         return tenant
 
     def _body_bytes(self) -> int:
-        """Received bytes of the open request's body."""
         raise NotImplementedError
 
     def _busy(self) -> bool:

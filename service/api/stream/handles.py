@@ -174,7 +174,6 @@ class Handles:
         return {"handle": handle, "session_id": shown(session.id), "position": session.position}
 
     def _bound(self, handle: int) -> tuple[ServedModel, Session]:
-        """Like `find`, but raises InvalidRequest."""
         found = self.find(handle)
         if found is None:
             raise InvalidRequest(f"no session is bound to handle {handle}")
