@@ -252,7 +252,7 @@ def test_seconds_that_are_none(kind: Any) -> None:
         with pytest.raises(errors.InvalidInput, match=r"timeout is .*: give the seconds for one attempt"):
             kind("http://127.0.0.1", timeout=seconds)
     for seconds in (math.nan, -1):
-        with pytest.raises(errors.InvalidInput, match=r"retry_for is .*: give the seconds"):
+        with pytest.raises(errors.InvalidInput, match=r"retry_for is .*: give seconds"):
             kind("http://127.0.0.1", retry_for=seconds)
 
 
