@@ -1,6 +1,6 @@
-"""`python -m conformance matrix|models|precision|fuzz`: what `make conformance` and `make fuzz-export` run.
+"""`python -m conformance matrix|models|precision|fuzz`, as run by `make conformance` and `make fuzz-export`.
 
-Each measures one part of docs/conformance.md, and with --write-docs writes it there.
+Each command measures one part of docs/conformance.md; --write-docs writes it there.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from conformance.kinds import kinds
 
 
 def main(argv: list[str]) -> int:
-    """0 if nothing was silently wrong, crashed or hung."""
+    """Run a command. Returns 0 if nothing was silently wrong, crashed or timed out."""
     parser = argparse.ArgumentParser("python -m conformance", description=__doc__)
     parser.add_argument("--workers", type=int, default=2, help="concurrent processes (default: %(default)s)")
     parser.add_argument("--write-docs", action="store_true", help=f"write the results into {documents.PAGE.name}")

@@ -1,4 +1,4 @@
-"""Exports and streams the models of `examples/architectures`, and a plain stack of GRUs: errors, seconds, bytes."""
+"""Measures export and streaming of the models in `examples/architectures` and of a GRU stack: errors, time, size."""
 
 import tempfile
 from collections.abc import Callable
@@ -56,7 +56,13 @@ ARCHITECTURES = [
 
 @dataclass(frozen=True)
 class Measured:
-    """error: the oracle's. stages: CPU seconds by stage of export. step: CPU seconds of one step of one session."""
+    """The measurements of one model.
+
+    Attributes:
+        error: the error found by the oracle.
+        stages: CPU seconds by stage of export.
+        step: CPU seconds per step of one session.
+    """
 
     architecture: Architecture
     parameters: int
@@ -75,7 +81,7 @@ class Measured:
 
 
 def measure(architecture: Architecture) -> Measured:
-    """Raises Wrong or ExportError, because these models must work."""
+    """Measure one model. Raises Wrong or ExportError, because these models must work."""
     torch.set_num_threads(1)
     module, example = architecture.build(), architecture.example()
     single, double = architecture.build(), architecture.build().double()

@@ -1,7 +1,6 @@
-"""Runs many small jobs in child processes, so that no job can disturb, block or end another.
+"""Runs many small jobs in child processes, isolated from each other.
 
-A child is forked from a server that has imported what the jobs need and done nothing else: it is as clean as a new
-process.
+Each child is forked from a server that has only imported the jobs' dependencies, so it is as clean as a new process.
 """
 
 import gc
@@ -14,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import Any
 
-#: What the jobs of this package import.
+#: The imports of this package's jobs.
 PRELOAD = [
     "torch",
     "onnxscript",
@@ -53,14 +52,15 @@ def run(
     seconds: float = 120,
     preload: Sequence[str] = PRELOAD,
 ) -> Iterator[tuple[Job, Any]]:
-    """Every job with the result of `work`, or Died, in the order in which they end.
+    """Yield every job with the result of `work`, or with Died, in order of completion.
 
     Args:
         work: a function of one job; it and the jobs are pickled.
-        children: processes at a time.
-        each: jobs per child, one after another.
-        seconds: time limit for one job.
-        preload: modules that are imported once, for all children.
+        jobs: the jobs.
+        children: the number of concurrent processes.
+        each: jobs per child, run in sequence.
+        seconds: time limit per job.
+        preload: modules to import once for all children.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
@@ -97,15 +97,15 @@ def _start(context: Any, work: Callable[[Job], Any], jobs: list[Job], seconds: f
 
 
 def _serve(pipe: Connection, work: Callable[[Job], Any], jobs: list[Job]) -> None:
-    logging.disable(logging.CRITICAL)  # the exporters log each package that is not installed
-    gc.freeze()  # imported objects stay: half a million that the collector need not scan
+    logging.disable(logging.CRITICAL)  # the exporters log every package that is not installed
+    gc.freeze()  # exempts half a million imported objects from garbage collection
     for job in jobs:
         pipe.send(work(job))
     pipe.close()
 
 
 def _answer(child: _Child) -> Any:
-    """None if there is none yet."""
+    """The child's answer, or None if there is none yet."""
     if child.pipe.poll():
         try:
             return child.pipe.recv()

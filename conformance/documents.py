@@ -1,4 +1,4 @@
-"""Write the measured blocks of docs/conformance.md; the text around them is written by hand."""
+"""Writes the measured blocks of docs/conformance.md; the text around them is written by hand."""
 
 import importlib.metadata
 from collections import Counter
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript")
 
 
 def replace(block: Block, lines: Iterable[str], page: Path = PAGE) -> None:
-    """Replace the lines between the marks of a block. Raises ValueError if the page has no such marks."""
+    """Replace the lines between the markers of a block. Raises ValueError if the page has no such markers."""
     begin, end = f"<!-- {block}: begin -->", f"<!-- {block}: end -->"
     before, found, rest = page.read_text().partition(begin)
     _, closed, after = rest.partition(end)

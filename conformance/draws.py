@@ -1,4 +1,4 @@
-"""Draws inputs that look like an example's."""
+"""Draws inputs that resemble an example's."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from unroll.export.signature.samples import Samples
 
 
 def like(example: Arrays, static: Arrays, manifest: Manifest) -> DrawInputs:
-    """`example`: each (batch, time, ...). `static`: each (batch, ...), of which the rows themselves are drawn."""
+    """Make a function that draws inputs like `example` (batch, time, ...), and rows of `static` (batch, ...)."""
     samples = Samples(example, {spec.name: spec.limit for spec in manifest.inputs if spec.limit is not None})
 
     def draw(batch: int, time: int, rng: np.random.Generator) -> Arrays:

@@ -1,6 +1,6 @@
-"""Random models through export: proven by an independent oracle, or refused. None may be silently wrong.
+"""Exports random models. Each must be refused, or confirmed by an independent oracle; none may be silently wrong.
 
-`python -m conformance fuzz --trees 2000` keeps its results in `.fuzz/`, and a later run continues from them.
+`python -m conformance fuzz --trees 2000` stores its results in `.fuzz/`, and a later run resumes from them.
 """
 
 import copy
@@ -24,19 +24,19 @@ from conformance.strategies import trees as any_tree
 from conformance.trees import Tree
 from unroll.export import ExportError, export
 
-#: Trees that a child exports before a new child replaces it.
+#: Trees per child process.
 _TOGETHER = 25
 
-#: Trees drawn with one seed: few, because hypothesis draws similar ones in a row.
+#: Trees drawn per seed: few, because hypothesis draws similar trees in a row.
 _ALIKE = 6
 
-#: Calls of the module, one after another.
+#: Successive calls of the module.
 _CALLS = 60
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """outcome: `streams`, `whole only`, `refused`, or one of BAD, which must not occur."""
+    """A verdict on a tree: `outcome` is `streams`, `whole only`, `refused`, or one of BAD, which must not occur."""
 
     tree: str
     outcome: str
@@ -64,7 +64,7 @@ def judge(tree: Tree) -> Verdict:
             return verdict("crashed" if refusal.code == "internal" else "refused", refusal.code, str(refusal))
         except Exception as failure:  # noqa: BLE001 any other exception is a finding
             return verdict("crashed", type(failure).__name__, str(failure)[:500])
-        single, double = modules.build(tree), modules.build(tree).double()  # a call may leave something in a module
+        single, double = modules.build(tree), modules.build(tree).double()  # a call may leave state in a module
         try:
             error = examine(
                 report.path,
@@ -84,7 +84,7 @@ def judge(tree: Tree) -> Verdict:
 
 
 def draw(count: int) -> Iterator[Tree]:
-    """`count` different trees, the same ones each time."""
+    """Yield `count` distinct trees, the same ones on every run."""
     found: set[str] = set()
     number = 0
     while len(found) < count:
@@ -115,20 +115,20 @@ def _drawn(number: int) -> list[Tree]:
 
 
 class Store:
-    """One verdict per line, so that an interrupted run loses nothing."""
+    """Stores one verdict per line, so that an interrupted run loses nothing."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "verdicts.jsonl"
         if self._path.exists() and not (found := self._path.read_bytes()).endswith(b"\n"):
-            self._path.write_bytes(found + b"\n")  # a run was killed while it wrote
+            self._path.write_bytes(found + b"\n")  # an earlier run was killed while writing
 
     def read(self) -> list[Verdict]:
         if not self._path.exists():
             return []
         verdicts = []
         for line in self._path.read_text().splitlines():
-            with suppress(json.JSONDecodeError):  # a line that was not written to its end
+            with suppress(json.JSONDecodeError):  # an incomplete line
                 verdicts.append(Verdict(**json.loads(line)))
         return verdicts
 
@@ -138,7 +138,7 @@ class Store:
 
 
 def run(count: int, folder: Path, workers: int) -> list[Verdict]:
-    """Verdicts on `count` trees; trees that have one in `folder` are not exported again."""
+    """Verdicts on `count` trees; those stored in `folder` are reused."""
     store = Store(folder)
     wanted = {repr(tree): tree for tree in draw(count)}
     done = {verdict.tree: verdict for verdict in store.read() if verdict.tree in wanted}
@@ -157,13 +157,13 @@ def run(count: int, folder: Path, workers: int) -> list[Verdict]:
 
 
 def parse(text: str) -> Tree:
-    """A tree from its `repr`."""
+    """Parse the `repr` of a tree."""
     names = {name: value for name, value in vars(trees).items() if isinstance(value, type)}
     return eval(text, {"__builtins__": {}}, names)
 
 
 def counts(verdicts: list[Verdict]) -> list[str]:
-    """A line for each outcome, refusals by code."""
+    """One line per outcome, with refusals by code."""
     outcomes = Counter(verdict.outcome for verdict in verdicts)
     codes = Counter(verdict.code for verdict in verdicts if verdict.outcome == "refused")
     worst = max((verdict.error for verdict in verdicts), default=0.0)

@@ -1,4 +1,4 @@
-"""The blocks of random models that loop over time in Python, or count their calls; some do something else later."""
+"""Blocks of random models that loop over time in Python or count their calls; some change their behaviour later."""
 
 import itertools
 import math
@@ -123,7 +123,7 @@ class Count:
     n = 0
 
 
-#: Counts of calls, as `global` in a user's module.
+#: A global counter of calls, as in a user's module.
 COUNTS = {"calls": 0}
 
 

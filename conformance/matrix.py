@@ -1,4 +1,4 @@
-"""Measures one row of the matrix: a kind of module through export and the oracle, and through `torch.onnx.export`."""
+"""Measures one row of the matrix: a kind of module with export and the oracle, and with `torch.onnx.export`."""
 
 import itertools
 import sys
@@ -23,7 +23,7 @@ from unroll.export import ExportError, export
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.signature.outputs import leaves
 
-#: Operators that move values without computing any.
+#: Operators that only move values.
 PLUMBING = {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Range"} | {
     "Reshape",
     "Kind",
@@ -37,9 +37,11 @@ PLUMBING = {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten"
 
 @dataclass(frozen=True)
 class Exported:
-    """What export made of a kind.
+    """The result of exporting a kind.
 
-    outcome: as of a random model. bits: whether chunks and neighbours change no bit; None if it does not stream.
+    Attributes:
+        outcome: as for a random model.
+        bits: whether every bit is independent of chunks and neighbours; None if it does not stream.
     """
 
     outcome: str
@@ -88,7 +90,7 @@ class Row:
 
 
 def measure(names: list[str], workers: int = 2) -> list[Row]:
-    """Each kind, exported in three ways, each in its own process."""
+    """Measure each kind with three exporters, each in its own process."""
     jobs: list[Any] = [(name, how) for name in names for how in ("export", True, False)]
     found = {}
     for job, answer in children.run(_one, jobs, children=workers, seconds=300):
@@ -117,16 +119,16 @@ def _kind(name: str) -> Kind:
 
 
 def _made(kind: Kind) -> tuple[nn.Module, dict[str, Any]]:
-    """The same each time."""
+    """Build the module and its example, with fixed random numbers."""
     torch.manual_seed(0)
     return kind.build().eval(), kind.example()
 
 
 class _OwnModule:
-    """The user's own module, for the oracle.
+    """Adapts the user's own module to the oracle.
 
-    Comparing values tells which tensor that it returns is which output of the bundle, and in which axes; export's own
-    answer is not used.
+    It matches the module's tensors with the bundle's outputs, and their axes, by comparing values, independently of
+    export.
     """
 
     def __init__(self, kind: Kind, found: bundle.Bundle) -> None:
@@ -158,7 +160,7 @@ class _OwnModule:
         return {name: self._in_order(name, returned[index], axes, size) for name, (index, axes) in self._places.items()}
 
     def _in_order(self, name: str, tensor: Tensor, axes: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
-        """The tensor with batch and time first, and with the axes of size 1 that forward has squeezed."""
+        """Move batch and time to the front, and restore axes of size 1 that forward squeezed."""
         if tensor.dim() < len(axes):
             (spec,) = (spec for spec in self._manifest.outputs if spec.name == name)
             whole = (*(size if spec.time else size[:1]), *spec.shape)
@@ -171,7 +173,7 @@ class _OwnModule:
         return (value if self._batch_first else value.transpose(0, 1)).numpy()
 
     def _call(self, inputs: Arrays, double: bool) -> list[Tensor]:
-        """The arguments of forward: packed if the example's are; non-inputs as in the example."""
+        """Call forward. Inputs are packed if the example's are; other arguments are as in the example."""
         size = inputs[self._manifest.inputs[0].name].shape[:2]
         static = {spec.name for spec in self._manifest.static}
         arguments = dict(self._example)
@@ -179,7 +181,7 @@ class _OwnModule:
             if name not in inputs:
                 arguments[name] = _rows(value, size[0]) if name in self._state else _resized(value, *size)
                 continue
-            tensor = torch.from_numpy(inputs[name].copy())  # forward may change it
+            tensor = torch.from_numpy(inputs[name].copy())  # forward may modify it
             tensor = tensor.double() if double and tensor.is_floating_point() else tensor
             if isinstance(value, PackedSequence):
                 arguments[name] = pack_padded_sequence(tensor, torch.full(size[:1], size[1]), batch_first=True)
@@ -187,7 +189,7 @@ class _OwnModule:
                 arguments[name] = tensor if self._batch_first or name in static else tensor.transpose(0, 1)
         if double:
             arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
-        module, _ = _made(self._kind)  # as it was before any call
+        module, _ = _made(self._kind)  # a fresh module, not called before
         module = getattr(module, "_orig_mod", module)
         if double:
             module.double()
@@ -196,12 +198,12 @@ class _OwnModule:
 
 
 def _rows(value: Any, batch: int) -> Any:
-    """A state, (batch, ...) with rows alike, for another batch."""
+    """Resize a state (batch, ...) with equal rows to another batch size."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor[:1].expand(batch, *tensor.shape[1:]), value)
 
 
 def _resized(value: Any, batch: int, time: int) -> Any:
-    """Lengths that are all of it, or a state, (layers, batch, hidden) with rows alike, for another batch."""
+    """Resize full lengths, or a state (layers, batch, hidden) with equal rows, to another batch size."""
 
     def one(tensor: Tensor) -> Tensor:
         if tensor.dim() == 1 and not tensor.is_floating_point():
@@ -212,7 +214,7 @@ def _resized(value: Any, batch: int, time: int) -> Any:
 
 
 def _nearest(array: np.ndarray, returned: list[Tensor]) -> tuple[int, tuple[int, ...]]:
-    """Which tensor, permuted how, is nearest to the bundle's output."""
+    """The index and permutation of the tensor that is nearest to the bundle's output."""
     found = [
         (float(np.abs(tensor.permute(axes).numpy().astype(np.float64) - array).max()), index, axes)
         for index, tensor in enumerate(returned)

@@ -1,4 +1,4 @@
-"""Builds the modules that `trees.py` describes, with weights that its seed decides, and inputs for them."""
+"""Builds the modules described by `trees.py`, with seeded weights, and their inputs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +25,7 @@ from conformance.trees import (
     Twice,
 )
 
-#: Token ids that the embedding of a tree knows.
+#: The size of the embeddings' vocabulary.
 VOCABULARY = 7
 
 
@@ -228,7 +228,7 @@ def build_block(block: Block) -> nn.Module:
 
 
 class Model(nn.Module):
-    """forward takes `x`, `token` or both, and returns what the tree's end says."""
+    """A tree's model; forward takes `x`, `token` or both, and returns results according to `tree.end`."""
 
     def __init__(self, tree: Tree) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ class Model(nn.Module):
                 return steps
 
 
-#: Names of the outputs of a bundle and whether they have a time axis, by what the tree returns.
+#: The bundle's outputs by `tree.end`, each with whether it has a time axis.
 OUTPUTS: dict[str, dict[str, bool]] = {
     "last": {"y": False},
     "mean": {"y": False},
@@ -281,7 +281,7 @@ OUTPUTS: dict[str, dict[str, bool]] = {
 
 
 def build(tree: Tree) -> Model:
-    """With weights far enough from zero that what they do is seen."""
+    """Build the model, with weights far enough from zero to have a visible effect."""
     torch.manual_seed(tree.seed)
     model = Model(tree)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def build(tree: Tree) -> Model:
 
 
 def draw(tree: Tree, batch: int, time: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Inputs, each (batch, time, ...), whatever axes the model itself has."""
+    """Draw inputs, each (batch, time, ...), independent of the model's own axes."""
     found: dict[str, np.ndarray] = {}
     if tree.source != "tokens":
         found["x"] = rng.standard_normal((batch, time, tree.width)).astype(np.float32)
@@ -302,7 +302,7 @@ def draw(tree: Tree, batch: int, time: int, rng: np.random.Generator) -> dict[st
 
 
 def answers(model: Model, inputs: dict[str, np.ndarray], *, double: bool) -> dict[str, np.ndarray]:
-    """What the model itself returns, by the bundle's names and in the bundle's axes: (batch, time, ...)."""
+    """The model's own answers, with the bundle's names and axes (batch, time, ...)."""
     tree = model.tree
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     if tree.time_first:
@@ -321,9 +321,9 @@ def answers(model: Model, inputs: dict[str, np.ndarray], *, double: bool) -> dic
 
 
 def differs_when_called_again(tree: Tree, calls: int) -> str | None:
-    """What is wrong with the answers of one module to many calls.
+    """Check a module's answers to successive calls; returns a description of the first error, if any.
 
-    They must be the same; or, if the module keeps a state, those to the whole sequence.
+    The answers must be equal; if the module keeps a state, they must be those for the whole sequence.
     """
     keeps = tree.end == "kept"
     model, inputs = build(tree).double(), draw(tree, 2, calls if keeps else 8, np.random.default_rng(tree.seed))

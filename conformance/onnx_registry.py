@@ -1,4 +1,4 @@
-"""Caches what every export finds out about PyTorch's operators anew, which takes half of its time."""
+"""Caches information about PyTorch's operators that every export would otherwise recompute in half of its time."""
 
 import copy
 from functools import cache
@@ -17,7 +17,7 @@ def _from_torchlib(**options: int) -> ONNXRegistry:
 
 
 def cache_registry() -> None:
-    """Parse the source of the ONNX operators, and list those with a decomposition, once per process."""
+    """Parse the sources of ONNX operators, and list operators with a decomposition, only once per process."""
     ONNXRegistry.from_torchlib = staticmethod(_from_torchlib)  # type: ignore[method-assign, assignment]
     for module in (exported_program, decomp_utils):
         module._collect_all_valid_cia_ops = _list  # type: ignore[attr-defined]

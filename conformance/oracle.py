@@ -1,7 +1,7 @@
-"""Checks a bundle against its manifest without using export: onnxruntime against the module in float64.
+"""Checks a bundle against its manifest independently of export: onnxruntime against the module in float64.
 
-Sizes, inputs and chunkings are random. Every claim of the manifest is tested: that the model streams, that rows may be
-padded, and that no bit depends on chunking or on the other rows of a batch.
+Sizes, inputs and chunkings are random. Every claim of the manifest is tested: streaming, padded rows, and bits that do
+not depend on chunking or on other rows of the batch.
 """
 
 from collections.abc import Callable
@@ -24,37 +24,37 @@ DrawInputs = Callable[[int, int, np.random.Generator], Arrays]
 
 
 class Wrong(Exception):
-    """A bundle that loads, runs, and gives other answers than its model."""
+    """A bundle's answers differ from its model's."""
 
 
 class NoAnswer(Exception):
-    """The module itself does not take such a sequence."""
+    """The module itself does not accept such a sequence."""
 
 
 class WrongBits(Wrong):
-    """A correct bundle whose bits depend on chunking or on other rows, although its manifest denies it."""
+    """A bundle is correct, but its bits depend on chunking or other rows, although its manifest denies it."""
 
 
-#: Time steps of the longest sequence: code in a Python loop may do something else after thousands.
+#: Time steps of the longest sequence: a Python loop may change its behaviour after thousands.
 LONGEST = 5100
 
 
 @dataclass(frozen=True)
 class Finding:
-    """error: the largest absolute error against float64. bits: whether all bits agreed; None if it does not stream."""
+    """The largest absolute error against float64, and whether all bits agreed (None if the model does not stream)."""
 
     error: float
     bits: bool | None
 
 
 def examine(path: Path, answer: Answer, draw: DrawInputs, *, seed: int = 0, rounds: int = 4) -> Finding:
-    """Raises Wrong."""
+    """Check a bundle. Raises Wrong."""
     found = bundle.read(path)
     graph = Graph(found)
     rng = np.random.default_rng(seed)
     findings = []
     for size in range(rounds):
-        # Not below 6 steps: a model that cannot stream may need as many.
+        # At least 6 steps, because a model that cannot stream may need them.
         batch, time = int(rng.integers(1, 6)), int(rng.integers(6, 40)) if size else 6
         findings.append(_round(graph, answer, draw(batch, time, rng), rng))
     for time in (int(rng.integers(40, 400)), LONGEST):
@@ -71,7 +71,7 @@ def steps(series: Arrays) -> int:
 
 
 class Graph:
-    """A bundle on onnxruntime, one thread, run from its initial row or any."""
+    """Runs a bundle on onnxruntime with one thread, from any state rows."""
 
     def __init__(self, found: bundle.Bundle) -> None:
         self.manifest = found.manifest
@@ -94,11 +94,11 @@ class Graph:
         return dict(zip(self.names, outputs, strict=True)), after
 
     def series(self, inputs: Arrays) -> Arrays:
-        """Without the static ones."""
+        """The inputs without the static ones."""
         return {spec.name: inputs[spec.name] for spec in self.manifest.inputs}
 
     def start(self, inputs: Arrays) -> np.ndarray:
-        """The row each sequence starts from, with its static inputs."""
+        """The initial rows of the sequences, with their static inputs."""
         static = [spec.name for spec in self.manifest.static]
         batch = len(next(iter(inputs.values())))
         return np.stack(
@@ -106,7 +106,7 @@ class Graph:
         )
 
     def cut(self, inputs: Arrays, chunks: list[int], company: Arrays, rng: np.random.Generator) -> Arrays:
-        """Run each row in chunks, each chunk in a batch with rows of `company`, at varying indices."""
+        """Run each row in chunks, batching each chunk with rows of `company` in random order."""
         batch = len(next(iter(inputs.values())))
         state, start, pieces = self.start(inputs), 0, []
         for length in chunks:
@@ -146,7 +146,7 @@ def _round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generato
 
 
 def _long_round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generator) -> Finding:
-    """One long sequence, whole and in a few chunks. Raises NoAnswer."""
+    """Check one long sequence, whole and in a few chunks. Raises NoAnswer."""
     time = steps(graph.series(inputs))
     try:
         expected, single = answer(inputs, True), answer(inputs, False)
@@ -162,7 +162,7 @@ def _long_round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Gen
 
 
 def _padded(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generator) -> float:
-    """Rows of different length in one padded call, each against the module on that row alone."""
+    """Run rows of different lengths in one padded call, and compare each with the module on that row alone."""
     batch, time = len(next(iter(inputs.values()))), steps(graph.series(inputs))
     lens = rng.integers(4, time + 1, batch).astype(np.int32)
     outputs, _ = graph.run(inputs, graph.start(inputs), lens)
@@ -180,13 +180,13 @@ def _padded(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generat
 
 
 def _compare(found: Arrays, expected: Arrays, single: Arrays, what: str) -> float:
-    """Allowed: 20 times the error of PyTorch's own float32, plus 2e-5 of the scale."""
+    """Allow 20 times PyTorch's own float32 error, plus 2e-5 of the scale; returns the largest error. Raises Wrong."""
     worst = 0.0
     for name, truth in expected.items():
         if name not in found or found[name].shape != truth.shape:
             raise Wrong(f"{name} of {what} is {found.get(name, np.empty(0)).shape}, and should be {truth.shape}")
         if truth.dtype.kind != "f":
-            continue  # a choice between two that are nearly alike may fall the other way
+            continue  # a choice between nearly equal values may differ
         difference = _largest(found[name] - truth)
         allowed = 20 * _largest(single[name] - truth) + 2e-5 * max(1.0, _largest(truth))
         if not difference <= allowed:

@@ -1,7 +1,7 @@
 """Plain `torch.onnx.export` of a module, called as documented, with dynamic batch and time.
 
-A graph that loads is run at the example's size, another length, another batch and a single step, and twice in a row,
-and compared with the module. Generous: only differences that no rounding explains count.
+A graph that loads is run at the example's size, another length, another batch size, a single step, and twice in a row,
+and is compared with the module. Only differences that rounding cannot explain count.
 """
 
 import copy
@@ -25,9 +25,14 @@ Outcome = Literal["works", "fails", "silently wrong", "cannot be compared"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """fails: with an error, when exporting, loading or running. cannot be compared: it has no one answer.
+    """A verdict on one exporter.
 
-    once: a second export in the same process fails so. state: can a client's state be handed in and out?
+    Attributes:
+        outcome: `fails` means an error when exporting, loading or running; `cannot be compared` means that the
+            module's own answer is not unique.
+        says: the error or difference.
+        state: whether the graph takes and returns a client's state.
+        once: the error of a second export in the same process, if only that fails.
     """
 
     outcome: Outcome
@@ -41,7 +46,7 @@ class _Failed(Exception):
 
 
 def judge(build: Callable[[], nn.Module], example: dict[str, Any], batch_first: bool, dynamo: bool) -> Verdict:
-    """Twice, since the second export of a process may differ."""
+    """Export twice, since the second export of a process may differ."""
     first = _judge(build(), example, batch_first, dynamo)
     if first.outcome != "works":
         return first
@@ -86,7 +91,7 @@ def _judge(module: nn.Module, example: dict[str, Any], batch_first: bool, dynamo
 
 @dataclass(frozen=True)
 class Axes:
-    """Which axes of the example's tensors, flattened, are the batch and the time."""
+    """The batch and time axes of the example's flattened tensors."""
 
     batch: int
     time: int
@@ -102,7 +107,7 @@ class Axes:
         for leaf in flat:
             if leaf.dim() > 1 and leaf.shape[order[0]] == batch and leaf.shape[order[1]] == time:
                 tensors.append({order[0]: "batch", order[1]: "time"})
-            elif leaf.dim() == 3 and leaf.shape[1] == batch:  # a state: (layers, batch, hidden)
+            elif leaf.dim() == 3 and leaf.shape[1] == batch:  # a state (layers, batch, hidden)
                 tensors.append({1: "batch"})
             else:
                 tensors.append({0: "batch"} if leaf.dim() and leaf.shape[0] == batch else {})
@@ -161,7 +166,7 @@ def _export(module: nn.Module, example: dict[str, Any], axes: Axes, path: Path, 
 
 
 class _Graph:
-    """Inputs and outputs by position: those of an exported graph have names of their own."""
+    """Runs a graph with inputs and outputs by position, since the exporter chooses their names."""
 
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
@@ -183,7 +188,7 @@ class _Graph:
             raise _Failed(_short(error)) from error
 
     def takes_state(self, module: nn.Module, example: dict[str, Any], axes: Axes) -> bool:
-        """Do the last outputs have the shapes of inputs that have no time axis?"""
+        """Do the last outputs have the shapes of the inputs without a time axis?"""
         flat = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
         states = [tuple(t.shape) for t, places in zip(flat, axes.tensors, strict=True) if "time" not in places.values()]
         outputs = [tuple(tensor.shape) for tensor in _answers(module, example)]
@@ -191,7 +196,7 @@ class _Graph:
 
 
 def _differs(graph: _Graph, module: nn.Module, arguments: dict[str, Any], what: str) -> Iterator[str]:
-    """Nothing where PyTorch itself fails at that size."""
+    """Yield the difference at one size; nothing if PyTorch itself fails there."""
     try:
         expected = _answers(module, arguments)
     except Exception:  # noqa: BLE001 the module may raise anything
@@ -201,7 +206,7 @@ def _differs(graph: _Graph, module: nn.Module, arguments: dict[str, Any], what: 
 
 
 def _second_call(graph: _Graph, module: nn.Module, example: dict[str, Any]) -> Iterator[str]:
-    """A module that keeps its state gives another answer the second time."""
+    """Compare a second call, which differs for a module that keeps its state."""
     alive = copy.deepcopy(module)
     with torch.no_grad():
         alive(**example)
@@ -215,7 +220,7 @@ def _second_call(graph: _Graph, module: nn.Module, example: dict[str, Any]) -> I
 
 
 def _stepped(graph: _Graph, module: nn.Module, example: dict[str, Any], axes: Axes) -> Iterator[str]:
-    """Step by step, the last outputs handed in as the state: the graph as the module."""
+    """Compare graph and module step by step, passing the last outputs back as the state."""
     places = [i for i, names in enumerate(axes.tensors) if "time" not in names.values()]
     stepped = []
     for call in (graph, lambda arguments: _answers(module, arguments)):
@@ -259,7 +264,7 @@ def _difference(found: list[np.ndarray], expected: list[np.ndarray]) -> str:
 
 
 def _short(error: BaseException) -> str:
-    """What the error says at its end, where both exporters put the cause, in one line."""
+    """Shorten an error to one line; both exporters put the cause at its end."""
     while error.__cause__ is not None:
         error = error.__cause__
     words = re.sub(r"^Found the following conflicts.*?: - ", "", " ".join(str(error).split()))

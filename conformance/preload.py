@@ -1,4 +1,4 @@
-"""Slow, lazy imports of the children, performed once by the server that they are forked from."""
+"""Performs the children's slow, lazy imports once, in the server that they are forked from."""
 
 import torch
 import torch._dynamo

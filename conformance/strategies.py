@@ -1,4 +1,4 @@
-"""Draws random trees with hypothesis: mostly common models, and some that cannot stream or are invalid."""
+"""Draws random trees with hypothesis: mostly common models, some that cannot stream, and some invalid ones."""
 
 from typing import Any, TypeVar, get_args
 
@@ -26,18 +26,18 @@ from conformance.trees import (
 Draw = Any
 T = TypeVar("T")
 
-#: Nesting of residual branches and the like.
+#: The maximum nesting of blocks.
 _DEPTH = 2
 
 
 def _mostly(usual: T, *others: T, times: int = 8) -> st.SearchStrategy[T]:
-    """`usual`, `times` as often as each of `others`."""
+    """Sample `usual` `times` as often as each of `others`."""
     return st.sampled_from((*[usual] * times, *others))
 
 
 @st.composite
 def recurrents(draw: Draw, inputs: int, outputs: int | None = None) -> Recurrent:
-    """outputs: its width; any if None."""
+    """A recurrent layer with `outputs` features, or with any number if None."""
     kind = draw(st.sampled_from(("LSTM", "GRU", "RNN", "RNN relu", "LSTM", "GRU")))
     hidden = outputs or draw(st.integers(1, 6))
     both_ways = outputs is None and draw(_mostly(False, True, times=12))
@@ -125,7 +125,7 @@ def trees(draw: Draw) -> Tree:
     for _ in range(draw(st.integers(0, 3))):
         chain.append(draw(blocks(now)))
         now = chain[-1].outputs
-    # A model without a recurrent layer is refused at once: nearly all get one, anywhere in the chain.
+    # A model without a recurrent layer is refused immediately, so nearly all get one, anywhere in the chain.
     if draw(_mostly(True, False, times=20)):
         place = draw(st.integers(0, len(chain)))
         inputs = chain[place - 1].outputs if place else width

@@ -1,7 +1,7 @@
-"""Random small models as data. Their `repr` is Python source that recreates them.
+"""Small random models as data; their `repr` is Python source that recreates them.
 
-Every block turns (batch, time, inputs) into (batch, time, outputs). Most blocks are usual ones; some mix time steps or
-rows, or mistake the batch for time, as people do. `modules.py` builds them, `strategies.py` draws them.
+Every block maps (batch, time, inputs) to (batch, time, outputs). Most blocks are common ones; some mix time steps or
+rows, or confuse batch and time. `strategies.py` draws the trees, `modules.py` builds them.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,12 @@ from typing import Literal, TypeAlias
 
 @dataclass(frozen=True)
 class Recurrent:
-    """start: the initial state it is handed. axes: `wrong` is a time-first layer that is given the batch first."""
+    """A recurrent layer.
+
+    Attributes:
+        axes: `wrong` is a time-first layer that receives the batch first.
+        start: the initial state that it receives.
+    """
 
     kind: Literal["LSTM", "GRU", "RNN", "RNN relu"]
     inputs: int
@@ -50,9 +55,9 @@ Iterates = Literal["range", "enumerate", "while", "steps", "reversed", "filled"]
 
 @dataclass(frozen=True)
 class Loop:
-    """A cell in a Python loop over time. `minimal` and `peephole` are cells that no library has.
+    """A cell in a Python loop over time; no library has the cells `minimal` and `peephole`.
 
-    late: what is done otherwise from step `when` on, every `when` steps, or if there are more than `when`.
+    `late` is how behaviour changes from step `when` on, every `when` steps, or beyond a length of `when`.
     """
 
     cell: Literal["LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm"]
@@ -69,7 +74,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Conv:
-    """padding: `causal` looks back only, `centred` both ways, `none` shortens the sequence."""
+    """A convolution: `causal` padding looks only back, `centred` looks both ways, `none` shortens the sequence."""
 
     inputs: int
     outputs: int
@@ -81,7 +86,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Counter:
-    """Twice its input in every call after `when` calls; the count is kept in one of the places that Python has."""
+    """Doubles its input after `when` calls; `kept` is where the count is stored."""
 
     kept: Literal["attribute", "dict", "list", "object", "array", "generator", "class", "global", "iterator"]
     inputs: int
@@ -110,7 +115,7 @@ class Elementwise:
 
 @dataclass(frozen=True)
 class Norm:
-    """`instance` and `time mean` are taken over the whole sequence, `rows` over the batch."""
+    """A normalisation; `instance` and `time mean` span the whole sequence, `rows` spans the batch."""
 
     kind: Literal["layer", "batch", "rms", "instance", "time mean", "rows"]
     inputs: int
@@ -144,7 +149,7 @@ AlongKind = Literal[
 
 @dataclass(frozen=True)
 class Along:
-    """Something that reads other time steps than its own, without weights."""
+    """A function without weights that reads other time steps."""
 
     kind: AlongKind
     inputs: int
@@ -166,7 +171,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Both:
-    """Two branches side by side, joined by their features."""
+    """Two parallel branches with concatenated features."""
 
     left: "Block"
     right: "Block"
@@ -200,9 +205,11 @@ Block: TypeAlias = Recurrent | Loop | Counter | Conv | Dense | Elementwise | Nor
 
 @dataclass(frozen=True)
 class Tree:
-    """A model. source: one float input, a token id, or a float and a token; end: what it returns.
+    """A model.
 
-    `state` also returns the last recurrent layer's state, `kept` stores it in the module.
+    Attributes:
+        source: its inputs: floats, a token id, or both.
+        end: its result; `state` also returns the last recurrent layer's state, `kept` stores it in the module.
     """
 
     source: Literal["floats", "tokens", "both"]

@@ -1,4 +1,4 @@
-"""A user's file, which is never run: mypy says what a type checker sees of the public API."""
+"""An example of use, for mypy only: it shows how type checkers see the public API. It is never run."""
 
 import torch
 

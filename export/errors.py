@@ -77,7 +77,10 @@ def first_line(error: BaseException) -> str:
     place = source_line(error)
     while (cause := error.__cause__) is not None:
         error = cause
-    line = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
+    text = _COLOUR.sub("", str(error)).strip()
+    line = " ".join(text.split())
+    if len(line) >= _MESSAGE:
+        line = text.splitlines()[0]
     first, *others = re.split(r"(?<=[.!?])\s+", line)
     for sentence in others:
         if len(first) + len(sentence) >= _MESSAGE:
@@ -86,23 +89,26 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}{place}" if first else f"{type(error).__name__}{place}"
 
 
-def untraceable(what: str, error: Exception) -> ExportError:
-    """The refusal when torch.export or its translation to ONNX cannot follow `what`."""
+def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambda _: "") -> ExportError:
+    """The refusal when torch.export or its translation to ONNX cannot follow `what`.
+
+    place: returns the line at which `what` calls an operator.
+    """
     text = str(error)
     if "data-dependent" in text:
         written = as_where(error)
         return ExportError(
             "not_exportable",
-            f"{what} decides by the value of a tensor, as `if x.sum() > 0` or int(x) does{source_line(error)}; a graph "
-            "runs the same operations for every input: choose with torch.where(condition, a, b), for each row by itself"
+            f"{what} depends on the value of a tensor, as in `if x.sum() > 0` or int(x){source_line(error)}; a graph "
+            "runs the same operations for every input: select row by row with torch.where(condition, a, b)"
             + (f", as {written}" if written else ""),
         )
     if unknown := _NO_OPERATOR.search(text):
         library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
         return ExportError(
             "not_exportable",
-            f"{what} calls {library}.{unknown[2]}, which ONNX has no operator for; write it with other operators of "
-            "PyTorch, or one time step after another in a Python loop",
+            f"{what} calls {library}.{unknown[2]}{place(unknown[2])}, which ONNX has no operator for; write it with "
+            "other operators of PyTorch, or as a Python loop over time steps",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 
@@ -111,7 +117,7 @@ def internal(error: Exception) -> ExportError:
     """The refusal for a bug in export."""
     return ExportError(
         "internal",
-        f"this is a fault of unroll itself: {first_line(error)}; please report it with the forward that it needs",
+        f"this is a bug in unroll: {first_line(error)}; please report it with a forward that reproduces it",
     )
 
 

@@ -3,6 +3,7 @@
 import ast
 import linecache
 import os
+import re
 import sysconfig
 import traceback
 from contextlib import suppress
@@ -16,10 +17,30 @@ _OWN, _STANDARD = Path(__file__).resolve().parent, Path(sysconfig.get_path("stdl
 #: The longest line of code to quote, in characters.
 _SHORT = 80
 
+#: The location of a frame in the text of a traceback.
+_ENTRY = re.compile(r'File "(.+?)", line (\d+)')
+
 
 def source_line(error: BaseException) -> str:
     """` (at net.py:14: y = x.view(7))`; empty if the traceback contains no user code."""
-    if (frame := _frame(error)) is None:
+    return _at(_frame(error))
+
+
+def current_line() -> str:
+    """The same for the user code that is running now."""
+    frames = traceback.extract_stack()
+    begun = next((place for place, frame in enumerate(frames) if _is_own(frame.filename)), 0)
+    return _at(next((frame for frame in reversed(frames[begun:]) if is_users(frame.filename)), None))
+
+
+def traced_line(trace: str) -> str:
+    """The same for the text of a traceback."""
+    found = [match for match in _ENTRY.finditer(trace) if is_users(match[1])]
+    return _at(traceback.FrameSummary(found[-1][1], int(found[-1][2]), "") if found else None)
+
+
+def _at(frame: traceback.FrameSummary | None) -> str:
+    if frame is None:
         return ""
     line = (frame.line or "").strip()
     code = f": {line}" if 0 < len(line) <= _SHORT else ""
@@ -68,9 +89,15 @@ def is_users(filename: str) -> bool:
     """Is it code of the user or of a third-party package, rather than Unroll's, PyTorch's or Python's?"""
     path = Path(os.path.realpath(filename))
     parts = path.parts
+    if _is_own(filename):
+        return False
     if "site-packages" in parts:
         return parts[parts.index("site-packages") + 1] not in _LIBRARIES
-    return path.suffix == ".py" and not path.is_relative_to(_OWN) and not path.is_relative_to(_STANDARD)
+    return path.suffix == ".py" and not path.is_relative_to(_STANDARD)
+
+
+def _is_own(filename: str) -> bool:
+    return Path(os.path.realpath(filename)).is_relative_to(_OWN)
 
 
 def shown(filename: str) -> str:

@@ -1,4 +1,4 @@
-"""Kinds of modules as users write them: what export's tests expect of each, and the rows of docs/conformance.md."""
+"""Kinds of modules as users write them, with the outcomes expected in tests: the rows of docs/conformance.md."""
 
 from conformance.kinds.applications import APPLICATIONS
 from conformance.kinds.habits import HABITS
@@ -11,10 +11,10 @@ from conformance.kinds.refused import REFUSED
 from conformance.kinds.states import STATES
 from conformance.kinds.whole_sequence import WHOLE_SEQUENCE
 
-#: Those with an expected outcome.
+#: The kinds with an expected outcome.
 TESTED = [*LAYERS, *LOOPS, *HABITS, *HISTORIES, *STATES, *DELAYS, *WHOLE_SEQUENCE, *REFUSED, *LATE]
 
 
 def kinds() -> list[Kind]:
-    """All of them, in the order of the document."""
+    """All kinds, in the order of the document."""
     return [*TESTED, *APPLICATIONS]

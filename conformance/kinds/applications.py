@@ -1,4 +1,4 @@
-"""More kinds of modules, as they occur in models for streams. What export makes of them is measured, not expected."""
+"""Further kinds of modules found in streaming models; their outcomes are measured, not expected."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Step(Parts):
 
 
 class IndRNN(Step):
-    """Each unit sees itself alone."""
+    """Each unit sees only itself."""
 
     wx: nn.Linear
     u: nn.Parameter
@@ -40,7 +40,7 @@ class IndRNN(Step):
 
 
 class SRU(Step):
-    """A simple recurrent unit: nothing but an elementwise recurrence depends on the step before."""
+    """A simple recurrent unit: only an elementwise recurrence depends on the previous step."""
 
     wx: nn.Linear
 
@@ -51,7 +51,7 @@ class SRU(Step):
 
 
 class Nested(Step):
-    """Two cells a step, the second on the first's state, as in stacked hand-written LSTMs."""
+    """Two cells per step, the second on the first one's state, as in hand-written stacked LSTMs."""
 
     low: nn.LSTMCell
     high: nn.GRUCell
@@ -85,13 +85,13 @@ def images(s: Any, x: Tensor) -> Tensor:
 
 
 def mixture(s: Any, x: Tensor) -> dict[str, Tensor]:
-    """A mixture density head, as for handwriting."""
+    """A mixture density head, as for handwriting synthesis."""
     weight, mean, deviation = s.head(s.rnn(x)[0]).chunk(3, -1)
     return {"weight": weight.softmax(-1), "mean": mean, "deviation": deviation.exp()}
 
 
 def autoencoder(s: Any, x: Tensor) -> Tensor:
-    """The whole sequence into one vector, and out of it again."""
+    """Encodes the whole sequence to one vector, and decodes it."""
     _, (h, _) = s.encoder(x)
     return s.head(s.decoder(h[-1:].transpose(0, 1).expand(-1, x.shape[1], -1))[0])
 
@@ -124,7 +124,7 @@ def residual_stack(s: Any, x: Tensor) -> Tensor:
 
 
 def two_speeds(s: Any, x: Tensor) -> Tensor:
-    """The slow layer sees every second step, held."""
+    """The slow layer sees every second step, repeated."""
     slow = s.slow(x[:, ::2])[0].repeat_interleave(2, 1)[:, : x.shape[1]]
     return s.fast(torch.cat([x, slow], -1))[0]
 

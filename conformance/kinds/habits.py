@@ -1,4 +1,4 @@
-"""Habits of forward that mean no more than they would without: each streams like the plain way to write it."""
+"""Coding habits in forward that do not change its meaning: each streams like the plain variant."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def unflattened(s: Any, x: Tensor) -> Tensor:
 
 
 class OutputOnly(nn.RNNBase):
-    """Calls PyTorch's function, and returns what PyTorch's layer does not."""
+    """Calls PyTorch's function, and returns more than PyTorch's layer."""
 
     def __init__(self) -> None:
         super().__init__("LSTM", 4, 6, batch_first=True)
@@ -56,7 +56,7 @@ class OutputOnly(nn.RNNBase):
 
 
 class OwnLSTM(nn.RNNBase):
-    """As packages copy it from PyTorch."""
+    """A copy of PyTorch's code, as found in packages."""
 
     def __init__(self) -> None:
         super().__init__("LSTM", 4, 6, batch_first=True)
@@ -69,7 +69,7 @@ class OwnLSTM(nn.RNNBase):
 
 
 class OwnCell(nn.RNNBase):
-    """A cell that PyTorch does not have, with the parameters of one that it has."""
+    """A custom cell with the parameters of a PyTorch cell."""
 
     weight_ih_l0: nn.Parameter
     weight_hh_l0: nn.Parameter
@@ -133,7 +133,7 @@ def causal(s: Any, x: Tensor) -> Tensor:
 
 
 def steps(s: Any, x: Tensor) -> Tensor:
-    """A causal convolution, a layer and two loops in one forward; one of the loops prints now and then."""
+    """A causal convolution, a layer and two loops in one forward; one of the loops prints occasionally."""
     x = s.rnn(s.conv(functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))[0]
     for cell in s.cells:
         h, outs = x.new_zeros(x.shape[0], 6), []
@@ -172,7 +172,7 @@ def zeros(s: Any, x: Tensor) -> Tensor:
 
 
 class Given(nn.Module):
-    """Changes its arguments in place: the sequence, and the list of states that it is given."""
+    """Modifies its arguments in place: the sequence, and the list of states."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Convolutions, sums, positions and delays, which need earlier time steps: all of them stream."""
+"""Convolutions, sums, positions and delays, which need earlier time steps. All stream."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class Causal(nn.Module):
 
 
 class Cut(nn.Module):
-    """Drops what a convolution adds at the end."""
+    """Drops the padding that a convolution adds at the end."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Cut(nn.Module):
 
 
 class Sound(nn.Module):
-    """Takes the next piece of a sound in each step, and answers with one, as enhancers and codecs do."""
+    """Maps one piece of sound per step to another, as enhancers and codecs do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def over_bands(s: Any, x: Tensor) -> Tensor:
 
 
 def cumulative_norm(s: Any, x: Tensor) -> Tensor:
-    """By the mean and the variance of everything so far."""
+    """Normalises by the mean and variance of all steps so far."""
     count = torch.ones_like(x[..., :1]).cumsum(1)
     mean = torch.cumsum(x.mean(2, keepdim=True), dim=1) / count
     square = torch.cumsum(x.square().mean(2, keepdim=True), dim=1) / count
@@ -67,7 +67,7 @@ def cumulative_norm(s: Any, x: Tensor) -> Tensor:
 
 
 def cumulative_norm_by_position(s: Any, x: Tensor) -> Tensor:
-    """The same, counting as audio models do: by the number of values so far."""
+    """The same, counting values instead of steps, as audio models do."""
     y = x.transpose(1, 2)
     count = torch.arange(4, 4 * (y.shape[2] + 1), 4, dtype=x.dtype).view(1, 1, -1)
     mean = y.sum(1, keepdim=True).cumsum(-1) / count

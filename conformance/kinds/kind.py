@@ -1,4 +1,4 @@
-"""A kind of module, and the parts that many kinds are made of."""
+"""A kind of module, and parts shared by many kinds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,9 +29,9 @@ class Kind:
     #: Example inputs; by default floats of (2, 7, 4).
     example: Callable[[], dict[str, Any]] = lambda: {"x": torch.randn(2, 7, 4)}
     options: dict[str, Any] = field(default_factory=dict)
-    #: The code it is refused with, or None.
+    #: The code of its refusal, or None.
     refused: str | None = None
-    #: What the refusal or the reason for not streaming must say.
+    #: Text that the refusal, or the reason for not streaming, must contain.
     says: str = ""
     streams: bool = True
     ragged: bool = True

@@ -1,4 +1,4 @@
-"""Modules that do something else later: after many steps, in long sequences, or after many calls. All are refused."""
+"""Modules whose behaviour changes later: after many steps, in long sequences, or after many calls. All are refused."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conformance.kinds.kind import Kind, gru, made
 
-#: `later(s, t, x, h)`: the state after step `t`, from its input and the state before.
+#: `later(s, t, x, h)`: the state after step `t`, from its input and the previous state.
 Step = Callable[[Any, int, Tensor, Tensor], Tensor]
 
 
@@ -68,7 +68,7 @@ def by_length(s: Any, x: Tensor) -> Tensor:
 
 
 def counting(count: Callable[[Any], Any], **kept: Any) -> nn.Module:
-    """Twice the answer from call 50 on."""
+    """Doubles the answer from call 50 on."""
 
     def forward(s: Any, x: Tensor) -> Tensor:
         y: Tensor = s.rnn(x)[0]

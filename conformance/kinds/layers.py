@@ -1,4 +1,4 @@
-"""Recurrent layers with other layers around them, in every layout, with many inputs and outputs: all of them stream."""
+"""Recurrent layers among other layers, in every layout, with many inputs and outputs. All stream."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class Custom(nn.GRU):
 
 
 def normed(layer: nn.LSTM) -> nn.Module:
-    """As training leaves it: the norm is estimated better with each call."""
+    """A spectral norm, as training leaves it: each call improves its estimate."""
     normed = nn.utils.spectral_norm(layer, "weight_hh_l0", n_power_iterations=20).train()
     with torch.no_grad():
         normed(torch.zeros(1, 1, layer.input_size))

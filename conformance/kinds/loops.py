@@ -1,4 +1,4 @@
-"""Python loops over time: all of them stream."""
+"""Python loops over time. All stream."""
 
 from typing import Any
 

@@ -24,7 +24,7 @@ def decayed(s: Any, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def half_cached(s: Any, x: Tensor) -> Tensor:
-    """The next call has the convolution's past, and none of the layer's."""
+    """The next call gets the convolution's history, but not the layer's state."""
     cache = x.new_zeros(x.shape[0], 3, 4) if s.cache is None else s.cache
     y, s.cache = with_cache(s, x, cache)
     return y
@@ -57,14 +57,14 @@ def growing(s: Any, x: Tensor) -> Tensor:
 
 def quantized() -> nn.Module:
     module = made(per_step, rnn=lstm(), head=head())
-    # Only the place of its class counts.
+    # Only the module of the class matters.
     module.rnn.__class__ = type("LSTM", (nn.LSTM,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.rnn"})
     return module
 
 
 def scripted() -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still found in the wild
+        warnings.simplefilter("ignore")  # deprecated, but still in use
         return made(per_step, rnn=torch.jit.script(gru()), head=head())
 
 
@@ -163,7 +163,7 @@ REFUSED = [
         lambda: {"x": torch.randn(2, 7, 4), "h": torch.zeros(1, 2, 6)},
         {"state": {"h": "y1"}},
         refused="input",
-        says="'y1' is not the state that this layer ends in",
+        says="'y1' is not the final state of this layer",
     ),
     Kind(
         "a state that no client starts from",

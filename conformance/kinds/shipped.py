@@ -1,4 +1,4 @@
-"""Shapes of modules that public packages ship, for export's tests; docs/packages.md has the modules themselves."""
+"""Modules modelled on those of public packages, for export's tests; docs/packages.md has the originals."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ class _Neuron(NamedTuple):
 
 
 class Spiking(nn.Module):
-    """A leaky integrator that fires, with its constants in a tuple."""
+    """A leaky integrate-and-fire neuron with its constants in a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Spiking(nn.Module):
 
 
 class Potential(nn.Module):
-    """A neuron, whose potential is an argument, and also a buffer that is made when it is first called."""
+    """A neuron with its potential as an argument, and also as a buffer created in the first call."""
 
     mem: Tensor
 
@@ -62,7 +62,7 @@ def potentials(s: Any, x: Tensor) -> Tensor:
 
 
 def two_paths(s: Any, x: Tensor) -> Tensor:
-    """Over the bands of each time step in both directions, then over time for each band, as denoisers do."""
+    """Runs in both directions over the bands of each time step, then over time for each band, as denoisers do."""
     batch, time, bands = x.shape
     y = s.down(s.within(x.reshape(batch * time, bands, 1))[0])
     y = y.reshape(batch, time, bands, 1).transpose(1, 2).reshape(batch * bands, time, 1)
@@ -97,7 +97,7 @@ class Dropped(nn.Module):
 
 
 class Detector(nn.Module):
-    """Keeps the end of each chunk of sound for the next one, and begins with nothing, as a voice detector does."""
+    """Keeps the end of each chunk of sound for the next one, and starts empty, as a voice detector does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Detector(nn.Module):
 
 
 def smoothed(s: Any, x: Tensor) -> Tensor:
-    """An exponential mean that begins with the first value."""
+    """An exponential mean that starts with the first value."""
     outs = [x[:, 0]]
     for t in range(1, x.shape[1]):
         outs.append(0.9 * outs[-1] + 0.1 * x[:, t])
@@ -123,7 +123,7 @@ def smoothed(s: Any, x: Tensor) -> Tensor:
 
 
 def numbered(s: Any, x: Tensor) -> Tensor:
-    """A mean, corrected for having begun at zero."""
+    """A mean with bias correction for its zero start."""
     mean, outs = x.new_zeros(x.shape[0], 4), []
     for t in range(x.shape[1]):
         mean = 0.9 * mean + 0.1 * x[:, t]
@@ -132,7 +132,7 @@ def numbered(s: Any, x: Tensor) -> Tensor:
 
 
 def turning(s: Any, x: Tensor) -> Tensor:
-    """A state that turns in the complex plane."""
+    """A state that rotates in the complex plane."""
     turn, h, outs = torch.polar(s.radius, s.angle), torch.zeros(x.shape[0], 4, dtype=torch.complex64), []
     for step in x.unbind(1):
         h = turn * h + step
@@ -141,7 +141,7 @@ def turning(s: Any, x: Tensor) -> Tensor:
 
 
 def largest(s: Any, x: Tensor) -> Tensor:
-    """A running maximum that begins at -inf."""
+    """A running maximum that starts at -inf."""
     m, outs = x.new_full((x.shape[0], 4), -float("inf")), []
     for step in x.unbind(1):
         m = torch.maximum(m * s.decay, step)

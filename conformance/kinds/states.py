@@ -1,4 +1,4 @@
-"""States that forward is given, computes, returns or keeps in the module: all of them stream."""
+"""States that forward receives, computes, returns or keeps in the module. All stream."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def loop_over_own(s: Any, x: Tensor) -> Tensor:
 
 
 def with_cache(s: Any, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-    """A causal convolution as streaming models have it."""
+    """A causal convolution, as in streaming models."""
     joined = torch.cat([cache, x], 1)
     return s.rnn(s.conv(joined.transpose(1, 2)).transpose(1, 2))[0], joined[:, -3:]
 

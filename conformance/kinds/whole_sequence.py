@@ -1,4 +1,4 @@
-"""Modules that are exported for whole sequences only, with the reason."""
+"""Modules that export for whole sequences only, with the reason."""
 
 from typing import Any
 

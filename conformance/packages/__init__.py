@@ -1,1 +1,1 @@
-"""Modules that public packages ship, exported and served as a user would: `make packages`, docs/packages.md."""
+"""Exports and serves modules from public packages, as a user would: `make packages`, docs/packages.md."""

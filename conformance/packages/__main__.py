@@ -1,6 +1,6 @@
-"""`python -m conformance.packages [ENTRY ...]`, as `make packages` runs it; --write-docs writes docs/packages.md.
+"""`python -m conformance.packages [ENTRY ...]`, as run by `make packages`; --write-docs writes docs/packages.md.
 
-With ENTRY, the rows of all others stay as they are.
+With ENTRY, only the rows of these entries change.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _SECONDS = 1800
 
 
 def main(argv: list[str]) -> int:
-    """0 if nothing was wrong."""
+    """Run the command. Returns 0 unless an answer was wrong."""
     parser = argparse.ArgumentParser(f"python -m {__package__}", description=__doc__)
     parser.add_argument("--write-docs", action="store_true", help=f"write the results into {_PAGE.name}")
     parser.add_argument("entries", nargs="*", metavar="ENTRY", help="; ".join(ENTRIES))
@@ -50,7 +50,7 @@ def _measured(entry: Entry) -> Result:
 
 
 def block(results: dict[str, Result], page: str) -> list[str]:
-    """The block of the page, with the rows of `page` for what has no result."""
+    """The block of the page; entries without a result keep their rows of `page`."""
     before = [line for line in page.splitlines() if line.startswith("| ")]
     rows = []
     for name, entry in ENTRIES.items():

@@ -1,4 +1,4 @@
-"""One row of docs/packages.md: a module of a package, and how it is exported."""
+"""One row of docs/packages.md: a module of a package, and how to export it."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 Build = Callable[[], nn.Module]
 
-#: The package's own call for one step after another: from the module and (1, time, ...) inputs to (time, ...) outputs.
+#: The package's own step-by-step call: from the module and inputs (1, time, ...) to outputs (time, ...).
 Streaming = Callable[[Any, dict[str, Tensor]], Tensor]
 
 
@@ -21,15 +21,15 @@ class Entry:
     """One module.
 
     Attributes:
-        package: its requirement, as for pip.
-        module: its name on the page.
-        build: makes it. The export process and the comparing one get the same weights.
-        inputs: as for `--input`.
-        options: more arguments of `unroll export`.
-        trained: the package's wheel holds its weights.
-        own: the package's own streaming call, or None if it has none.
-        alone: what the package requires is left out.
-        needs: what the module needs of that.
+        package: the package as a pip requirement.
+        module: the module's name on the page.
+        build: makes the module, with the same weights in every process.
+        inputs: values of `--input`.
+        options: further arguments of `unroll export`.
+        trained: the package's wheel contains the weights.
+        own: the package's own streaming call, if any.
+        alone: install the package without its dependencies.
+        needs: the dependencies that the module needs nevertheless.
     """
 
     package: str
@@ -44,12 +44,12 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of the function that makes it."""
+        """The name of the function that makes the module."""
         return self.build.__name__
 
     @property
     def step(self) -> bool:
-        """Its forward makes one step."""
+        """Does its forward compute one step?"""
         return "--step" in self.options
 
 
@@ -57,7 +57,7 @@ ENTRIES: dict[str, Entry] = {}
 
 
 def entry(package: str, module: str, *inputs: str, **more: Any) -> Callable[[Build], Build]:
-    """Register the function below as what makes the module."""
+    """Register the decorated function as the builder of a module."""
 
     def register(build: Build) -> Build:
         @wraps(build)
@@ -72,7 +72,7 @@ def entry(package: str, module: str, *inputs: str, **more: Any) -> Callable[[Bui
 
 
 def bare(*packages: str) -> None:
-    """Import these without what their __init__ does, which may import more than the module needs."""
+    """Import packages without running their `__init__`, which may import more than the module needs."""
     for name in packages:
         if name not in sys.modules and (spec := importlib.util.find_spec(name)):
             sys.modules[name] = importlib.util.module_from_spec(spec)

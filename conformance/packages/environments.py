@@ -1,4 +1,4 @@
-"""One virtual environment per package, in .tools/packages. Each also sees the packages of the one that made it."""
+"""One virtual environment per package, in .tools/packages; each also sees the packages of the current environment."""
 
 import subprocess
 import sys
@@ -15,11 +15,12 @@ class NotInstalled(Exception):
 
 
 def python(package: str, alone: bool = False, needs: tuple[str, ...] = ()) -> Path:
-    """The interpreter that has `package`; installs it first.
+    """Install `package` if necessary; returns its interpreter.
 
     Args:
-        alone: without what it requires.
-        needs: other requirements.
+        package: the package as a pip requirement.
+        alone: install it without its dependencies.
+        needs: further requirements.
 
     Raises:
         NotInstalled: pip failed.
@@ -29,7 +30,7 @@ def python(package: str, alone: bool = False, needs: tuple[str, ...] = ()) -> Pa
     if not done.is_file():
         _run(sys.executable, "-m", "venv", "--without-pip", str(folder))
         site = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-        # As a site folder, so that links to other folders in it count, too.
+        # Added as a site folder, so that .pth files in it are processed, too.
         shared = sysconfig.get_path("purelib")
         (site / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
         more = ["--no-deps"] if alone else []

@@ -1,4 +1,4 @@
-"""Takes one module through `unroll export`, `unroll verify` and a server, and compares its sessions with the module.
+"""Runs one module through `unroll export`, `unroll verify` and a server, and compares its sessions with the module.
 
 Runs in the package's own environment: `python -m conformance.packages.trial ENTRY` prints a Result as JSON.
 """
@@ -27,28 +27,30 @@ from conformance.packages.entries import ENTRIES
 from conformance.packages.entry import Entry
 from unroll import bundle
 from unroll.client import Client
+from unroll.export.lifting.float64 import converted, double_precision
+from unroll.export.lifting.float64 import exact as as_double
 
 _STEPS, _SESSIONS, _SECONDS = 2048, 3, 900
 
-#: Time steps of a request.
+#: Time steps per request.
 _CHUNKS = 1, 2, 3, 100
 
-#: Of the largest output: differences beyond this are no rounding in float32.
+#: Tolerance relative to the largest output; float32 rounding stays below it.
 _CLOSE = 1e-4
 
 
 @dataclass
 class Result:
-    """What became of one module.
+    """The result of one module.
 
     Attributes:
-        outcome: streams, whole only, refused, wrong (another answer than the module's), or failed (no code).
+        outcome: streams, whole only, refused, wrong (answers differ from the module's), or failed (without a code).
         says: the code and the reason.
-        seconds: of the export.
-        step: the median of a step over HTTP, in milliseconds.
-        error: the largest difference from the module's own answer for the whole sequence, of the largest output.
-        own: the same from the package's streaming call.
-        steps: of each session.
+        seconds: duration of the export.
+        step: median duration of a step over HTTP, in milliseconds.
+        error: the largest difference from the module's answer for the whole sequence, relative to the largest output.
+        own: the same against the package's streaming call.
+        steps: time steps per session.
     """
 
     version: str
@@ -80,8 +82,8 @@ def measure(entry: Entry) -> Result:
         if verified.returncode:
             result.outcome, result.says = "failed", f"unroll verify: {verified.stderr.strip()[-200:]}"
             return result
-        _compare(entry, manifest, repository, result)
-    if any(error is not None and not error <= _CLOSE for error in (result.error, result.own)):
+        close = _compare(entry, manifest, repository, result)
+    if any(error is not None and not error <= close for error in (result.error, result.own)):
         result.outcome = "wrong"
     return result
 
@@ -97,7 +99,8 @@ def _unroll(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-m", "unroll", *words], capture_output=True, text=True, timeout=_SECONDS)
 
 
-def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: Result) -> None:
+def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: Result) -> float:
+    """Fills in the errors; returns what they may be."""
     rng, result.steps = np.random.default_rng(5), _STEPS
     given = {spec.name: _drawn(spec, rng) for spec in manifest.inputs}
     with torch.no_grad():
@@ -118,11 +121,19 @@ def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: 
         result.error = max(_difference(np.stack([answer[name] for answer in served]), whole) for name in served[0])
     if entry.own and manifest.streamable:
         result.own = max(_own_error(entry, given, row, served[row]) for row in range(_SESSIONS))
+    if result.error is None or result.error <= _CLOSE:
+        return _CLOSE
+    with torch.no_grad(), double_precision():
+        exact = _leaves(
+            converted(model, torch.float64)(**{n: as_double(torch.from_numpy(a)) for n, a in given.items()})
+        )
+    rounding = max(_difference(one, [other]) for one, other in zip(whole, exact, strict=True))
+    return 4 * rounding if rounding <= _CLOSE else _CLOSE
 
 
 def _drawn(spec: bundle.TensorSpec, rng: np.random.Generator) -> Any:
     shape = (_SESSIONS, _STEPS, *spec.shape)
-    if spec.numpy == np.bool_:  # a mask that begins an episode
+    if spec.numpy == np.bool_:  # a mask that marks the start of an episode
         return rng.random(shape) < 0.01
     if np.issubdtype(spec.numpy, np.floating):
         return rng.standard_normal(shape).astype(spec.numpy)
@@ -132,9 +143,9 @@ def _drawn(spec: bundle.TensorSpec, rng: np.random.Generator) -> Any:
 def _sessions(
     client: Client, given: dict[str, Any], rng: np.random.Generator, timed: set[str]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Three sessions that take turns, each in chunks of its own; and how long single steps took.
+    """Run three interleaved sessions in random chunks; returns their outputs, and the durations of single steps.
 
-    timed: the outputs that have a value for each step; of others, the last counts.
+    For outputs not in `timed`, which have no value per step, the last value counts.
     """
     sessions = [client.session("m") for _ in range(_SESSIONS)]
     at, pieces, seconds = [0] * _SESSIONS, [[] for _ in sessions], []  # type: ignore[var-annotated]
@@ -161,7 +172,7 @@ def _by_name(answer: Any) -> dict[str, Any]:
 
 
 def _own_error(entry: Entry, given: dict[str, Any], row: int, served: dict[str, Any]) -> float:
-    """Of the package's streaming call, which has the row's sequence alone."""
+    """The error against the package's streaming call on a single row."""
     assert entry.own is not None
     with torch.no_grad():
         stepped = entry.own(
@@ -175,7 +186,7 @@ def _leaves(returned: Any) -> list[Any]:
 
 
 def _difference(found: Any, candidates: list[Any]) -> float:
-    """From the nearest of the module's results that has this shape, of its largest value."""
+    """The smallest relative difference from a candidate of the same shape."""
     return min(
         (
             float(np.max(np.abs(found - one))) / max(1.0, float(np.max(np.abs(one))))

@@ -7,6 +7,7 @@ are compared with those of the user's own model.
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -16,16 +17,28 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.errors import COMPLEX, ExportError, attempt
 from unroll.export.lifting.dataflow import Observer
-from unroll.export.lifting.float64 import converted, double_precision
+from unroll.export.lifting.float64 import converted, double_precision, exact
 from unroll.export.lifting.kept_values import NOT_OWN
-from unroll.export.source_lines import source_line
+from unroll.export.source_lines import current_line, source_line
 
 #: The answers of both models in float64 may differ by so much of the largest: forward may ask for complex64.
 _CLOSE = 1e-5
 
 #: Functions that do the same to real and imaginary parts.
 _EACH = {
-    *("__getitem__", "view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "movedim", "expand", "repeat"),
+    *(
+        "__getitem__",
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "permute",
+        "movedim",
+        "expand",
+        "repeat",
+        "tile",
+    ),
     *("flatten", "unflatten", "contiguous", "clone", "detach", "select", "narrow", "index_select", "flip", "roll"),
     *("unbind", "chunk", "split", "sum", "mean", "cumsum", "neg", "zeros_like", "broadcast_to", "t", "T", "mT"),
 }
@@ -37,16 +50,15 @@ _JOINING = {"stack", "cat", "concat", "where"}
 _BILINEAR = {"matmul", "bmm", "mm", "mv", "einsum", "outer"}
 
 #: Functions that make complex tensors of real ones.
-_MAKING = {"complex", "polar", "view_as_complex"}
-
-_PART = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+_MAKING = {"complex", "polar", "view_as_complex", "cfloat", "cdouble"}
 
 
+@dataclass(eq=False)
 class Pair:
     """A complex tensor as two real ones, or a complex number as two numbers."""
 
-    def __init__(self, real: Any, imag: Any) -> None:
-        self.real, self.imag = real, imag
+    real: Any
+    imag: Any
 
     @classmethod
     def of(cls, value: Any) -> "Pair":
@@ -64,7 +76,8 @@ class Pair:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.complex128 if self.real.dtype == torch.float64 else torch.complex64
+        made: torch.dtype = self.real.dtype.to_complex()
+        return made
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
@@ -127,6 +140,13 @@ def _power(one: Pair, exponent: Any) -> Pair:
     return made
 
 
+def _cast(one: Any, *args: Any, **kwargs: Any) -> Pair:
+    """To another device or complex type, both of which are the same here."""
+    if any(isinstance(leaf, torch.dtype) and not leaf.is_complex for leaf in (*args, *kwargs.values())):
+        raise _refusal("to")
+    return Pair.of(one)
+
+
 def _polar(length: Tensor, angle: Tensor) -> Pair:
     return Pair(length * angle.cos(), length * angle.sin())
 
@@ -145,6 +165,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "sub": lambda one, other, alpha=1: _add(one, other, alpha=-alpha),
     "rsub": lambda one, other: _add(other, one, alpha=-1),
     **dict.fromkeys(("mul", "multiply", "rmul"), _product),
+    "addcmul": lambda one, a, b, value=1: _add(one, _product(a, b), alpha=value),
     **dict.fromkeys(("div", "truediv", "true_divide"), _quotient),
     "rtruediv": lambda one, other: _quotient(other, one),
     "reciprocal": lambda one: _quotient(1.0, one),
@@ -156,7 +177,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "angle": _angle,
     **dict.fromkeys(("conj", "conj_physical"), lambda one: Pair(one.real, -one.imag)),
     **dict.fromkeys(("H", "mH"), lambda one: Pair(one.real.mT, -one.imag.mT)),
-    "resolve_conj": lambda one: one,
+    **dict.fromkeys(("to", "type", "type_as", "cfloat", "cdouble", "resolve_conj"), _cast),
     "is_complex": lambda one: True,
     "real": lambda one: one.real,
     "imag": lambda one: one.imag,
@@ -206,7 +227,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _refusal(name: str) -> ExportError:
-    return ExportError("dtype", f"forward calls torch.{name} with complex numbers; {COMPLEX}")
+    return ExportError("dtype", f"forward calls torch.{name} with complex numbers{current_line()}; {COMPLEX}")
 
 
 class _InPairs(Observer):
@@ -215,10 +236,10 @@ class _InPairs(Observer):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_pair)
-        if any(isinstance(leaf, torch.dtype) and leaf.is_complex for leaf in leaves):
-            return _asked(func, name, args, kwargs)
         if name in _MAKING or any(isinstance(leaf, (Pair, complex)) for leaf in leaves):
             return _apply(name, args, kwargs, func)
+        if any(isinstance(leaf, torch.dtype) and leaf.is_complex for leaf in leaves):
+            return _asked(func, name, args, kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_complex():
             raise _refusal(name)
@@ -227,14 +248,10 @@ class _InPairs(Observer):
 
 def _asked(func: Any, name: str, args: Any, kwargs: Any) -> Pair:
     """A call that asks for a complex dtype."""
-    if name in {"to", "type"} and isinstance(args[0], Pair):
-        return args[0]
     if name.removeprefix("new_").removesuffix("_like") not in {"zeros", "ones", "full", "empty", "to", "type"}:
         raise _refusal(name)
-    part = pytree.tree_map(
-        lambda leaf: _PART.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf, (args, kwargs)
-    )
-    return Pair.of(func(*part[0], **part[1]))
+    args, kwargs = pytree.tree_map_only(torch.dtype, lambda dtype: dtype.to_real(), (args, kwargs))
+    return Pair.of(func(*args, **kwargs))
 
 
 class ComplexNumbers(Observer):
@@ -270,7 +287,7 @@ def in_pairs(model: nn.Module, examples: list[dict[str, Any]]) -> nn.Module:
             module.__class__ = _class(type(module))
             module.unroll_complex = own  # type: ignore[assignment]
     try:
-        _check_same(_doubled(model), converted(made, torch.float64), examples)
+        _check_same(converted(model, torch.float64), converted(made, torch.float64), examples)
     except ExportError:
         if changed:
             raise
@@ -280,7 +297,7 @@ def in_pairs(model: nn.Module, examples: list[dict[str, Any]]) -> nn.Module:
 
 def _check_same(model: nn.Module, pairs: nn.Module, examples: list[dict[str, Any]]) -> None:
     for example in examples:
-        given, same = pytree.tree_map(_exact, example), pytree.tree_map(_exact, copy.deepcopy(example))
+        given, same = exact(example), exact(copy.deepcopy(example))
         with double_precision():
             expected = pytree.tree_leaves(attempt("the example", partial(model, **given)))
             if any(map(_is_complex, expected)):
@@ -327,26 +344,6 @@ def _class(before: type[nn.Module]) -> type[nn.Module]:
         return Pair(value[..., 0], value[..., 1]) if name in vars(self).get("unroll_complex", ()) else value
 
     return type(before.__name__, (before,), {"forward": forward, "__getattr__": get})
-
-
-def _doubled(model: nn.Module) -> nn.Module:
-    """A copy in float64 and complex128."""
-    copied = copy.deepcopy(model)
-    for module in copied.modules():
-        for store in (module._parameters, module._buffers):
-            for tensor in store.values():
-                if tensor is not None and (tensor.is_complex() or tensor.is_floating_point()):
-                    tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
-        for name, value in vars(module).items():
-            if name not in NOT_OWN:
-                vars(module)[name] = pytree.tree_map(_exact, value)
-    return copied
-
-
-def _exact(value: Any) -> Any:
-    if _is_complex(value):
-        return value.to(torch.complex128)
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _is_close(one: Any, other: Any) -> bool:

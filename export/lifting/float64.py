@@ -19,7 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def converted(model: Module, dtype: torch.dtype) -> Module:
     """A copy that computes in `dtype`. Tensors in plain attributes and their containers are converted, too."""
     copied = copy.deepcopy(model)
-    copied.to(dtype)  # the result is not used: a user's `to` may not return the module
+    copied._apply(partial(_in, dtype))
     for module in copied.modules():
         for name, value in vars(module).items():
             if name not in NOT_OWN and any(_is_other(leaf, dtype) for leaf in pytree.tree_leaves(value)):
@@ -27,12 +27,20 @@ def converted(model: Module, dtype: torch.dtype) -> Module:
     return copied
 
 
+def exact(value: Any) -> Any:
+    """The tensors in `value` in float64."""
+    return pytree.tree_map(partial(_in, torch.float64), value)
+
+
 def _is_other(value: Any, dtype: torch.dtype) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
+    return isinstance(value, Tensor) and _in(dtype, value) is not value
 
 
 def _in(dtype: torch.dtype, value: Any) -> Any:
-    return value.detach().to(dtype) if _is_other(value, dtype) else value
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    wanted = dtype.to_complex() if value.is_complex() else dtype
+    return value if value.dtype == wanted else value.detach().to(wanted)
 
 
 class _Float32IsDouble(TorchFunctionMode):

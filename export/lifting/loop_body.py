@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from unroll.export.lifting.loop_states import Iterations, State, Trace, find_states, operands, source
@@ -61,12 +64,23 @@ def traced(
     with quiet():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
         program = program.run_decompositions({}) if functional else program
-    graph_module = program.module(check_guards=False)
+        graph_module: fx.GraphModule = program.module(check_guards=False)
+        if any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in graph_module.graph.nodes):
+            graph_module = _unmapped(module, arguments, batch_axes)
     graph_module.graph.set_codegen(fx.graph.CodeGen())  # flat arguments and results, as in the graph
     _drop_copies(graph_module)
     if functional:
         _sink_views(graph_module.graph)
     return graph_module
+
+
+def _unmapped(module: nn.Module, arguments: list[Tensor], batch_axes: list[int | None]) -> fx.GraphModule:
+    """Trace `module` down to the operators that torch.vmap calls: torch.export keeps torch.vmap itself."""
+    fake, given = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), []
+    for tensor, batch in zip(arguments, batch_axes, strict=True):
+        sizes = [DimDynamic.DYNAMIC if axis == batch else DimDynamic.STATIC for axis in range(tensor.dim())]
+        given.append(fake.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    return make_fx(module, _allow_non_fake_inputs=True)(*given)
 
 
 def _sink_views(graph: fx.Graph) -> None:
@@ -142,8 +156,8 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
     if not late:
         return ""
     return (
-        "leaves the first time step out of its loop; let the loop run over all steps, from a state before the first "
-        "one: zeros in place of None, or x[:, 0] for a mean that begins with it"
+        "leaves the first time step out of its loop; loop over all steps, starting from a state before the first one: "
+        "zeros instead of None, or x[:, 0] for a mean that starts with it"
     )
 
 
@@ -157,8 +171,8 @@ def why_in_place(one: fx.GraphModule) -> str:
     if all(node.target is not torch.ops.aten.copy_.default for node in one.graph.nodes):
         return ""
     return (
-        "hands on a state that cannot be identified, and changes tensors in place, as state[k] = part; make a new "
-        "state in each step, as parts.append(part) and then state = torch.stack(parts)"
+        "carries a state that cannot be identified, and modifies tensors in place, as in state[k] = part; build a new "
+        "state in each step, as with parts.append(part) and then state = torch.stack(parts)"
     )
 
 
@@ -172,8 +186,8 @@ def _differing_number(operations: list[fx.Node], size: int) -> str:
                 shown = ", ".join(f"{number:g}" for number in numbers)
                 name = str(turns[0].target).removeprefix("aten.").partition(".")[0]
                 return (
-                    f"computes with another number in each time step ({shown} in {name}); count in a tensor that is "
-                    "handed on, as n = zeros(batch, 1) before the loop and n = n + 1 in it, and compute with n"
+                    f"uses a different number in each time step ({shown} in {name}); count in a tensor that the loop "
+                    "carries, with n = zeros(batch, 1) before the loop and n = n + 1 in it, and compute with n"
                 )
     return ""
 

@@ -28,6 +28,7 @@ from unroll.export.lifting.loop_body import (
 )
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import Piece, replayed
+from unroll.export.lifting.row_loops import ByRow
 from unroll.export.lifting.scan import Axes, Scan
 from unroll.export.lifting.splitting import BATCHES, TIMES, split
 from unroll.export.lifting.tape import Call, Part, Tape
@@ -47,6 +48,9 @@ _TRACES = (3, False), (3, True), (5, False), (17, False)
 
 #: (batch, time) of the call that checks a forward after its loops were split off.
 _TRIED = (4, 7)
+
+#: (batch, time) of the call that checks a forward that loops over rows: all rows must do the same.
+_MANY_ROWS = (67, 2)
 
 
 @dataclass(slots=True)
@@ -87,15 +91,16 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
             continue
         name = path or type(model).__name__
         if not len(base[path]) == len(wide[path]) == len(long[path]):
-            raise _refusal(name, "how often it is called depends on the length")
-        module = model.get_submodule(path)
+            raise _refusal(name, "the number of its calls depends on the length")
+        module, calls = model.get_submodule(path), [seen[path][0] for seen in (base, wide, long)]
+        by_row = calls[0].work != calls[1].work
         try:
-            _lift(module, name, tape, base[path][0], wide[path][0], long[path][0])
+            _lift(module, name, tape, *calls, *(_watch(model, partial(run, _MANY_ROWS))[path] if by_row else ()))
         except ExportError as error:
             try:
                 _split(model, path, name, tape, run)
             except (CannotSplitError, ExportError):
-                raise error from None
+                raise (_row_loop(name, error) if by_row else error) from None
 
 
 def _work(calls: list[Seen]) -> list[int]:
@@ -140,14 +145,18 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Seen]]:
     return found
 
 
-def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long: Seen) -> None:
+def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long: Seen, *many: Seen) -> None:
+    """many: a call with many rows, of a module that loops over them."""
     for one in (wide, long):
         if (one.structure, one.results) != (base.structure, base.results):
-            raise _refusal(name, "what it takes or returns depends on the length or the batch size")
+            raise _refusal(name, "its arguments or results depend on the length or the batch size")
     inputs, outputs = _axes(name, base.given, wide.given, long.given), _axes(name, base.gave, wide.gave, long.gave)
     if not any(axes.time is not None and axes.batch is not None for axes in inputs):
-        raise _refusal(name, "it is given no tensor with the batch and the time of the input")
-    scan = _find(_Flat(module, base.given, base.structure), name, inputs, outputs, wide, long)
+        raise _refusal(name, "none of its arguments has the batch and the time of the input")
+    flat: nn.Module = _Flat(module, base.given, base.structure)
+    flat = ByRow(flat, [axes.batch for axes in inputs], [axes.batch for axes in outputs]) if many else flat
+    scan = _find(flat, name, inputs, outputs, [wide, long, *many])
+    module.unroll_by_row = bool(many)  # type: ignore[assignment]
     module.__class__ = type(type(module).__name__, (type(module),), {"forward": _forward})
     module.unroll_loop = Loop(name, base.structure, base.gave, base.results)  # type: ignore[assignment]
     module.unroll_scan, module.unroll_tape = scan, tape  # type: ignore[assignment]
@@ -194,7 +203,7 @@ def _batch_and_time(base: list[Any], wide: list[Any], long: list[Any]) -> tuple[
         axes = Axes.of(*tensors) if all(isinstance(tensor, Tensor) for tensor in tensors) else None
         if axes and axes.batch is not None and axes.time is not None:
             return (index, axes.batch), (index, axes.time)
-    raise CannotSplitError("it is given no tensor with the batch and the time of the input")
+    raise CannotSplitError("none of its arguments has the batch and the time of the input")
 
 
 def _axes(name: str, base: list[Any], wide: list[Any], long: list[Any]) -> list[Axes]:
@@ -202,11 +211,11 @@ def _axes(name: str, base: list[Any], wide: list[Any], long: list[Any]) -> list[
     for leaves in zip(base, wide, long, strict=True):
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             if any(isinstance(leaf, Tensor) or leaf != leaves[0] for leaf in leaves):
-                raise _refusal(name, "a number it takes or returns depends on the length or the batch size")
+                raise _refusal(name, "a number in its arguments or results depends on the length or the batch size")
             continue
         axes = Axes.of(*leaves)
         if axes is None or (axes.time is not None and leaves[0].shape[axes.time] != _SIZES[0][1]):
-            raise _refusal(name, "a tensor it takes or returns has another length than the input")
+            raise _refusal(name, "the length of a tensor in its arguments or results differs from the input's")
         found.append(axes)
     return found
 
@@ -230,9 +239,9 @@ def _tensors(leaves: list[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide: Seen, long: Seen) -> Scan:
+def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], calls: list[Seen]) -> Scan:
     """Find a scan that gives the module's answers. Raises ExportError(calls_depend_on_time) if there is none."""
-    whole = _tensors(wide.given)
+    whole = _tensors(calls[0].given)
     first = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(whole, inputs, strict=True)]
     why, ones, unlike = "", dict[bool, fx.GraphModule](), set[bool]()
     for turns, functional in _TRACES:
@@ -253,7 +262,7 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
                 continue
             for backwards in (False, True):
                 scan = Scan(step, inputs, outputs, states, backwards)
-                if all(_is_same(scan, seen) for seen in (wide, long)):
+                if all(_is_same(scan, seen) for seen in calls):
                     return scan
         if (turns, functional) == _TRACES[0]:
             why = why_no_body(one, more) or why_in_place(one)
@@ -267,7 +276,7 @@ def _repeated(tensor: Tensor, time: int, turns: int) -> Tensor:
     return tensor.index_select(time, steps)
 
 
-def _traced(flat: _Flat, name: str, tensors: list[Tensor], inputs: list[Axes], functional: bool) -> fx.GraphModule:
+def _traced(flat: nn.Module, name: str, tensors: list[Tensor], inputs: list[Axes], functional: bool) -> fx.GraphModule:
     try:
         return traced(flat, tensors, [axes.batch for axes in inputs], functional=functional)
     except Exception as error:
@@ -281,7 +290,7 @@ def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) 
     if any(tensor.is_complex() for tensor in after[0]):
         raise ExportError(
             "dtype",
-            f"the loop of {name!r} hands on complex numbers; {COMPLEX}",
+            f"the loop of {name!r} carries complex numbers; {COMPLEX}",
         )
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
     return None if None in axes else [_with_batch(each) for each in axes if each]
@@ -358,9 +367,17 @@ def refill(model: nn.Module) -> None:
             module.unroll_recipe.fill(layer, module.unroll_scan.body)  # type: ignore[operator, union-attr]
 
 
+def _row_loop(name: str, error: ExportError) -> ExportError:
+    return ExportError(
+        "calls_depend_on_time",
+        f"{name!r} loops over the rows of a batch, and cannot run for all rows at once ({error}); make it compute with "
+        "whole batches, as with x[:, t] in place of x[row, t]",
+    )
+
+
 def _refusal(name: str, why: str) -> ExportError:
     return ExportError(
         "calls_depend_on_time",
-        f"{name!r} loops over time steps, and {why}; move the loop into a module of its own with nothing else in it, "
-        "or call a recurrent layer once on the whole sequence",
+        f"{name!r} loops over time steps, and {why}; move the loop into a separate module with nothing else in it, or "
+        "call a recurrent layer once on the whole sequence",
     )

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 #: Calls that create a tensor from sizes only. A program repeats such a call wherever its result is used.
-_CREATORS = {
+CREATORS = {
     *("tensor", "zeros", "ones", "full", "empty", "arange"),
     *(f"{name}_like" for name in ("zeros", "ones", "full", "empty")),
     *(f"new_{name}" for name in ("tensor", "zeros", "ones", "full", "empty")),
@@ -68,7 +68,7 @@ class Op:
 
     @property
     def creates(self) -> bool:
-        return getattr(self.function, "__name__", "") in _CREATORS
+        return getattr(self.function, "__name__", "") in CREATORS
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -97,11 +97,13 @@ class Tape:
         return index, kept
 
 
-def call_count(path: str) -> ExportError:
+def call_count(path: str, *, by_batch: bool = False) -> ExportError:
+    """by_batch: it depends on the batch size, not on the length."""
+    on, whole, over = ("batch size", "batch", "its rows") if by_batch else ("length", "sequence", "time steps")
     return ExportError(
         "calls_depend_on_time",
-        f"the number of calls of layer {path!r} depends on the sequence's length; call it once on the whole sequence "
-        "instead of looping over time steps",
+        f"the number of calls of layer {path!r} depends on the {on}; call it once on the whole {whole} instead of "
+        f"looping over {over}",
     )
 
 

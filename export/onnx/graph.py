@@ -1,6 +1,7 @@
 """Converts the lifted model to an ONNX graph, dynamic in batch and time: one node per layer, one Scan per loop."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 from operator import attrgetter
 from typing import Any
 from unittest import mock
@@ -8,12 +9,16 @@ from unittest import mock
 import onnx
 import torch
 from onnxscript import TracedOnnxFunction
+from torch import fx
+from torch.export import ExportedProgram
 
+from unroll.bundle import BundleError
 from unroll.bundle.golden import Arrays
+from unroll.bundle.graph import check_operators, operators
 from unroll.export.errors import ExportError, untraceable
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.log_filter import quiet
-from unroll.export.onnx.tracing import Suspects, trace
+from unroll.export.onnx.tracing import Suspects, place_of, trace
 from unroll.export.onnx.translation import translation_table
 from unroll.export.signature.samples import as_tensors
 
@@ -25,6 +30,9 @@ Trace = tuple[onnx.ModelProto, Suspects]
 #: Marks the graph's inputs and outputs until conflicting names inside the graph are changed.
 _PUBLIC = "public:"
 
+#: Operators of PyTorch that divide.
+_DIVISIONS = {"div", "floor_divide", "floordiv", "fmod", "mod", "remainder"}
+
 
 def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
     """Trace `module` with `inputs`, each (batch, time, ...). Raises ExportError(not_exportable)."""
@@ -33,6 +41,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
     arguments = (torch.zeros(size, module.layout.size), torch.full((size,), time, dtype=torch.int32), *tensors.values())
     inputs_of_graph = ["state", "sequence_lens", *module.names]
     outputs_of_graph = [*(output.spec.name for output in module.outputs), "state_out"]
+    traced = None
     with quiet(), unparsed_functions():
         try:
             traced, suspects = trace(module, arguments)
@@ -50,13 +59,40 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
             raise
         except Exception as error:
             _leave_vmap()
-            raise untraceable("forward", error) from error
+            raise untraceable("forward", error, partial(_place, traced)) from error
     assert program is not None
     model = program.model_proto
     _rename(model.graph)
     _drop_copies(model.graph)
     _drop_unused(model.graph)
+    _check(model, traced)
     return _bare(model), suspects
+
+
+def _place(program: ExportedProgram | None, operator: str) -> str:
+    """Where forward calls an operator, as `fft_fft`, or one that is made of it; empty if that is not known."""
+    if program is None:
+        return ""
+    return place_of(program, lambda node: str(node.target).rpartition(".")[0].endswith(operator))
+
+
+def _check(model: onnx.ModelProto, program: ExportedProgram) -> None:
+    """Raises ExportError(not_exportable) for a graph that a server would refuse."""
+    try:
+        check_operators(operators(model.SerializeToString()), ())
+    except BundleError as error:
+        place = place_of(program, _divides_integers) if "of integers" in error.message else ""
+        how = ": compute in floats, as torch.floor(n.float() / m).long()" if place else ""
+        raise ExportError(
+            "not_exportable", f"a server refuses what forward computes: {error.message}{place}{how}"
+        ) from error
+
+
+def _divides_integers(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    made = node.meta.get("val")
+    whole = isinstance(made, torch.SymInt) or (isinstance(made, torch.Tensor) and not made.is_floating_point())
+    return name in _DIVISIONS and whole and isinstance(node.args[1], fx.Node)
 
 
 def unparsed_functions() -> AbstractContextManager[Any]:

@@ -1,15 +1,19 @@
 """Traces the lifted model with dynamic batch and time, and lists the sizes at which the trace may be wrong."""
 
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.sym_node import SymNode
 
 from unroll.export.errors import ExportError
 from unroll.export.lifting.streaming import StreamingModule
+from unroll.export.source_lines import current_line, traced_line
 
 #: (batch, time) pairs to compare with PyTorch.
 Suspects = list[tuple[int, int]]
@@ -25,6 +29,9 @@ _GUARD = re.compile(
 )
 
 _FIXED = re.compile(r"You marked (batch|time) as dynamic but your code specialized it")
+
+#: Divisions that ONNX writes as `Div` or `Mod`.
+_DIVISIONS = {"div", "floor_divide", "floordiv", "fmod", "mod", "remainder"}
 
 
 def trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, Suspects]:
@@ -49,18 +56,34 @@ def _trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[Exporte
     batch, time = Dim("batch", min=1), Dim("time", min=1)
     shapes = ({0: batch}, {0: batch}, tuple({0: batch, 1: time} for _ in arguments[2:]))
     try:
-        return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False), []
+        with _noted_numbers() as numbers:
+            return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False), []
     except torch._dynamo.exc.UserError as error:
         if "Constraints violated" not in str(error):
             raise
-        suspects = _suspects(str(error))
+        suspects = _suspects(str(error), numbers)
     traced = torch.export.export(
         module, arguments, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
     )
     return traced, suspects
 
 
-def _suspects(message: str) -> Suspects:
+@contextmanager
+def _noted_numbers() -> Iterator[list[str]]:
+    """Within, notes the lines of the user's code at which a size of the example becomes a plain number."""
+    lines: list[str] = []
+    number = SymNode.guard_int
+
+    def noted(node: Any, *where: Any) -> int:
+        if node.maybe_as_int() is None:
+            lines.append(current_line())
+        return number(node, *where)
+
+    with mock.patch.object(SymNode, "guard_int", noted):
+        yield lines
+
+
+def _suspects(message: str, numbers: Iterable[str] = ()) -> Suspects:
     found: Suspects = []
     for line in message.splitlines():
         if line.startswith("The error above occurred"):
@@ -68,10 +91,11 @@ def _suspects(message: str) -> Suspects:
         if not line.startswith("  - "):
             continue
         if fixed := _FIXED.search(line):
+            size, where = "batch size" if fixed[1] == "batch" else "length", next(filter(None, numbers), "")
             raise ExportError(
                 "not_exportable",
-                f"forward makes a plain number of the {'batch size' if fixed[1] == 'batch' else 'length'}, as len(x) "
-                "and int() do, so that it holds for this one only; use x.shape, or x.size()",
+                f"forward converts the {size} to a plain number, as with len(x) or int(){where}, which fixes it; use "
+                "x.shape and x.size() directly",
             )
         guard = _GUARD.search(line)
         broken = _broken(guard[2], guard[3]) if guard else None
@@ -81,7 +105,7 @@ def _suspects(message: str) -> Suspects:
             raise ExportError(
                 "not_exportable",
                 "forward does not treat every length and batch size alike (a branch on a size, or a table of fixed "
-                f"length); what PyTorch traced holds only for {what}",
+                f"length); the trace holds only for {what}",
             )
         found += [(size, 7) if guard[1] == "batch" else (3, size) for size in broken]
     return found
@@ -97,3 +121,14 @@ def _broken(symbol: str, guard: str) -> list[int] | None:
         return [n for n in _SIZES if not eval(expression, names, {"size": n})]  # noqa: S307 made by torch, no names
     except (SyntaxError, TypeError, ArithmeticError):
         return None
+
+
+def place_of(program: ExportedProgram, is_meant: Callable[[fx.Node], bool]) -> str:
+    """The line of the user's code that the first such node comes from, and its module: ` (at net.py:14) in 'cell'`."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    node = next((node for graph in graphs for node in graph.nodes if is_meant(node)), None)
+    if node is None:
+        return ""
+    paths = [path for path, *_ in node.meta.get("nn_module_stack", {}).values()]
+    path = paths[-1].removeprefix("model").removeprefix(".") if paths else ""
+    return traced_line(node.meta.get("stack_trace") or "") + (f" in {path!r}" if path else "")

@@ -153,7 +153,6 @@ def _gpus(driver: Driver | None) -> Iterator[Finding]:
 
 
 def _bindings(facts: Facts, gpu: bool) -> Iterator[Finding]:
-    """NVIDIA's Python bindings, which matter only with a GPU."""
     if facts.bindings:
         yield Finding("cuda-bindings", Status.OK, facts.bindings)
     elif gpu or (facts.driver and facts.driver.gpus):

@@ -90,6 +90,13 @@ def window_of_states(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outs, 1), torch.stack(states, 1)
 
 
+def dilated(s: Any, x: Tensor) -> Tensor:
+    hs = [zeros(x)] * 3
+    for step in x.unbind(1):
+        hs.append(torch.tanh(s.head(step) + s.r * hs[-3]))
+    return torch.stack(hs[3:], 1)
+
+
 def two_loops(s: Any, x: Tensor) -> Tensor:
     return previous_from_the_first(s, s.head(delayed(s, x)))
 
@@ -191,7 +198,7 @@ def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
     *(two_loops, many_names, changed_in_place, in_a_scripted_function, layers_over_lists, from_the_first),
-    *(count_of_all_rows, running, viewed, changed_through_a_view),
+    *(count_of_all_rows, running, viewed, changed_through_a_view, dilated),
 ]
 
 
@@ -214,6 +221,26 @@ def answers_step_by_step(module: nn.Module, tmp_path: Path) -> None:
         returned = module(x[None])
     expected = returned[0] if isinstance(returned, tuple) else returned
     assert np.allclose(steps, expected[0].numpy(), atol=1e-5)
+
+
+class RowAfterRow(nn.Module):
+    """An LRU that takes one row of the batch after another, and keeps the state in an attribute meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.polar(torch.rand(6), torch.rand(6)))
+        self.b = nn.Parameter(torch.randn(6, 4, dtype=torch.complex64))
+        self.c = nn.Parameter(torch.randn(4, 6, dtype=torch.complex64))
+        self.state = torch.zeros(6, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.empty(*x.shape[:2], 4)
+        for row, steps in enumerate(x):
+            for t, step in enumerate(steps):
+                self.state = self.turn.to(x.device) * self.state + self.b @ step.to(dtype=self.b.dtype)
+                y[row, t] = (self.c @ self.state).real
+            self.state = torch.zeros_like(self.state)
+        return y
 
 
 class LinearRecurrence(nn.Module):
@@ -245,10 +272,25 @@ def state_space(s: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("module", [LinearRecurrence, state_space])
+@pytest.mark.parametrize("module", [LinearRecurrence, RowAfterRow, state_space])
 def test_complex_states_are_pairs_of_real_numbers(few_steps: None, tmp_path: Path, module: Any) -> None:
     parts = {"r": nn.Parameter(torch.rand(4) / 2), "head": nn.Linear(4, 4)}
-    answers_step_by_step(module() if module is LinearRecurrence else made(module, **parts), tmp_path)
+    answers_step_by_step(made(module, **parts) if module is state_space else module(), tmp_path)
+
+
+def numbered(s: Any, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for row in range(x.shape[0]):
+        h = torch.full((4,), float(row >= 50))
+        for t in range(x.shape[1]):
+            y[row, t] = h = torch.tanh(s.head(x[row, t]) + s.r * h)
+    return y
+
+
+def test_rows_that_begin_otherwise_are_refused(few_steps: None, tmp_path: Path) -> None:
+    module = made(numbered, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
+    with pytest.raises(ExportError, match=r"loops over the rows of a batch.*x\[:, t\] in place of"):
+        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
 
 
 def squashed(s: Any, x: Tensor) -> Tensor:

@@ -1,9 +1,16 @@
-"""What users read about the codes of refusals."""
+"""What users read about refusals: a section for each code, and in the text where forward does it and what to change."""
 
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from conformance.kinds.kind import gru, made
+from unroll.export import ExportError, export
 from unroll.export.errors import Code
 
 PAGE = (Path(__file__).parents[2] / "docs" / "refusals.md").read_text()
@@ -12,3 +19,70 @@ PAGE = (Path(__file__).parents[2] / "docs" / "refusals.md").read_text()
 def test_every_code_has_its_section() -> None:
     headings = re.findall(r"^### (.*)$", PAGE, re.MULTILINE)
     assert sorted(re.findall(r"`(\w+)`", " ".join(headings))) == sorted(get_args(Code))
+
+
+def plain_length(s: Any, x: Tensor) -> Tensor:
+    steps = int(x.shape[1])
+    return s.rnn(x + torch.zeros(steps, 1))[0]
+
+
+def row_by_row(s: Any, x: Tensor) -> Tensor:
+    rows = [s.rnn(row.unsqueeze(0))[0] for row in x]
+    return torch.cat(rows)
+
+
+class WholeNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = gru()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x[..., :1].round().long()
+        n = (n + 8) // (n.abs() + 1)
+        return self.rnn(x + n)[0]
+
+
+class NoOperator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.bessel = gru(), Bessel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bessel(self.rnn(x)[0])
+
+
+class Bessel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.special.bessel_j0(x)
+
+
+def dilated(s: Any, x: Tensor) -> Tensor:
+    batch, time, _ = x.shape
+    x = functional.pad(x, (0, 0, 0, time % 2))
+    y = s.rnn(x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1))[0]
+    return y.unflatten(0, (batch, 2)).transpose(1, 2).flatten(1, 2)[:, :time]
+
+
+def squashed(s: Any, x: Tensor) -> Tensor:
+    y = torch.complex(s.rnn(x)[0], x.new_zeros(1)) * s.turn
+    return torch.tanh(y).real
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (plain_length, r"the length to a plain number.*\(at .*test_refusals.py:\d+: steps = int\(x.shape\[1\]\)\)"),
+        (row_by_row, r"layer 'rnn' depends on the batch size; call it once on the whole batch"),
+        (WholeNumbers, r"\(at .*test_refusals.py:\d+: n = \(n \+ 8\) // .*\): compute in floats, as torch.floor"),
+        (NoOperator, r"bessel_j0 \(at .*test_refusals.py:\d+: return .*\) in 'bessel', which ONNX has no operator for"),
+        (dilated, r"layer 'rnn' gets 4 sequences of 3 steps.*hs.append\(cell\(step, hs\[-2\]\)\)"),
+        (squashed, r"torch.tanh with complex numbers \(at .*test_refusals.py:\d+: return torch.tanh\(y\).real\)"),
+    ],
+)
+def test_a_refusal_names_the_line_and_the_remedy(few_steps: None, tmp_path: Path, forward: Any, says: str) -> None:
+    turn = {"turn": nn.Parameter(torch.polar(torch.rand(6), torch.rand(6)))} if forward is squashed else {}
+    module = forward() if isinstance(forward, type) else made(forward, rnn=gru(), **turn)
+    with pytest.raises(ExportError) as refused:
+        export(module, {"x": torch.randn(2, 5, 4)}, name="m", repository=tmp_path)
+    assert re.search(says, str(refused.value)), refused.value
+    assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,9 @@ def run(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     ("package", "arguments", "install"),
     [
         ("onnxruntime", ("serve", "--repository", "none"), "pip install onnxruntime (with an NVIDIA GPU"),
-        ("onnxruntime", ("verify", "none"), "pip install onnxruntime (with an NVIDIA GPU"),
+        pytest.param(
+            *("onnxruntime", ("verify", "none"), "pip install onnxruntime (with an NVIDIA GPU"), marks=pytest.mark.long
+        ),
         pytest.param("onnxruntime", EXPORT, "pip install onnxruntime (with an NVIDIA GPU", marks=pytest.mark.long),
         ("torch", EXPORT, "pip install torch onnx onnxscript"),
         pytest.param("onnx", EXPORT, "pip install torch onnx onnxscript", marks=pytest.mark.long),

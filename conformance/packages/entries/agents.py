@@ -1,4 +1,4 @@
-"""Recurrent policies of packages of reinforcement learning."""
+"""Recurrent policies from reinforcement learning packages."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def pfrl_step() -> nn.Module:
 
 
 class _SkrlPolicy(nn.Module):
-    """The LSTM model of skrl's examples, of one step."""
+    """The LSTM model of skrl's examples, as a single step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Packages of many recurrent layers, and of one: each loops over time with cells of its own."""
+"""Packages of recurrent layers that loop over time with their own cells."""
 
 import importlib
 

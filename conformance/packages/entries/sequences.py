@@ -1,4 +1,4 @@
-"""Modules whose forward takes a sequence."""
+"""Modules with a forward that takes a sequence."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from conformance.packages.entry import entry
 
 
 class First(nn.Module):
-    """The first result of a module that returns more, called with `None` for its state."""
+    """Returns the first result of a module, called with `None` as its state."""
 
     def __init__(self, module: nn.Module, *more: Any) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class First(nn.Module):
 
 
 class TimeFirst(First):
-    """The same, of a module that takes (time, batch, ...)."""
+    """The same for a module that takes (time, batch, ...)."""
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.module(x.transpose(0, 1), *self._more)[0]
@@ -30,7 +30,7 @@ class TimeFirst(First):
 
 
 def with_state(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The package's module called for one time step after another, with the state that it returned."""
+    """Call the package's module step by step, passing back the state that it returned."""
     state, outputs = None, []
     for step in inputs["x"].unbind(1):
         y, state = model.module(step.unsqueeze(1), state)
@@ -100,7 +100,7 @@ def min_gru() -> nn.Module:
 
 
 class Leaky(nn.Module):
-    """The loop of snntorch's first tutorials: two layers, whose membrane potentials begin anew."""
+    """The loop of snntorch's first tutorials: two layers, with membrane potentials reset for each sequence."""
 
     def __init__(self, neuron: Any, **options: Any) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ _SILERO_NAMES = {f"encoder.{number}.reparam_conv": f"conv{number + 1}" for numbe
 
 
 class Silero(nn.Module):
-    """The detector at 16 kHz. A time step is 32 ms, with the last 4 ms of the one before."""
+    """The detector at 16 kHz. A time step holds 32 ms, and the last 4 ms of the previous one."""
 
     def __init__(self) -> None:
         super().__init__()

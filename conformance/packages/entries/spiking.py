@@ -1,4 +1,4 @@
-"""Packages of spiking neurons. Most keep the neurons' states in the module, and are reset between sequences."""
+"""Packages of spiking neurons. Most keep their states in the module, and are reset between sequences."""
 
 from typing import Any
 

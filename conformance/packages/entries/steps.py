@@ -1,4 +1,4 @@
-"""Modules that make one step, exported with `--step`: what their users call in a loop, and the loop itself."""
+"""Modules that compute one step, exported with `--step`, and the loops in which their users call them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from conformance.packages.entry import entry
 
 
 def with_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The module called for one step after another, with the states that it returned."""
+    """Call the module step by step, passing back the states that it returned."""
     states: list[Any] = []
     outputs = []
     for step in zip(*(value.unbind(1) for value in inputs.values()), strict=True):
@@ -62,7 +62,7 @@ def sb3_step() -> nn.Module:
 
 
 class XLSTMStep(nn.Module):
-    """The step of a layer of xlstm, with its two states as arguments of their own."""
+    """One step of an xlstm layer, with its two states as separate arguments."""
 
     def __init__(self, layer: Any, state: str) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def _slstm_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _pointwise(wx: Tensor, ry: Tensor, b: Tensor, states: Tensor, constants: Any) -> tuple[Tensor, Tensor]:
-    """That of the package, but with torch.where for its `if torch.all(n == 0)`."""
+    """The package's layer, with torch.where instead of `if torch.all(n == 0)`."""
     _, c, n, m = states.unbind(0)
     i, f, z, o = (wx + ry + b).view(-1, 4, c.shape[-1]).unbind(1)
     kept = m + nn.functional.logsigmoid(f)
@@ -121,7 +121,7 @@ def xlstm_slstm_step() -> nn.Module:
 def snntorch_slstm_step() -> nn.Module:
     import snntorch
 
-    return snntorch.SLSTM(8, 8)  # the package sets its states to zero in every step, unless the two sizes are equal
+    return snntorch.SLSTM(8, 8)  # with different sizes, the package would reset its states in every step
 
 
 @entry(
@@ -152,7 +152,7 @@ def torchrl_lstm_step() -> nn.Module:
 
 
 def after(reset: Callable[[Any], None]) -> Callable[[Any, dict[str, Tensor]], Tensor]:
-    """The module, which keeps its state, is reset and called for one step after another."""
+    """Reset the module, which keeps its state, and call it step by step."""
 
     def steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         reset(model)
@@ -228,7 +228,7 @@ def tianshou_step() -> nn.Module:
 
 
 class _MinStep(nn.Module):
-    """A step of a minimal GRU, whose state is its output."""
+    """One step of a minimal GRU; its state is its output."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -261,5 +261,29 @@ def min_gru_scans_step() -> nn.Module:
             """Its state is what it is without one, 0.5, and h, which begins with zeros."""
             y: Tensor = self.layer.step(x, None if h is None else h + 0.5)
             return y, y - 0.5
+
+    return Step()
+
+
+@entry(
+    "s5-pytorch",
+    "step of S5, with its complex state",
+    "x:float32:4",
+    options=("--step", "--state", "state:float32:8x2=y1"),
+    own=with_states,
+    alone=True,
+)
+def s5_step() -> nn.Module:
+    from s5 import S5
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.s5 = S5(4, 8)
+
+        def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+            state = x.new_zeros(x.shape[0], 8, 2) if state is None else state
+            y, state = torch.vmap(self.s5.seq.forward_rnn)(x, torch.view_as_complex(state))
+            return y, torch.view_as_real(state)
 
     return Step()

@@ -19,6 +19,7 @@ from wire import infer, outputs
 
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import StoreUnavailable, UnrollError
+from unroll.service.settings import Settings
 from unroll.service.store.interface import Commit, Key
 
 Oracles = Callable[..., Oracle]
@@ -42,11 +43,13 @@ class Replicas:
             client.close()
 
 
-@pytest.fixture
-def replicas(serve: Serve, redis_server: RedisServer) -> Iterator[Replicas]:
-    made = Replicas([serve(store=redis_server.url) for _ in range(3)])
+@pytest.fixture(scope="module")
+def replicas(few: Path, redis_process: RedisServer) -> Iterator[Replicas]:
+    made = Replicas([Running(Settings.model_validate({"repository": few, "store": redis_process.url})) for _ in "123"])
     yield made
     made.close()
+    for server in made.servers:
+        server.stop()
 
 
 @pytest.fixture
