@@ -45,7 +45,8 @@ def durability(bench: Bench) -> list[Outcome]:
         return [
             _durability_levels(bench, stores, redis),
             _reload(bench, stores["everysec"]),
-            _routing(bench, stores["everysec"]),
+            _routing(bench, "routing", "Redis", stores["everysec"]),
+            _routing(bench, "routing-folder", "a folder", ("--store", f"file://{bench.folder}/store-routing")),
         ]
 
 
@@ -180,7 +181,7 @@ def _measurement(seconds: list[float]) -> Measurement:
     return Measurement(len(seconds) / sum(seconds), float(p50), float(p99))
 
 
-def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
+def _routing(bench: Bench, name: str, where: str, store: tuple[str, str]) -> Outcome:
     """Two replicas on the server's core."""
     reference = bench.models["small"]
     with bench.servers() as servers:
@@ -192,10 +193,12 @@ def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
             _routed_turn(servers, "positions", "the same, with positions", launches[0], reference, ports),
         ]
         sticky, random_routing, positions = rows = bench.alternate(turns)
-    title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in Redis, LSTM 2×64"
+        processes = {launch.name: servers.server(launch) for launch in launches}
+        remarks = [_processor_time(bench, turn, processes) for turn in turns]
+    title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in {where}, LSTM 2×64"
     shares = (random_routing.rate / sticky.rate, positions.rate / sticky.rate)
-    remark = "random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares)
-    return Outcome("durability-routing", title, "steps/s", rows, remarks=[remark])
+    remarks.append("random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares))
+    return Outcome(f"durability-{name}", title, "steps/s", rows, remarks=remarks)
 
 
 def _routed_turn(

@@ -147,13 +147,13 @@ def _sequence_steps(
     request.session, request.position = sequence.id, sequence.position
     if (own := request.own(sequence.id)) != sequence.id:
         sequence = replace(sequence, id=own)
-    timeout, again = _timeout(app, parsed), request.again_with(sequence.id)
+    timeout = _timeout(app, parsed)
     served, session = _find(app, name, version, sequence, parsed)
     require_streamable(served)
     if sequence.start:
         app.refuse_if_draining()
         _refuse_static(served)
-    settled = Answering(respond, open_inference_error, _answer_steps, _form(served, name, parsed), again)
+    settled = Answering(respond, open_inference_error, _answer_steps, _form(served, name, parsed), request.again)
     batch = _batch(served, parsed)
     if len(batch) != 1:
         raise InvalidShape("a request for a sequence must have batch size 1")

@@ -60,7 +60,7 @@ class Route:
         try:
             request.cancel = self.attempt(app, path, request, respond)
         except NeedsStoreLookup as needed:
-            _handle_again(self, app, path, request, respond, needed.session_id)
+            _DurableCall(self, app, path, request, respond).attempts().look_up(needed.session_id)
 
     def attempt(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
         """Raises NeedsStoreLookup."""
@@ -96,10 +96,10 @@ class _DurableCall(Request):
         self._over = False
         request.cancel = self._stop
 
-    def look_up(self, session_id: str) -> bool:
-        again = Attempts(self._app.sessions, split_reference(self._path[3])[0], self._begin, self._fail).again
-        self.again = again
-        return again(session_id)
+    def attempts(self) -> Attempts:
+        attempts = Attempts(self._app.sessions, split_reference(self._path[3])[0], self._begin, self._fail)
+        self.again = attempts.again
+        return attempts
 
     def _stop(self) -> None:
         self._over = True
@@ -125,8 +125,8 @@ class _DurableCall(Request):
         self._respond(answer)
 
 
-def _handle_again(route: Route, app: AppState, path: Path, request: Request, respond: Respond, session_id: str) -> bool:
-    return _DurableCall(route, app, path, request, respond).look_up(session_id)
+def _handle_again(route: Route, app: AppState, path: Path, request: Request, respond: Respond) -> bool:
+    return _DurableCall(route, app, path, request, respond).attempts().again()
 
 
 def _open(app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:

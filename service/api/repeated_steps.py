@@ -11,7 +11,8 @@ from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
-from unroll.service.scheduler.session import Session
+from unroll.service.scheduler.session import OPEN, Session
+from unroll.service.sessions.attempts import ATTEMPTS
 
 
 class RepeatedStep:
@@ -27,7 +28,10 @@ class RepeatedStep:
         write: Encodes a group's outputs, one element per row.
     """
 
-    __slots__ = ("_again", "_app", "_respond", "_served", "_session", "_tenant", "_timeout", "write")
+    __slots__ = (
+        *("_again", "_app", "_left", "_position", "_respond", "_served", "_session", "_step", "_tenant", "_timeout"),
+        *("_unwanted", "write"),
+    )
 
     failure = staticmethod(problem)
     write: Callable[[Tensors], Sequence[Any]]
@@ -46,22 +50,44 @@ class RepeatedStep:
         self._session = session
         self._tenant = request.tenant
         self._timeout = timeout
+        self._unwanted = False
         self._again, self._respond = request.again, respond
         self.write = served.codec.rows_to_raw
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
-        """Join the step to the open group; None if it must be handled as an ordinary request."""
+        """Join the step to the open group, perhaps after a lookup; None if it must be handled as any request."""
         tenant = request.tenant
         if tenant != self._tenant or (tenant and self._app.meter.limits(tenant)):
             return None
         step = self.read(request)
         if step is None:
             return None
-        if not self._served.loop.join(self._session, request.position, step, self._timeout, self):
-            return None
         if self._session.durable is not None:
             request.again = self._again
+            self._step, self._position, self._left = step, request.position, ATTEMPTS
+        if not self._served.loop.join(self._session, request.position, step, self._timeout, self):
+            if not self._is_behind(request.position):
+                return None
+            self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)
         return self._leave
+
+    def _is_behind(self, position: int | None) -> bool:
+        """Whether the step can probably join after a lookup, because another replica has updated the session."""
+        durable, progress = self._session.durable, self._session.progress
+        if durable is None or progress is None or progress.active is not None or self._session.life is not OPEN:
+            return False
+        return durable.stale or (position is not None and position > progress.position)
+
+    def _looked_up(self, error: UnrollError | None) -> None:
+        if self._unwanted:
+            return
+        if error is not None:
+            self._respond(self.failure(error))
+        elif not self._join() and self._again is not None:
+            self._again()
+
+    def _join(self) -> bool:
+        return self._served.loop.join(self._session, self._position, self._step, self._timeout, self)
 
     def read(self, request: Request) -> bytes | None:
         """The step's inputs, concatenated; None if this is not such a step. Sets the position of the request."""
@@ -75,10 +101,14 @@ class RepeatedStep:
 
     def fail(self, error: UnrollError) -> None:
         """Answer with the error, or handle the step again if another replica updated the session."""
-        if not (isinstance(error, SessionContended) and self._again and self._again(self._session.id)):
-            self._respond(self.failure(error))
+        if isinstance(error, SessionContended) and self._again is not None and not self._unwanted:
+            self._left -= 1
+            if (self._left and self._join()) or self._again():
+                return
+        self._respond(self.failure(error))
 
     def _leave(self) -> None:
+        self._unwanted = True
         self._served.loop.leave_joined(self._session, self)
 
 

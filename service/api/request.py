@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -68,7 +67,7 @@ class Request:
         document: The parsed body, if it is long JSON that was parsed early.
         tenant: The tenant; empty without keys.
         session, position: Id of the session and the specified position, if any, for the log.
-        again: Looks a session up in the store and handles the request again; None without a store.
+        again: Handles the request again after another replica updated its session; None without a store.
         cancel: Cancels the work.
         repeats: The next request on the connection may have the same headers, except for numbers.
         repeat: Handles such a request; see `repeated_steps.py`.
@@ -94,7 +93,7 @@ class Request:
         self.body = body
         self.document: dict[str, Any] | None = None
         self.tenant = tenant
-        self.again: Callable[[str], bool] | None = None
+        self.again: Callable[[], bool] | None = None
         self.cancel: Cancel = nothing_to_cancel
         self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
@@ -105,9 +104,6 @@ class Request:
     def own(self, session_id: str) -> str:
         """The server's internal id for the client's session id. Raises InvalidRequest."""
         return owned(self.tenant, session_id)
-
-    def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        return None if self.again is None else partial(self.again, session_id)
 
     @property
     def media_type(self) -> bytes:

@@ -255,7 +255,7 @@ class Loop:
         failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
         failpoints.reach("after_commit")
-        self.scheduler.commits.complete(pending, commits, errors, batch_rows, self.clock.now())
+        self.scheduler.commits.complete(pending, commits, errors, batch_rows, self.clock.now(), self.engine.write)
         self._work.set()
 
     def _committed(self, task: asyncio.Task[None]) -> None:

@@ -50,7 +50,7 @@ from unroll.service.scheduler.rollout import Rollouts
 from unroll.service.scheduler.session import Session, Work
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
-from unroll.service.state.slots import FIRST, INITIAL, Slots
+from unroll.service.state.slots import FIRST, Slots
 from unroll.service.store.record import Origin, Record
 
 
@@ -195,13 +195,7 @@ class Scheduler:
             session = self.sessions.open(session_id, now, origin=record.origin)
             session.opened_with = record.origin.opened_with
         assert session.active is None, session
-        if session.durable is not None:
-            session.durable.token, session.durable.stale = record.token, False
-        progress = session.own_progress
-        progress.position = progress.expected = record.position
-        session.depth = max(session.depth, record.depth)
-        self.replay.adopt(session, record.kept)
-        session.source = session.slot if record.row else INITIAL
+        self._completion.adopt(session, record)
         return session
 
     def close(self, session: Session, now: float) -> None:

@@ -92,7 +92,7 @@ class PendingChunk:
     """An unanswered chunk; called with its outcome.
 
     Attributes:
-        served, session, chunk: The submission, once there is one.
+        served, chunk: The submission, once there is one.
         attempts: Looks the session up in the store and submits the chunk again; None until that is necessary.
     """
 
@@ -100,7 +100,6 @@ class PendingChunk:
     entry: SingleEntryFrame
     answer: Callable[[SingleEntryFrame, Reply], None]
     served: ServedModel | None = None
-    session: Session | None = None
     chunk: Chunk | None = None
     attempts: Attempts | None = None
 
@@ -234,7 +233,7 @@ class FrameSubmitter:
         try:
             self._begin(pending)
         except NeedsStoreLookup as needed:
-            self._retry(pending, needed.session_id)
+            self._attempts(pending).look_up(needed.session_id)
 
     def _begin(self, pending: PendingChunk) -> None:
         """Submit the chunk. Raises NeedsStoreLookup; answers the chunk with any other error."""
@@ -248,7 +247,7 @@ class FrameSubmitter:
             if session.own_progress.active is not None or session.life is not Life.OPEN:
                 check_present(served, session)
                 _check_depth(session, entry.position)
-            pending.served, pending.session = served, session
+            pending.served = served
             chunk = Chunk(entry.inputs, session, entry.position)
             chunk.patient = True  # flow control limits the client
             pending.chunk = served.loop.submit(chunk, self._timeout, pending)
@@ -257,12 +256,11 @@ class FrameSubmitter:
         except UnrollError as error:
             self._fail(pending, error)
 
-    def _retry(self, pending: PendingChunk, session_id: str) -> bool:
-        """Submit again after a store lookup, in order with other waiting chunks; False after too many attempts."""
+    def _attempts(self, pending: PendingChunk) -> Attempts:
         if pending.attempts is None:
             begin, fail = partial(self._begin, pending), partial(self._fail, pending)
             pending.attempts = Attempts(self._sessions, self._name, begin, fail)
-        return pending.attempts.again(session_id)
+        return pending.attempts
 
     def _fail(self, pending: PendingChunk, error: UnrollError) -> None:
         if not self._replies.closed:
@@ -274,8 +272,7 @@ class FrameSubmitter:
             return
         self._pending.pop(pending, None)
         if isinstance(outcome, UnrollError):
-            contended = pending.session if isinstance(outcome, SessionContended) else None
-            if contended is None or not self._retry(pending, contended.id):
+            if not (isinstance(outcome, SessionContended) and self._attempts(pending).again()):
                 self._fail(pending, outcome)
         else:
             pending.answer(pending.entry, outcome)
@@ -290,7 +287,7 @@ class FrameSubmitter:
         self._pending.pop(step, None)
         inputs = step.served.codec.from_raw(step.values, None) if isinstance(error, SessionContended) else ()
         entry = SingleEntryFrame(step.handle, 1, step.position, inputs)
-        self.complete(PendingChunk(self, entry, self._replies.answer, session=step.session), error)
+        self.complete(PendingChunk(self, entry, self._replies.answer), error)
 
     def _complete_group(
         self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply

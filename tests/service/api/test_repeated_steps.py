@@ -218,19 +218,19 @@ def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_
 ) -> None:
     running = serve(store=f"file://{tmp_path}/store")
     store = running.server.sessions._store  # type: ignore[attr-defined]
-    load, looked_up, may_look, second = store.load, threading.Event(), threading.Event(), 2 * STEP
+    load, looked_up, may_look, second = store.load_all, threading.Event(), threading.Event(), 2 * STEP
 
-    async def slow(key: Key) -> Record | Gone | None:
+    async def slow(keys: list[Key]) -> list[Record | Gone | UnrollError | None]:
         looked_up.set()
         await asyncio.to_thread(may_look.wait)
-        return await load(key)
+        return await load(keys)
 
     with httpx.Client(base_url=running.url) as client:
         client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
     wire = Wire(running.port)
     with closing(wire.socket):
         first = step(wire, "stored", STEP, 0)
-        monkeypatch.setattr(store, "load", slow)
+        monkeypatch.setattr(store, "load_all", slow)
         wire.send(head("gru", "stored", position=0) + STEP.tobytes())
         assert looked_up.wait(PATIENCE)
         wire.send(head("gru", "stored", position=1) + second.tobytes())
@@ -240,6 +240,77 @@ def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_
         status, headers, body = wire.answer()
         outputs = oracle("gru", "2")(np.concatenate([STEP, second]))
         assert (status, headers["unroll-position"], body) == (200, "2", outputs[1:].tobytes())
+
+
+def test_a_step_that_comes_after_a_lookup_was_sent_is_not_refused_by_what_that_found(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another replica takes a step between the two, and its client sends the next one here."""
+    running = serve(store=f"file://{tmp_path}/store")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    load, looked_up, may_end = store.load_all, threading.Event(), threading.Event()
+
+    async def late(keys: list[Key]) -> list[Record | Gone | UnrollError | None]:
+        found = await load(keys)
+        looked_up.set()
+        await asyncio.to_thread(may_end.wait)
+        return found
+
+    async def step_elsewhere() -> None:
+        (record,) = await load([("gru", "stored")])
+        new = replace(record, position=2, kept=()).packed()
+        assert await store.commit([Commit(("gru", "stored"), record.token, b"another process.", new)]) == [None]
+
+    with httpx.Client(base_url=running.url) as client:
+        client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
+    here, also_here = Wire(running.port), Wire(running.port)
+    with closing(here.socket), closing(also_here.socket):
+        first = step(here, "stored", STEP, 0)
+        monkeypatch.setattr(store, "load_all", late)
+        here.send(head("gru", "stored", position=0) + STEP.tobytes())
+        assert looked_up.wait(PATIENCE)
+        asyncio.run_coroutine_threadsafe(step_elsewhere(), running.uvicorn.loop).result()
+        also_here.send(head("gru", "stored", position=2) + STEP.tobytes())
+        until(lambda: len(running.server.sessions._waiting.get(("gru", "stored"), ())) == 2)
+        may_end.set()
+        assert here.answer() == first
+        status, headers, _ = also_here.answer()
+        assert (status, headers["unroll-position"]) == (200, "3")
+
+
+def test_a_step_that_is_stored_just_before_its_session_is_closed_is_answered_with_its_own_position(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: Callable
+) -> None:
+    """The store is done with both before the server hears of the first."""
+    running = serve(store=f"file://{tmp_path}/store")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    commit, close = store.commit, store.close
+    closing_begins, committed, closed = threading.Event(), threading.Event(), threading.Event()
+
+    async def late_commit(commits: list[Commit]) -> list[UnrollError | None]:
+        errors = await commit(commits)
+        committed.set()
+        await asyncio.to_thread(closed.wait)
+        return errors
+
+    async def late_close(key: Key) -> int | None:
+        closing_begins.set()
+        await asyncio.to_thread(committed.wait)
+        return await close(key)
+
+    wire = Wire(running.port)
+    with httpx.Client(base_url=running.url) as client, closing(wire.socket):
+        client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
+        step(wire, "stored")
+        monkeypatch.setattr(store, "commit", late_commit)
+        monkeypatch.setattr(store, "close", late_close)
+        deleted = background(client.delete, "/v1/models/gru/sessions/stored")
+        assert closing_begins.wait(PATIENCE)
+        wire.send(head("gru", "stored") + STEP.tobytes())
+        assert deleted.result().json()["position"] == 2
+        closed.set()
+        status, headers, _ = wire.answer()
+        assert (status, headers["unroll-position"]) == (200, "2")
 
 
 def test_durable_steps_share_a_commit_and_each_has_its_own_result(

@@ -1,5 +1,7 @@
 """Steps that arrive one by one while nothing else waits run as one group, and until then can leave it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fold import (
@@ -24,12 +26,13 @@ from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Durable
-from unroll.service.store.record import STORED, Origin, Record
+from unroll.service.store.interface import refused_commit
+from unroll.service.store.record import STORED, Kept, Origin, Record
 
 
 @pytest.fixture
 def settled(s: Scheduler, engine) -> Scheduler:
-    """Sessions a, b, c and d, each after one step: a step that joins must be preceded by one."""
+    """Sessions a, b, c and d, each after one step."""
     for name in "abcd":
         s.open(name, 0)
         submit(s, name, inputs(1), 0, LATER)
@@ -66,6 +69,7 @@ def test_a_step_joins_only_its_session_at_its_position_and_at_rest(settled, engi
     assert not join(settled, a, 3, log.of("a"))
     settled.close(b, 0)
     assert not join(settled, b, 2, log.of("b"))
+    assert join(settled, settled.open("e", 0), 2, log.of("e"))
     run_until_idle(settled, engine)
 
 
@@ -131,7 +135,7 @@ def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(s
     assert {name: (record.position, record.row) for name, record in records.items()} == {
         session.id: (2, np.float32(session.slot).tobytes()) for session in (sessions[0], sessions[2])
     }
-    settled.commits.complete(pending, commits, [None, SessionContended("moved on", 0.1)], 3, 0)
+    settled.commits.complete(pending, commits, [None, SessionContended("moved on", 0.1)], 3, 0, lambda slot, row: None)
     assert log == {"a": fold([1, 2])[-1:], "b": "engine_failed", "c": "session_contended"}
     assert failure(behind) == "session_contended"
     assert [session.position for session in sessions] == [2, 1, 1]
@@ -139,6 +143,48 @@ def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(s
     settled.joined.refuse(sessions[0], SessionExpired("as asked"), 0)
     settled.joined.refuse(sessions[1], SessionExpired("as asked"), 0)
     settled.next_turn(0)
+    settled.check_invariants()
+
+
+def test_a_refused_step_joins_again_on_the_record_that_came_with_the_refusal(settled, engine):
+    """Of `a`. The record of `b` is of another session, opened under its id; a call waits for a lookup of `c`."""
+    log, sessions = Log(), [find(settled, name) for name in "abc"]
+    origin = Origin("ab" * 32, STORED, b"born" * 4)
+    for session in sessions:
+        session.origin, session.durable = origin, Durable(origin.to_bytes(), b"token")
+
+    def again(name: str) -> Joiner:
+        def take(outcome: object) -> None:
+            if not isinstance(outcome, SessionContended) or not join(settled, find(settled, name), 2, joiner):
+                log[name] = getattr(outcome, "code", outcome)
+
+        joiner = Joiner(take)
+        return joiner
+
+    def write(slot: int, row: np.ndarray) -> None:
+        engine.rows[slot] = int(row[0])
+
+    assert [join(settled, session, 2, again(session.id)) for session in sessions] == [True] * 3
+    behind = submit(settled, "a", inputs(3), 0, LATER)
+    _, batch = settled.next_turn(0)
+    pending = settled.complete(batch, *engine.run(batch), 0)
+    commits = settled.commits.of("model", pending, lambda slots: np.float32(slots)[:, None])
+    sessions[2].durable.stale = True
+    kept = Kept(4, 1, b"digest" + bytes(10), np.int64([5, 5]).tobytes())
+    records = [Record(each, 5, np.float32([9]).tobytes(), (kept,), token=b"new") for each in (origin,) * 3]
+    records[1] = replace(records[1], origin=replace(origin, born=b"anew" * 4))
+    refusals = [refused_commit(commit.key, record) for commit, record in zip(commits, records, strict=True)]
+    settled.commits.complete(pending, commits, refusals, 3, 0, write)
+    assert log == {"b": "session_contended", "c": "session_contended"}
+    assert failure(behind) == "session_contended"
+    assert [session.durable.stale for session in sessions] == [False, True, True]
+    assert (sessions[0].durable.token, sessions[0].position, sessions[0].expected) == (b"new", 5, 6)
+    _, batch = settled.next_turn(0)
+    pending = settled.complete(batch, *engine.run(batch), 0)
+    (commit,) = settled.commits.of("model", pending, lambda slots: np.float32(slots)[:, None])
+    assert (commit.expected, Record.unpack(commit.content).position) == (b"new", 6)
+    settled.commits.complete(pending, [commit], [None], 1, 0, write)
+    assert log["a"] == fold([2], 9)
     settled.check_invariants()
 
 
