@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace, about: dict[str, Any], bench: Bench) -> 
 
 
 def _outcomes(name: str, bench: Bench) -> list[Outcome]:
-    """A scenario that fails has no figures; the others still run."""
+    """Run a scenario; if it fails, it has no figures, and the rest still run."""
     try:
         return SCENARIOS[name](bench)
     except FAILURES as error:

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: replaces its figures by those of results files; the text around them is written by hand."""
+"""Replaces the figures in docs/benchmarks.md by those of results files; the text around them is written by hand."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from bench import plots, report
 
 
 def merged(files: Sequence[Path]) -> dict[str, Any]:
-    """The results of all files; of each scenario those of the last file that has it."""
+    """The results of all files; for each scenario, those of the last file that has it."""
     results: dict[str, Any] = {"runs": [], "outcomes": {}}
     for file in files:
         found = json.loads(file.read_text())

@@ -1,7 +1,7 @@
 """The cost of durable sessions.
 
-Redis runs on the load generator's core, as it would on another machine: the server's work for a commit counts, Redis's
-own work does not.
+Redis runs on the load generator's core, as if on another machine: the server's work for a commit counts, but not
+Redis's own.
 """
 
 import base64
@@ -27,7 +27,7 @@ from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
 from bench.turns import Bench, Servers, Turn, by_name
 from deploy import local_redis
 
-#: Target: share of the rate with sessions in memory.
+#: The target, as a share of the rate with sessions in memory.
 _BOUND = 0.6
 #: Number of sessions that are reloaded, one after another.
 _RELOADED = 500
@@ -45,7 +45,8 @@ def durability(bench: Bench) -> list[Outcome]:
         return [
             _durability_levels(bench, stores, redis),
             _reload(bench, stores["everysec"]),
-            _routing(bench, stores["everysec"]),
+            _routing(bench, "routing", "Redis", stores["everysec"]),
+            _routing(bench, "routing-folder", "a folder", ("--store", f"file://{bench.folder}/store-routing")),
         ]
 
 
@@ -92,7 +93,7 @@ def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: 
 
 
 def _processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
-    """Processor time of a step, which other load on the machine changes little."""
+    """Processor time of a step, which is insensitive to other load."""
     before = {name: process.cpu_seconds() for name, process in processes.items()}
     steps = turn.measure(bench.seconds).rate * bench.seconds * (1 + WARM_UP)
     took = {name: (process.cpu_seconds() - before[name]) / steps * 1e6 for name, process in processes.items()}
@@ -132,7 +133,7 @@ def _client_held(launch: Launch, reference: Reference) -> Subject:
 
 
 def _bytes_of_a_session(port: int) -> float:
-    """Mean over all sessions in Redis."""
+    """The mean over all sessions in Redis."""
     with Redis(HOST, port) as redis:
         keys: list[bytes] = redis.keys("unroll:*")
         total = sum(redis.memory_usage(key, samples=0) for key in keys)
@@ -180,7 +181,7 @@ def _measurement(seconds: list[float]) -> Measurement:
     return Measurement(len(seconds) / sum(seconds), float(p50), float(p99))
 
 
-def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
+def _routing(bench: Bench, name: str, where: str, store: tuple[str, str]) -> Outcome:
     """Two replicas on the server's core."""
     reference = bench.models["small"]
     with bench.servers() as servers:
@@ -192,10 +193,12 @@ def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
             _routed_turn(servers, "positions", "the same, with positions", launches[0], reference, ports),
         ]
         sticky, random_routing, positions = rows = bench.alternate(turns)
-    title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in Redis, LSTM 2×64"
+        processes = {launch.name: servers.server(launch) for launch in launches}
+        remarks = [_processor_time(bench, turn, processes) for turn in turns]
+    title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in {where}, LSTM 2×64"
     shares = (random_routing.rate / sticky.rate, positions.rate / sticky.rate)
-    remark = "random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares)
-    return Outcome("durability-routing", title, "steps/s", rows, remarks=[remark])
+    remarks.append("random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares))
+    return Outcome(f"durability-{name}", title, "steps/s", rows, remarks=remarks)
 
 
 def _routed_turn(

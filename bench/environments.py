@@ -19,7 +19,7 @@ class EnvironmentFailed(Exception):
 
 
 def existing(name: str, requirements: Sequence[str]) -> Path | None:
-    """The interpreter with these requirements: this one if there are none, None if it does not exist yet."""
+    """The interpreter with these requirements: the current one if there are none; None if it does not exist yet."""
     if not requirements:
         return Path(sys.executable)
     listed = _listed(requirements)
@@ -31,7 +31,7 @@ def existing(name: str, requirements: Sequence[str]) -> Path | None:
 
 
 def ensure(name: str, requirements: Sequence[str]) -> Path:
-    """As `existing`, but create what is missing or has other requirements. Raises EnvironmentFailed."""
+    """As `existing`, but create the environment if it is missing or outdated. Raises EnvironmentFailed."""
     if python := existing(name, requirements):
         return python
     folder = VENVS / name

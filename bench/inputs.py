@@ -14,7 +14,7 @@ TORCH_SESSIONS, TORCH_LENGTHS = 256, (128,)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """An LSTM of 2 layers and a linear head: `features` values in and as many out."""
+    """An LSTM with 2 layers and a linear head, with `features` inputs and outputs."""
 
     hidden: int
     features: int

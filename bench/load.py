@@ -30,9 +30,12 @@ WARM_UP = 0.2
 class Client:
     """Sends `opening` once, then `requests` cyclically, on its current connection.
 
-    sessions: numbers (see bench.inputs) of the sessions that step in each request. weight: what one request counts for.
-    unstepped: opening requests that are not a step. answered: replies so far, over all runs. last: the last reply: one
-    body, or the messages of a WebSocket.
+    Attributes:
+        sessions: numbers (see bench.inputs) of the sessions that step in each request.
+        weight: the count of one request in the rate.
+        unstepped: opening requests that are not steps.
+        answered: replies so far, over all runs.
+        last: the last reply: one body, or the messages of a WebSocket.
     """
 
     connect: Callable[["Client"], "Connection"]
@@ -50,16 +53,20 @@ class Client:
 
     @property
     def steps(self) -> int:
-        """Steps so far of each of its sessions."""
+        """The number of steps so far of each session."""
         return self.answered - self.unstepped
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One run. rate: per second. p50, p99: latencies in milliseconds; in an open loop from the time a request was due.
+    """The measurement of one run.
 
-    errors, first_error: replies that were not 2xx. busy: the load generator's own processor time as a share of the run.
-    late: p99 in milliseconds of the delay with which due requests left on an idle connection.
+    Attributes:
+        rate: rate per second.
+        p50, p99: latencies in milliseconds; in an open loop, from the time a request was due.
+        errors, first_error: replies that were not 2xx.
+        busy: the load generator's own processor time, as a share of the run.
+        late: p99, in milliseconds, of the delay of due requests on an idle connection.
     """
 
     rate: float
@@ -72,7 +79,7 @@ class Measurement:
 
 
 def repeated(call: Callable[[], object], seconds: float, weight: int = 1) -> Measurement:
-    """Call again and again for so long. weight: what one call counts for."""
+    """Call repeatedly for a time; `weight` is the count of one call."""
     taken = []
     began = now = perf_counter()
     while now < began + seconds:
@@ -103,14 +110,14 @@ class Connection(asyncio.Protocol):
         self.fail(f"the server closed a connection: {exc}")
 
     def fail(self, reason: str) -> None:
-        """Fail the whole run: its figures would not be those of the load that was asked for."""
+        """Fail the whole run, since its load would not be the requested one."""
         if not self.ready.done():
             self.ready.set_exception(ConnectionError(reason))
         elif self.run is not None:
             self.run.fail(reason)
 
     def send(self, due: float) -> None:
-        """Send the next request. due: the time from which its latency counts."""
+        """Send the next request; its latency counts from `due`."""
         self._due = due
         self.transport.write(self.client.next_request())
 
@@ -245,7 +252,7 @@ class Load:
         return await self._execute(_ClosedLoop(self._connections, now, now), 0.0)
 
     async def run(self, seconds: float, rate: float | None = None) -> Measurement:
-        """Send requests during a warm-up, then for `seconds`, which count. rate: per second, for an open loop."""
+        """Send requests during a warm-up, then for the measured `seconds`; with a `rate` per second in an open loop."""
         start = perf_counter() + seconds * WARM_UP
         if rate is None:
             return await self._execute(_ClosedLoop(self._connections, start, start + seconds), seconds)

@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def describe(options: Sequence[str]) -> dict[str, Any]:
-    """options: those of the command line."""
+    """Describe the machine and the run, with its command line options."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": ["python", "-m", "bench", *options],

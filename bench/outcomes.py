@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.load import Measurement
 
-#: Above this share of its ceiling, or of its core, the load generator limits the figures.
+#: Above this share of its ceiling or core, the load generator limits the figures.
 LOAD_BOUND = 0.85
 #: Milliseconds by which requests of an open loop may leave late.
 _LATE = 0.5
@@ -15,7 +15,7 @@ _LATE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A subject's turns and their medians. at: the position on a curve's x axis."""
+    """A subject's turns and their medians; `at` is the position on a curve's x axis."""
 
     name: str
     what: str
@@ -39,7 +39,7 @@ class Row:
         return median(turn.p99 for turn in self.turns)
 
     def is_load_bound(self, ceiling: float | None) -> bool:
-        """Whether the load generator was the limit. ceiling: the rate it reaches with canned replies."""
+        """Was the load generator the limit? `ceiling` is its rate with canned replies."""
         late = median(turn.late for turn in self.turns)
         if late:
             return late > _LATE
@@ -51,9 +51,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A target and the value reached. number: row in the table of targets. value: None if not measured.
+    """A target and the value reached.
 
-    low, high: lowest and highest value of a turn.
+    Attributes:
+        number: the row in the table of targets.
+        value: the value reached; None if it was not measured.
+        low, high: the lowest and highest value of a turn.
     """
 
     number: int
@@ -74,7 +77,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A scenario's figures. unit: of the rates. failed: the reason if there are none."""
+    """A scenario's figures; `unit` is that of the rates, `failed` is the reason if there are none."""
 
     name: str
     title: str
@@ -85,7 +88,7 @@ class Outcome:
     failed: str = ""
 
     def document(self, *, judged: bool = True) -> dict[str, Any]:
-        """The JSON document: medians, all turns, and the verdicts. judged: whether the figures mean something."""
+        """The JSON document: medians, all turns, and verdicts; these only if the figures are meaningful (`judged`)."""
         ceiling = next((row.rate for row in self.rows if row.name == "ceiling"), None)
         rows = [
             {
@@ -120,7 +123,7 @@ def ratio(number: int, says: str, bound: float, row: Row, other: Row | None) -> 
 
 
 def at_most(number: int, says: str, bound: float, value: float, each: Sequence[float], unit: str) -> Verdict:
-    """A value that must not exceed `bound`. each: the value of each turn."""
+    """A value that must not exceed `bound`, from the values of each turn."""
     return Verdict(number, says, bound, value, min(each), max(each), at_least=False, unit=unit)
 
 

@@ -1,4 +1,4 @@
-"""The curves as SVG files, byte for byte the same for the same figures."""
+"""Draws the curves as SVG files, reproducible byte for byte."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _LABELS = {"unroll": "Unroll", "echo": "bare uvicorn echo", "naive": "naive Fast
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw the curves that the results have; returns their files."""
+    """Draw the curves in the results; returns the files."""
     outcomes = results["outcomes"]
     return [
         plot(outcomes[name]["rows"], folder / f"bench-{name}.svg")

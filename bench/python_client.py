@@ -1,4 +1,4 @@
-"""What the Python client costs: its steps beside those of a bare connection, and of tritonclient."""
+"""The cost of the Python client: its steps compared with those of a bare connection and of tritonclient."""
 
 import http.client
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _MODEL, _SESSIONS = "small", 64
 
 
 def python_client(bench: Bench) -> list[Outcome]:
-    """One client that waits for each answer: a step a request, and 64 sessions a message."""
+    """One client that waits for each answer: one step per request, and 64 sessions per message."""
     x = inputs.rows(inputs.MODELS[_MODEL].features)[:_SESSIONS, 0]
     with bench.servers() as servers, ExitStack() as stack:
         port = servers.server(bench.unroll()).port
@@ -47,13 +47,13 @@ def python_client(bench: Bench) -> list[Outcome]:
 
 
 def _turn(name: str, what: str, step: Callable[[], object], steps: int) -> Turn:
-    """steps: of each call."""
+    """A turn that repeats `step`; a call makes `steps` time steps."""
 
     return Turn(name, what, lambda seconds: repeated(step, seconds, steps), check=step)
 
 
 def _bare(client: unroll.Client, port: int, x: np.ndarray) -> Callable[[], bytes]:
-    """What somebody writes who needs no more: it numbers the steps, and retries nothing."""
+    """A minimal hand-written client: it numbers the steps, but retries nothing."""
     path = f"/v1/models/{_MODEL}/sessions/{client.session(_MODEL).id}/steps"
     connection = http.client.HTTPConnection(HOST, port)
     position = 0

@@ -1,7 +1,7 @@
-"""onnxruntime alone: the throughput of a model on one core, with inputs that are ready in memory.
+"""Bare onnxruntime: the throughput of a model on one core, with inputs ready in memory.
 
-`python -m bench.raw MODEL` reads lines of `batch steps seconds` and answers each with a line of JSON, so that it takes
-turns with the servers. `RawModel` is its client.
+`python -m bench.raw MODEL` reads lines of `batch steps seconds` and answers each with a line of JSON, so that it can
+take turns with the servers. `RawModel` is its client.
 """
 
 import json

@@ -13,7 +13,7 @@ TOLERANCE = 1e-5
 
 
 def runner(model: Path) -> ort.InferenceSession:
-    """One thread that does not spin while it waits, as in `unroll serve`."""
+    """A session with one thread that does not spin, as in `unroll serve`."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
@@ -22,7 +22,7 @@ def runner(model: Path) -> ort.InferenceSession:
 
 
 class Reference:
-    """path: of model.onnx. torch: the file that bench.model wrote."""
+    """The reference for a model.onnx; `torch` is the file written by bench.model."""
 
     def __init__(self, name: str, path: Path, torch: Path) -> None:
         self.name = name
@@ -47,7 +47,7 @@ class Reference:
         return self.outputs(self.rows[session][np.arange(steps) % inputs.ROWS])[-1]
 
     def torch_last(self, session: int, steps: int) -> np.ndarray | None:
-        """As `last`, by PyTorch; None where bench.model did not write it."""
+        """As `last`, but from PyTorch; None if bench.model did not write it."""
         known = session < inputs.TORCH_SESSIONS and steps <= inputs.ROWS
         return self._torch["rows"][session, steps - 1] if known else None
 

@@ -10,7 +10,7 @@ _LIMIT = "at least: the load generator is the limit"
 
 
 def replace_figures(page: Path, lines: Sequence[str]) -> None:
-    """Replace the lines between the page's marks; the text around them stays. Raises ValueError without marks."""
+    """Replace the lines between the page's markers. Raises ValueError without markers."""
     before, _, rest = page.read_text().partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not end:

@@ -1,4 +1,4 @@
-"""A client of two replicas: it has one request in flight, on its connection to one of them."""
+"""A client of two replicas, with one request in flight on either of its connections."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ class _RoamingConnection(HttpConnection):
 
 
 class _OtherConnection(HttpConnection):
-    """The second connection; it reports its replies and failures to the first."""
+    """The second connection, which reports its replies and failures to the first."""
 
     def __init__(self, first: _RoamingConnection) -> None:
         super().__init__(first.client)

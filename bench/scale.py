@@ -21,16 +21,16 @@ _MANY, _FEW = 1_000_000, 1_000
 _QUICK_MANY = 20_000
 _GIB = 2**30
 _NEEDED_GIB, _ALLOWED_GIB = 6.0, 2.5
-#: Number of sessions that one connection opens, and of entries in a frame.
+#: The number of sessions per connection, and of entries per frame.
 _OPENED, _ENTRIES = 4000, 1000
 _CONNECTIONS = 4
-#: HTTP clients after that, and prepared requests of each, to sessions that no other client uses.
+#: The number of HTTP clients afterwards, and of prepared requests of each, to sessions that no other client uses.
 _CLIENTS, _REQUESTS = 64, 1000
 _START_BOUND_SECONDS = 1.5
 
 
 def sessions(bench: Bench) -> list[Outcome]:
-    """1,000,000 sessions that have been stepped: their memory, and their effect on the step rate."""
+    """1,000,000 sessions with a step each: their memory, and their effect on the step rate."""
     many = _QUICK_MANY if bench.quick else _MANY
     title = f"{many:,} open sessions, LSTM 2×64"
     free = _available_bytes() / _GIB

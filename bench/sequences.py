@@ -1,4 +1,4 @@
-"""Whole sequences: alone, and uploaded while other clients stream."""
+"""Whole sequences: by themselves, and uploaded while other clients stream."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ _STREAMS, _UPLOADS, _UPLOAD_LENGTH = 64, 4, 4096
 
 
 def sequences(bench: Bench) -> list[Outcome]:
-    """16 clients, 128 time steps a request; the server on one core, and on all."""
+    """16 clients, 128 time steps per request; the server on one core, and on all."""
     found = []
     for name, of_triton in (("small", 1.1), ("medium", 1.0)):
         found.append(_sequences(bench, name, of_triton, all_cores=False))
@@ -47,7 +47,7 @@ def _sequences(bench: Bench, name: str, of_triton: float, *, all_cores: bool) ->
 
 
 def mixed(bench: Bench) -> list[Outcome]:
-    """64 streams while 4 clients upload long sequences, and each of both alone."""
+    """64 streams while 4 clients upload long sequences, and each by itself."""
     reference = bench.models["small"]
     with bench.servers() as servers:
         launch = bench.unroll()

@@ -1,4 +1,4 @@
-"""Server processes: start them on their cores, wait until they are ready, observe them, and always end them."""
+"""Server processes: starts them on their cores, waits until they are ready, observes them, and always ends them."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server. start_seconds: from process start to ready."""
+    """A running server; `start_seconds` is the time from process start to ready."""
 
     port: int
     process: "subprocess.Popen[bytes]"
@@ -56,10 +56,13 @@ def running_server(
     log: Path,
     ready_path: str | None = None,
 ) -> Iterator[Server]:
-    """A server that is ready on a free port; it ends with the block.
+    """A ready server on a free port; it ends with the block.
 
-    command: the word `PORT` is replaced by the port. ready_path: answered with 200 once the server can serve; None: it
-    can serve once it listens.
+    Args:
+        command: the command line; the word `PORT` is replaced by the port.
+        cores: the server's cores.
+        log: the file for its output.
+        ready_path: answers with 200 once the server is ready; None if it is ready once it listens.
     """
     port = _free_port()
     process: subprocess.Popen[bytes] | None = None
@@ -87,7 +90,7 @@ def running_server(
 
 @contextmanager
 def suspended(servers: Iterable[Server]) -> Iterator[None]:
-    """Suspend these servers inside the block: some are never idle."""
+    """Suspend servers within the block, because some are never idle."""
     processes = [pid for server in servers for pid in _session_members(server.process.pid)]
     try:
         for pid in processes:

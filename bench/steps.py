@@ -11,7 +11,7 @@ from bench.websocket_client import ENTRY, HEADER
 CLIENTS = 64
 #: Sessions per frame, and number of connections.
 _ENTRIES, _CONNECTIONS = 256, 2
-#: Microseconds that the server may add to a bare echo plus the model.
+#: The most microseconds that the server may add to a bare echo plus the model.
 _OWN_MICROSECONDS = 120
 
 

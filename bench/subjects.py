@@ -1,4 +1,4 @@
-"""Subjects of the measurements: how each server starts, what its clients send, and what they must receive."""
+"""The subjects of the measurements: how servers start, their clients' requests, and the expected answers."""
 
 import json
 import sys
@@ -18,12 +18,12 @@ from bench.websocket_client import read_outputs, steps_frame, websocket_client
 
 
 class WrongAnswer(Exception):
-    """A server gave a wrong answer, so its figures mean nothing."""
+    """A server gave a wrong answer, so its figures are meaningless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a server starts. command: for an empty folder, with the word PORT in place of the port."""
+    """How to start a server; `command` takes an empty folder, and has the word PORT in place of the port."""
 
     name: str
     command: Callable[[Path], tuple[str, ...]]
@@ -32,9 +32,12 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A server and its clients. client: makes client number n. check: raises WrongAnswer if its last reply is wrong.
+    """A server and its clients.
 
-    optional: if it fails, the others are still measured.
+    Attributes:
+        client: makes client number n.
+        check: raises WrongAnswer if a client's last reply is wrong.
+        optional: whether measurements continue if this subject fails.
     """
 
     name: str
@@ -155,7 +158,7 @@ def infer_request(model: str, sequence: int, row: np.ndarray, *, start: bool = F
 
 
 def stream_steps(launch: Launch, reference: Reference, entries: int = 1) -> Subject:
-    """WebSocket: client n has `entries` sessions from number n * entries, all in each frame."""
+    """WebSocket: client n steps `entries` sessions, from number n * entries on, in each frame."""
     name = "unroll-ws" if entries == 1 else f"unroll-ws-{entries}"
 
     def client(n: int) -> Client:
@@ -232,7 +235,7 @@ def peer_steps(peer: Peer, launch: Launch, reference: Reference) -> Subject:
 
 
 def peer_sequences(peer: Peer, launch: Launch, reference: Reference, length: int) -> Subject | None:
-    """None if the peer does not offer whole sequences."""
+    """The subject for whole sequences; None if the peer does not support them."""
 
     def requests(n: int) -> Sequence[bytes]:
         request = peer.sequence(reference.name, reference.sequences(length)[n])

@@ -1,4 +1,4 @@
-"""Servers that run at the same time and are measured in turns."""
+"""Runs servers at the same time, and measures them in turns."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,8 +25,12 @@ FAILURES = (WrongAnswer, ServerFailed, OSError, ValueError)
 class Turn:
     """One thing to measure. Every callable may raise one of FAILURES.
 
-    measure: runs for the given seconds. check: sends some requests and compares every answer. compare: compares the
-    last answers. at: the position on a curve's x axis. optional: if it fails, the others are still measured.
+    Attributes:
+        measure: runs for the given seconds.
+        check: sends some requests and compares every answer.
+        compare: compares the last answers.
+        at: the position on a curve's x axis.
+        optional: whether measurements continue if this turn fails.
     """
 
     name: str
@@ -39,7 +43,7 @@ class Turn:
 
 
 class Servers:
-    """Starts each server at its first use and ends all of them together."""
+    """Starts each server at its first use, and ends all together."""
 
     def __init__(self, folder: Path, cores: Collection[int], stack: ExitStack) -> None:
         self._folder = folder
@@ -61,7 +65,7 @@ class Servers:
         return replace(self.turns(subject, [clients])[0], at=None)
 
     def turns(self, subject: Subject, counts: Sequence[int]) -> list[Turn]:
-        """One turn for each number of clients; the first clients take part in all of them."""
+        """One turn for each number of clients; the first clients take part in every turn."""
         port = self.server(subject.launch).port
         clients = [subject.client(number) for number in range(max(counts))]
         found = [self.load_turn(subject, port, clients[:count], at=count) for count in counts]
@@ -69,7 +73,7 @@ class Servers:
         return [turn if turn.at == max(counts) else replace(turn, compare=lambda: None) for turn in found]
 
     def raw(self, reference: Reference, batch: int, steps: int = 1) -> Turn:
-        """onnxruntime alone."""
+        """A turn of bare onnxruntime."""
         if reference.path not in self._raw:
             self._raw[reference.path] = self._stack.enter_context(raw_model(reference.path, self._cores))
         model = self._raw[reference.path]
@@ -87,7 +91,7 @@ class Servers:
         *,
         other_ports: Sequence[int] = (),
     ) -> Turn:
-        """A turn of these clients. rate: per second, of an open loop. other_ports: of further servers it needs."""
+        """A turn of these clients, in an open loop if `rate` is given; `other_ports` are those of further servers."""
 
         async def check() -> None:
             async with Load(port, clients) as load:
@@ -129,10 +133,15 @@ def require_no_errors(name: str, measured: Measurement) -> Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What every scenario needs.
+    """The context of all scenarios.
 
-    seconds: length of one turn. repeats: turns of each. quick: a functional test; the figures mean nothing. models: by
-    name, in the repository. peers: with their interpreters. failures: of peers; they do not stop the others.
+    Attributes:
+        seconds: the length of a turn.
+        repeats: the number of turns of each subject.
+        quick: whether this is a functional test with meaningless figures.
+        models: the models in the repository, by name.
+        peers: the peers with their interpreters.
+        failures: failures of peers, which do not stop the measurements.
     """
 
     folder: Path
@@ -148,7 +157,7 @@ class Bench:
 
     @contextmanager
     def servers(self, cores: Collection[int] | None = None) -> Iterator[Servers]:
-        """cores: for the servers; one core by default."""
+        """Turns of servers on `cores`; one core by default."""
         with ExitStack() as stack:
             yield Servers(self.folder, cores or {self.server_core}, stack)
 
@@ -156,7 +165,7 @@ class Bench:
         return unroll(self.repository, *options, name=name)
 
     def peer_subjects(self, servers: Servers, make: Callable[[Peer, Launch], Subject | None]) -> Iterator[Subject]:
-        """One subject for each peer that starts and offers it."""
+        """One subject for each peer that starts and supports it."""
         models = {name: reference.path for name, reference in self.models.items()}
         for peer, python in self.peers.values():
             launch = peer_launch(peer, python, models)

@@ -33,7 +33,7 @@ _FINAL, _MASKED = 0x80, 0x80
 def websocket_client(
     path: str, requests: Sequence[bytes], sessions: Sequence[int], prefix: str | None, entries: int
 ) -> Client:
-    """prefix: of the ids of the sessions that the client opens, or resumes, when it connects; None: no sessions."""
+    """A client that opens or resumes its sessions when it connects, with ids of this prefix; None to open none."""
     opening = None if prefix is None else opening_message(prefix, sessions)
     connect = partial(WebSocketConnection, path, opening, entries)
     return Client(connect, requests, sessions, weight=entries)
@@ -48,7 +48,7 @@ def handshake(path: str, key: bytes) -> bytes:
 
 
 def opening_message(prefix: str, sessions: Sequence[int]) -> bytes:
-    """Opens or resumes the sessions; a session's handle is its number."""
+    """The message that opens or resumes the sessions; a session's handle is its number."""
     sessions_to_open = [{"handle": number, "session_id": f"{prefix}-{number}", "mode": "either"} for number in sessions]
     return frame(json.dumps({"op": "open", "sessions": sessions_to_open}).encode(), _TEXT)
 
@@ -59,7 +59,7 @@ def steps_frame(handles: Sequence[int] | np.ndarray, values: np.ndarray) -> byte
 
 
 def steps_message(handles: Sequence[int] | np.ndarray, values: np.ndarray) -> bytes:
-    """What is in it."""
+    """The payload of that frame."""
     entries = np.zeros(len(handles), ENTRY)
     entries["handle"], entries["steps"], entries["position"] = handles, 1, NO_POSITION
     return HEADER.pack(STEPS, 0, 0, len(handles)) + entries.tobytes() + values.tobytes()
@@ -90,7 +90,7 @@ def frame(payload: bytes, kind: int = _BINARY) -> bytes:
 
 
 class WebSocketConnection(Connection):
-    """opening: text message whose answer must arrive before the first request; None: no such message."""
+    """A WebSocket connection; the answer to the message `opening`, if any, must arrive before the first request."""
 
     def __init__(self, path: str, opening: bytes | None, entries: int, client: Client) -> None:
         super().__init__(client)

@@ -1,7 +1,7 @@
-"""The cost of several workers that share a store: processor time, which other load on the machine changes little.
+"""The cost of several workers that share a store, as processor time, which is insensitive to other load.
 
-The workers have all cores, the load generator one of them, so the rate over the clock says little: steps per second of
-processor do.
+The workers have all cores, and the load generator shares one, so the wall-clock rate is meaningless; steps per second
+of processor time are not.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from bench.steps import CLIENTS
 from bench.turns import Bench, Turn
 
 _WORKERS = (1, 2, 4)
-#: Target: steps per second of processor, of those with one worker.
+#: The target for steps per second of processor time, as a share of those with one worker.
 _BOUND = 0.85
 
 

@@ -53,7 +53,6 @@ class Golden:
         return self.outputs | {"state_out": self.state_out}
 
     def first(self, count: int) -> Self:
-        """Return the first `count` sequences."""
         return type(self)(
             {name: array[:count] for name, array in self.inputs.items()},
             self.state[:count],
@@ -134,7 +133,6 @@ class Golden:
                 )
 
     def _tensors(self) -> Arrays:
-        """The tensors by name in the file, except the chunkings."""
         tensors = {f"input.{name}": array for name, array in self.inputs.items()}
         tensors |= {f"output.{name}": array for name, array in self.outputs.items()}
         return tensors | {"state": self.state, "state_out": self.state_out}

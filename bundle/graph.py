@@ -176,7 +176,6 @@ def _message(part: int | memoryview) -> memoryview:
 
 
 def _check_tensor(tensor: memoryview) -> None:
-    """Check that a tensor is numeric and contains all its values."""
     count, kind, raw, typed = 1, 0, None, 0
     for number, part in fields(tensor):
         if number == _DIMS:

@@ -99,8 +99,8 @@ def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambd
         written = as_where(error)
         return ExportError(
             "not_exportable",
-            f"{what} decides by the value of a tensor, as `if x.sum() > 0` or int(x) does{source_line(error)}; a graph "
-            "runs the same operations for every input: choose with torch.where(condition, a, b), for each row by itself"
+            f"{what} depends on the value of a tensor, as in `if x.sum() > 0` or int(x){source_line(error)}; a graph "
+            "runs the same operations for every input: select row by row with torch.where(condition, a, b)"
             + (f", as {written}" if written else ""),
         )
     if unknown := _NO_OPERATOR.search(text):
@@ -108,7 +108,7 @@ def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambd
         return ExportError(
             "not_exportable",
             f"{what} calls {library}.{unknown[2]}{place(unknown[2])}, which ONNX has no operator for; write it with "
-            "other operators of PyTorch, or one time step after another in a Python loop",
+            "other operators of PyTorch, or as a Python loop over time steps",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 
@@ -117,7 +117,7 @@ def internal(error: Exception) -> ExportError:
     """The refusal for a bug in export."""
     return ExportError(
         "internal",
-        f"this is a fault of unroll itself: {first_line(error)}; please report it with the forward that it needs",
+        f"this is a bug in unroll: {first_line(error)}; please report it with a forward that reproduces it",
     )
 
 

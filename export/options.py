@@ -43,7 +43,7 @@ class ExportOptions:
         for name in self.allow_nan:
             value = example.get(name)
             if name in self.arguments.static or name in self.arguments.state or not isinstance(value, Tensor):
-                raise ExportError("input", f"NaN is allowed in {name!r}, which is no input with time")
+                raise ExportError("input", f"NaN is allowed in {name!r}, which is not an input with time")
             if value.dtype != torch.float32:
                 raise ExportError("input", f"NaN is allowed in {name!r}, which is {value.dtype} and not float32")
         return {name: missing(value) if name in self.allow_nan else value for name, value in example.items()}
@@ -52,7 +52,7 @@ class ExportOptions:
         """Raise ExportError(input) for an invalid rate, or a rate without an input that has time."""
         for name, rate in self.rates.items():
             if name not in example or name in self.arguments.static or name in self.arguments.state:
-                raise ExportError("input", f"a rate is given for {name!r}, which is no input with time")
+                raise ExportError("input", f"a rate is given for {name!r}, which is not an input with time")
             if not 0 < rate < inf:
                 raise ExportError("input", f"the rate of {name!r} is {rate}: give a finite number above 0")
 
@@ -63,9 +63,9 @@ class ExportOptions:
         except BundleError as error:
             raise ExportError("bundle", error.message) from None
         if self.time_last and not self.arguments.batch_first:
-            raise ExportError("input", "the time of the inputs is either first or last: give one of the two")
+            raise ExportError("input", "time is either first or last in the inputs: give only one of the two options")
         if self.step and (self.time_last or not self.arguments.batch_first):
-            raise ExportError("input", "the inputs of a single step have no time: leave out where it is")
+            raise ExportError("input", "the inputs of a single step have no time axis: omit its position")
         path = self.repository / self.name / self.version
         if path.exists() and not self.replace:
             free = 1 + max(int(each.name) for each in path.parent.iterdir() if each.name.isdecimal())

@@ -219,7 +219,7 @@ class Pipeline:
         example = self._options.with_missing(example)
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(
-                "input", f"{', '.join(sorted(missing))} is in `static` or `state`, and not in the example inputs"
+                "input", f"{', '.join(sorted(missing))} is in `static` or `state`, but not in the example inputs"
             )
         return Prepared(model, exact, example, dtype, [])
 
@@ -314,7 +314,7 @@ class Pipeline:
         """Convert to the requested precision, and apply the allowed error."""
         precision = self._options.precision
         if precision != "float32":
-            self._progress(f"reducing it to {precision} and measuring what that costs")
+            self._progress(f"reducing it to {precision} and measuring the error")
             reference, _, _ = traced.runners.subjects(judged.samples, candidate.manifest)
             candidate = reduce(traced.graph, precision, candidate, lifted.model.single, reference)
         return replace(candidate, manifest=limit(candidate.manifest, self._options.max_error))

@@ -72,12 +72,10 @@ def notes_on(
         attributes: the attributes that hold state.
         dtype: dtype of the user's parameters.
     """
-    notes = [
-        f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped_outputs
-    ]
+    notes = [f"output {name!r} is the final state: it is part of state_out, not an output" for name in dropped_outputs]
     if attributes:
         notes.append(
-            f"what forward keeps in the module ({described(attributes)}) is part of the state, each client's own"
+            f"the state that forward keeps in the module ({described(attributes)}) is kept separately for each client"
         )
     if dtype != torch.float32:
         notes.append(f"the model is {str(dtype).removeprefix('torch.')}, the bundle computes in float32")
@@ -91,8 +89,8 @@ def notes_on(
         if output.batch != 0 or output.time not in {None, 1}
     ]
     notes += [
-        f"{'static inputs' if name == 'state' else f'input {name!r}'}: which values are allowed differs from place to "
-        "place; others are answered with the error non_finite_output"
+        f"{'static inputs' if name == 'state' else f'input {name!r}'}: each element has its own range of values; a "
+        "value outside is answered with the error non_finite_output"
         for name in lifted.single.ranges
     ]
     return tuple(notes)

@@ -125,7 +125,7 @@ def over_time(
     if not state and not kept:
         raise ExportError(
             "input",
-            "a step without a state: the module keeps none, and none is named; name the arguments that are states, and "
+            "the step has no state: the module keeps none, and none is named; name the arguments that are states, and "
             "the outputs that continue them, as in --state h:float32:64=y1 or state={'h': 'y1'}",
         )
     rows = torch.arange(_BATCH * _TIME) % batch
@@ -144,8 +144,8 @@ def _batch(given: dict[str, Any], static: frozenset[str]) -> int:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items() if isinstance(value, Tensor))
         raise ExportError(
             "input",
-            f"every input of a single step but its states must be (batch, ...): {shapes or 'there is none'}; name the "
-            "states, as in --state h:float32:64=y1 or state={'h': 'y1'}",
+            f"every input of a single step except its states must be (batch, ...): {shapes or 'there is none'}; name "
+            "the states, as in --state h:float32:64=y1 or state={'h': 'y1'}",
         )
     return len(tensors[0])
 
@@ -159,7 +159,7 @@ def _started(step: nn.Module, example: dict[str, Any], name: str, output: str) -
         raise ExportError(
             "input",
             f"state {name!r} is not in the example inputs, and without it forward does not start from zeros like output"
-            f" {output!r}: give its first value",
+            f" {output!r}: give its initial value",
         )
     return zeros
 
@@ -204,8 +204,8 @@ def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, A
     else:
         raise ExportError(
             "keeps_state",
-            f"a step changes {described(changed)}, which has no row for each client of the batch: let forward take it "
-            "as an argument and return it",
+            f"a step changes {described(changed)}, which has no row for each client of the batch: take it as an "
+            "argument of forward and return it",
         )
     _check_starts(step, example, {key: starts[key] for key in changed if key not in first})
     _check_starts(step, one, {key: argument.expand(1) for key, argument in found.items()})
@@ -232,8 +232,8 @@ def _check_starts(step: nn.Module, example: dict[str, Any], starts: dict[Attribu
     if first_difference(_called(tried, example), _called(detached_copy(step), example)) is not None:
         raise ExportError(
             "keeps_state",
-            f"{described([*starts])} holds nothing before the first step, or no row for each client, which does not "
-            "start from zeros, or from that: let it hold what a sequence starts from when the module is made",
+            f"{described([*starts])} is empty before the first step, or has no row per client, and the first step does "
+            "not start from zeros, or from its value: set it to a sequence's initial state when the module is created",
         )
 
 

@@ -73,7 +73,6 @@ def build(
     """Load every bundle, and create the application and the state that it shares with the transport.
 
     Args:
-        clock: A clock for tests.
         workers: All worker processes, if there are several.
         ticket_secret: Secret shared by all workers.
 
@@ -128,7 +127,6 @@ def build(
 
 
 def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
-    """Add CORS headers for pages of these origins."""
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -238,7 +236,6 @@ async def _become_ready(state: AppState) -> None:
 
 
 def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
-    """Create an application with admission, error handling and probes."""
     app = FastAPIOffline(  # /docs and /redoc load their scripts from this server
         static_url="/docs/assets",
         title="Unroll",
@@ -304,7 +301,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 def _link_sessions(paths: dict[str, Any]) -> None:
-    """Link the opening of a session to the operations that take its id."""
     ids = {"model": "$request.path.model", "session_id": "$response.body#/session_id"}
     found = [operation for path, one in paths.items() if "{session_id}" in path for operation in one.values()]
     if found:

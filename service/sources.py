@@ -225,13 +225,13 @@ def _misfit(name: str, value: Any) -> str | None:
     """The problem with a value, as far as its form in help reveals it; `settings.py` has the limits."""
     form = SETTINGS[name].metavar
     if form in _NUMBERS and isinstance(value, str | int | float):
-        least, what = _NUMBERS[form]
+        minimum, description = _NUMBERS[form]
         try:
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
-        whole = "whole" not in what or number.is_integer()
-        return None if math.isfinite(number) and number >= least and whole else f"it is not {what}"
+        fits = "whole" not in description or number.is_integer()
+        return None if math.isfinite(number) and number >= minimum and fits else f"it is not {description}"
     allowed = form.split("|")
     if len(allowed) > 1 and name not in _OTHER_WORDS and isinstance(value, str) and value not in allowed:
         return f"it is not one of {', '.join(allowed)}"

@@ -37,7 +37,6 @@ class Check:
 
     Attributes:
         output: The output, or `state_out`.
-        what: The check.
         difference: The largest absolute difference over all values; NaN if an answer was not finite.
         allowed: The largest difference that passes.
     """
@@ -109,7 +108,6 @@ def lines(device: str, checks: list[Check]) -> Iterator[str]:
 
 
 def _golden(what: str, measured: Differences, manifest: Manifest, backend: DeviceBackend) -> Iterator[Check]:
-    """Differences from PyTorch, which must be within the tolerance."""
     for entry in manifest.parity:
         yield Check(what, entry.output, measured.get(entry.output, 0.0), entry.tolerance * backend.slack)
 

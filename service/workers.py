@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Self
 
@@ -65,7 +66,6 @@ class Worker:
         return cls(int(number), listener, link, operator, bytes.fromhex(secret), Path(folder))
 
     def all(self, count: int) -> AllWorkers:
-        """All `count` workers."""
         ports = {listener.getsockname()[1] for listener in (self.listener, *self.operator)}
         return AllWorkers([self._socket(number) for number in range(1, count + 1)], ports)
 
@@ -91,6 +91,7 @@ class Worker:
 
         def gone() -> None:
             loop.remove_reader(self.link)
+            rmtree(self.folder, ignore_errors=True)  # the supervisor could not
             orphaned()
 
         self.link.send(b"1")
@@ -129,8 +130,8 @@ def supervise(
     operator: Host and number of the operator's port; the number is None without one.
     """
     try:
-        with bind(host, port) as alone:  # without SO_REUSEPORT, detects another server on the port
-            port = alone.getsockname()[1]
+        with bind(host, port) as probe:  # without SO_REUSEPORT, detects another server on the port
+            port = probe.getsockname()[1]
         listeners = [bind(host, port, shared=True) for _ in range(workers)]
         operator_listeners = bind_for_operator(*operator)
         folder = TemporaryDirectory(prefix="unroll-")
@@ -207,7 +208,6 @@ class _Supervisor:
                 await self._pause(index, pause)
 
     def _give_up(self, index: int, end: _End) -> None:
-        """Stop all workers, because one cannot start."""
         remedy = "fix the problem in its last log line" if end.status > 0 else "run `unroll doctor`"
         reason = f"worker {index + 1} did not start serving, so all workers stop: {end}; {remedy}, and start again"
         _log.error("not started", worker=index + 1, status=end.status, reason=reason)
@@ -215,7 +215,6 @@ class _Supervisor:
         self._stop()
 
     async def _run_one(self, index: int) -> _End:
-        """Run one worker process to its end."""
         loop, since = asyncio.get_running_loop(), None
         try:
             async with self._one_at_a_time:
@@ -245,12 +244,12 @@ class _Supervisor:
         listener = self._listeners[index]
         ours, theirs = socket.socketpair()
         descriptors = [inherited.fileno() for inherited in (listener, theirs, *self._operator)]
-        said = f"{index + 1} {','.join(map(str, descriptors))} {self._ticket_secret} {self._folder}"
+        value = f"{index + 1} {','.join(map(str, descriptors))} {self._ticket_secret} {self._folder}"
         with theirs, ExitStack() as on_error:
             on_error.enter_context(ours)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *sys.orig_argv[1:]),
-                env={**os.environ, _VARIABLE: said},
+                env={**os.environ, _VARIABLE: value},
                 pass_fds=descriptors,
                 process_group=0,  # Ctrl-C reaches only the supervisor, which forwards it
             )

@@ -4,22 +4,20 @@ import fcntl
 import gc
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
 import pytest
 import structlog
-import torch
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from httpx._transports import default
 from redis_server import RedisServer
-from served_models import models
 from stub_cuda.child import Outcome, Stub
 from waiting import PATIENCE
-
-from conformance import onnx_registry
 
 #: The fixture `made_once`.
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -29,9 +27,18 @@ hypothesis.settings.register_profile("repeatable", derandomize=True)
 if "UNROLL_TEST_EXAMPLES" not in os.environ:
     hypothesis.settings.load_profile("repeatable")
 gc.disable()  # until the tests are collected
-torch.set_num_threads(1)
-onnx_registry.cache_registry()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The process that hands out the tests runs none: the others would wait for its imports."""
+    if not session.config.pluginmanager.hasplugin("dsession"):
+        import torch
+
+        from conformance import onnx_registry
+
+        torch.set_num_threads(1)
+        onnx_registry.cache_registry()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,8 +54,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _httpx_is_quick_and_patient() -> Iterator[None]:
-    """httpx reads all certificates for each client, which takes long and is of no use here, and gives up after 5 s."""
+    """httpx reads all certificates for each client, which takes long and is of no use here, and gives up after 5 s.
+
+    It also imports sniffio several times in a request; where that is not installed, Python looks through all folders.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if find_spec("sniffio") is None:
+            patch.setitem(sys.modules, "sniffio", None)
         patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
         for phase in ("connect", "read", "write", "pool"):
             patch.setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE)
@@ -98,6 +110,8 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the most usual models; `gru` has two versions with different weights."""
+    from served_models import models
+
     return models.link(tmp_path_factory.mktemp("repository"), "lstm", "gru", "last", "whole", "tokens", "two")
 
 

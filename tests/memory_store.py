@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from unroll.service.core.errors import SessionContended, UnrollError
-from unroll.service.core.session_ids import shown, tenant_of
-from unroll.service.store.interface import Commit, Key, Listed, Page
+from unroll.service.core.errors import UnrollError
+from unroll.service.core.session_ids import tenant_of
+from unroll.service.store.interface import Commit, Key, Listed, Page, refused_commit
 from unroll.service.store.record import Gone, Record
 from unroll.service.telemetry.metrics import StoreFigures
 
@@ -26,6 +26,9 @@ class MemoryStore:
         if (record := self._records.get(key)) is not None:
             return record
         return self._gone[key][0] if key in self._gone else None
+
+    async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
+        return [await self.load(key) for key in keys]
 
     async def close(self, key: Key) -> int | None:
         record = self._records.pop(key, None)
@@ -56,7 +59,7 @@ class MemoryStore:
         if commit.token in (held, self._gone.get(commit.key, (None, b""))[1]):
             return None
         if held != commit.expected:
-            return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
+            return refused_commit(commit.key, record)
         new = Record.unpack(commit.content, commit.token)
         if commit.ends:
             self._records.pop(commit.key, None)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, ClassVar
 
+import quick_servers
 from oracle import Oracle as Oracle
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import PATIENCE
@@ -17,7 +18,6 @@ from unroll.bundle.verification import Differences
 from unroll.service import app
 from unroll.service.access.certificate import Tls
 from unroll.service.core.clock import Clock
-from unroll.service.engine.curve import measure
 from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.models import loading
 from unroll.service.models.served_model import ServedModel
@@ -30,8 +30,7 @@ from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
 from unroll.service.workers import bind
 
-# For a few models, 0.15 s each is most of the time of a start; a rougher curve is as good for tests.
-loading.measure = partial(measure, budget_seconds=0.02)  # type: ignore[assignment]
+quick_servers.install()
 
 
 class _SharedTrialProcess(TrialProcess):

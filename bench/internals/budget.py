@@ -1,8 +1,8 @@
 """Processor time of a step by layer: the real server under load, sampled by py-spy.
 
-The server has one core, the load generator another. The shares are those of the samples in which the server was busy.
-They become microseconds by the processor time of a step in a run without py-spy. py-spy shares the server's core and
-does not stop it, so no moment of a batch is sampled more often than another.
+The server has one core, the load generator another. Shares are relative to the samples in which the server was busy,
+and are scaled to microseconds by the processor time of a step in a run without py-spy. py-spy shares the server's core
+and does not stop it, so no part of a batch is sampled more often than another.
 
 With --native py-spy also sees functions of the kernel and of libraries, but stops the server for milliseconds. The
 samples then cluster at the same moments of a turn: they show which functions cost, not how much.
@@ -35,8 +35,8 @@ _SAMPLES_PER_SECOND, _NATIVE_SAMPLES_PER_SECOND = 197, 29
 
 IDLE, OTHER = "idle", "other"
 
-#: Layer of a sample: that of the innermost frame that matches. The time of the interpreter, of NumPy and of the C
-#: library thus counts for the layer that called them.
+#: The layer of a sample is that of the innermost matching frame, so the time of the interpreter, of NumPy and of the C
+#: library counts for the layer that called them.
 LAYERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (IDLE, re.compile(r"^(epoll_p?wait2?|select|poll) |SimpleQueue_get|^_worker \(concurrent/")),
     (
@@ -70,7 +70,7 @@ class BudgetFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """steps: per second. cpu_seconds: of the server for one step. kernel_seconds: the part in the kernel."""
+    """A run: steps per second, the server's processor time per step, and the part of it in the kernel."""
 
     steps: float
     cpu_seconds: float

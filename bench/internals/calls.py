@@ -1,9 +1,9 @@
-"""Calls and writes of a step, counted: budgets that hold on any machine, whatever else it does.
+"""Counts the calls and writes of a step: budgets that hold on any machine, under any load.
 
     python -m bench.internals.calls [--write] [--budgets FILE]
 
 The real application answers real requests; only sockets, time and the store's thread are replaced. A call counts if the
-caller or the callee is Unroll's: what libraries do among themselves changes with their versions.
+caller or the callee is Unroll's code, because calls within libraries change with their versions.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from unroll.service.transport.uvicorn_config import uvicorn_config
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = ROOT / "bench" / "budgets.json"
-#: Of Python: each makes other calls of its own accord, and has its own budgets.
+#: The Python version. Versions make different calls, so each has its own budgets.
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYTHON, C, WRITES = KINDS = ("Python", "C", "writes")
 
@@ -45,21 +45,21 @@ _MODEL = "policy"
 _SESSIONS = f"/v1/models/{_MODEL}/sessions"
 _ROW = np.ones((1, 3), np.float32)
 _TOGETHER, _ENTRIES, _STEPS = 16, 256, 64
-#: Of the event loop, after which nothing is left to do.
+#: Turns of the event loop after which all work is done.
 _TURNS = 100
-#: Requests before the one that counts: what can be remembered of them is.
+#: Requests before the one that counts, to fill all caches.
 _WARM_UP = 4
-#: Functions that are named when there are too many calls.
+#: The number of functions to name when there are too many calls.
 _NAMED = 5
 
-#: By kind and function, with a space between: the callee if that is Python's, the caller if the callee is C's.
+#: Counts by kind and function, separated by a space: the callee if it is a Python function, otherwise the caller.
 Counts = Counter[str]
-#: By path.
+#: Counts by path.
 Figures = dict[str, Counts]
 
 
 class Profile:
-    """Counts what `sys.setprofile` reports of this thread."""
+    """Counts the events of `sys.setprofile` in this thread."""
 
     def __init__(self) -> None:
         self.counts: Counts = Counter()
@@ -84,18 +84,18 @@ def _module(frame: FrameType) -> str:
     return module
 
 
-# ── what is replaced ─────────────────────────────────────────────────────────────────────────────
+# ── replacements ─────────────────────────────────────────────────────────────────────────────────
 
 
 class StillLoop(asyncio.SelectorEventLoop):
-    """No time passes, so that nothing happens but what requests cause."""
+    """An event loop with a stopped clock, so that only requests cause work."""
 
     def time(self) -> float:
         return 0.0
 
 
 class Connection(asyncio.Transport):
-    """Keeps what the server writes."""
+    """Records the server's writes."""
 
     def __init__(self, protocol: asyncio.BaseProtocol) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Connection(asyncio.Transport):
 
 
 class NoThread:
-    """In place of the store's thread: its calls run in the event loop, when all else is done, and count as well."""
+    """Replaces the store's thread: its calls run in the event loop after all other work, and count as well."""
 
     def __init__(self, name: str) -> None: ...
 
@@ -157,7 +157,7 @@ async def _turn(times: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """answer: what a good one begins with."""
+    """A request on a connection; `answer` is the expected beginning of its answer."""
 
     connection: Connection
     content: bytes
@@ -165,7 +165,7 @@ class Request:
 
 
 async def send(requests: Sequence[Request]) -> int:
-    """Requests that arrive in one turn. Returns how often the server has written when all are answered."""
+    """Send requests that arrive in one turn. Returns the number of the server's writes until all are answered."""
     for request in requests:
         request.connection.written.clear()
         request.connection.receive(request.content)
@@ -178,7 +178,7 @@ async def send(requests: Sequence[Request]) -> int:
 
 
 async def count(requests: Sequence[Request]) -> Counts:
-    """The calls and writes of requests that can be repeated."""
+    """Count the calls and writes of repeatable requests."""
     for _ in range(_WARM_UP):
         await send(requests)
     profile = Profile()
@@ -191,13 +191,13 @@ async def count(requests: Sequence[Request]) -> Counts:
 
 
 class Server:
-    """The application with one model, to which there are connections without sockets."""
+    """The application with one model and connections without sockets."""
 
     def __init__(self, repository: Path, **settings: object) -> None:
         checked = Settings.model_validate({"repository": repository, "device": "cpu", **settings})
         self._application, state = app.build(checked, ManualClock())
         for model in state.models:
-            model.loop._cost = lambda rows, steps: 0.0  # by chance, a batch that seems long would run in a thread
+            model.loop._cost = lambda rows, steps: 0.0  # a batch that happens to seem long would run in a thread
         self._config = uvicorn_config(self._application, state, "", 0, ConnectionLimits.of(checked))
         self._config.load()
         self._connections: list[Connection] = []
@@ -235,7 +235,7 @@ class Server:
         return Request(connection, infer_request(_MODEL, sequence, _ROW[0]))
 
     async def frame(self, handles: Sequence[int]) -> Request:
-        """A step of each of these new sessions of a new stream."""
+        """A frame with one step of each new session on a new stream."""
         connection = self.connect()
         head = handshake(f"/v1/models/{_MODEL}/stream", b64encode(bytes(16)))
         await send([Request(connection, head, b"HTTP/1.1 101")])
@@ -257,6 +257,7 @@ async def _in_memory(server: Server) -> Figures:
         "JSON step": await count(in_json[:1]),
         "infer step": await count(infer[:1]),
         f"sequence of {_STEPS} steps": await count([sequence]),
+        "session opened": await count([server.request(_SESSIONS, {})]),
         "frame of 1": await count([await server.frame([_ENTRIES])]),
         f"frame of {_ENTRIES}": await count([await server.frame(range(_ENTRIES))]),
     }
@@ -268,7 +269,7 @@ async def _durable(server: Server) -> Figures:
 
 def measure() -> Figures:
     """Count each path."""
-    gc.disable()  # it would call finalizers wherever it is due
+    gc.disable()  # it would run finalizers at random points
     embedded_store.__dict__["DaemonThread"] = NoThread
     with tempfile.TemporaryDirectory(prefix="calls-") as name:
         folder = Path(name)
@@ -295,7 +296,7 @@ def total(counts: Counts, kind: str) -> int:
 
 
 def table(budgets: Figures, now: Figures) -> str:
-    """Each path with what it may take and takes of each kind."""
+    """Each path with its budget and its count of each kind."""
     lines = [f"{'':<28}" + "".join(f"{kind:>10}{'now':>7}" for kind in KINDS)]
     for path, counts in now.items():
         pairs = [(total(budgets[path], kind), total(counts, kind)) for kind in KINDS]
@@ -304,7 +305,7 @@ def table(budgets: Figures, now: Figures) -> str:
 
 
 def excesses(budgets: Figures, now: Figures) -> list[str]:
-    """Where there is more than there may be, with the functions whose counts grew most."""
+    """The exceeded budgets, with the functions that grew most."""
     found = []
     for path, counts in now.items():
         grown = counts - budgets[path]
@@ -318,7 +319,7 @@ def excesses(budgets: Figures, now: Figures) -> list[str]:
 
 
 def read(content: Mapping[str, Any]) -> Figures:
-    """The budgets of a version of Python, from what `written` makes."""
+    """The budgets of a Python version, in the format of `written`."""
     figures: Figures = {path: Counter() for path in content["paths"]}
     for key, numbers in content["counts"].items():
         for counts, number in zip(figures.values(), numbers.split(), strict=True):
@@ -327,7 +328,7 @@ def read(content: Mapping[str, Any]) -> Figures:
 
 
 def written(figures: Figures) -> dict[str, Any]:
-    """A line for each function: its counts in the order of the paths."""
+    """One line per function, with its counts in the order of the paths."""
     keys = sorted({key for counts in figures.values() for key in counts})
     rows = {key: " ".join(str(counts[key]) for counts in figures.values()) for key in keys}
     return {"paths": [*figures], "counts": rows}

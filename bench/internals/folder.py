@@ -1,8 +1,8 @@
-"""Many sessions in a folder: bytes, rates, the start of a server on it, and the removal of those that expired.
+"""Many sessions in a folder: size, rates, server start, and removal of expired sessions.
 
     python -m bench.internals.folder [--sessions 1000000] [--in FOLDER]
 
-Writes to the store as a server does, in batches of 64, and removes it in the end. docs/stores.md has the figures.
+Writes to the store as a server does, in batches of 64, and removes it at the end. docs/stores.md has the figures.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConf
 
 _LIFE_SECONDS = 86_400.0
 _PATIENCE_SECONDS = 60.0
-#: Steps that are measured, at most, and starts.
+#: The maximum number of measured steps, and the number of starts.
 _STEPS, _STARTS = 200_000, 3
 
 
@@ -56,7 +56,7 @@ def measure_starts(folder: Path, empty: Path) -> None:
 
 
 async def measure_sweep(folder: Path, count: int) -> None:
-    """Of sessions that all expired, and then of what was kept of them."""
+    """Measure the removal of expired sessions, and then of their tombstones."""
     store = EmbeddedStore(EmbeddedStoreConfig(folder, tombstone_life=_LIFE_SECONDS))
     for what in ("expired sessions reduced to their trace", "traces removed"):
         store._offset += 1.5 * _LIFE_SECONDS
@@ -74,7 +74,7 @@ class _Stopwatch:
         self._began, self._processor = perf_counter(), process_time()
 
     def rate(self, count: int) -> tuple[float, str]:
-        """Of so many, and its unit with the processor time of one, which other load on the machine changes little."""
+        """The rate of `count` operations so far, and its unit with the processor time of one operation."""
         processor = (process_time() - self._processor) / count * 1e6
         return count / (perf_counter() - self._began), f"a second, {processor:.0f} µs of processor time each"
 

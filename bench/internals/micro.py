@@ -1,8 +1,8 @@
-"""The parts of a step one by one, in one process and without I/O: nanoseconds per step.
+"""Measures the parts of a step separately, in one process and without I/O: nanoseconds per step.
 
     python -m bench.internals.micro [--only WORD] [--repository DIR] [--json FILE]
 
-Each figure is the lowest of many short runs: the cost of the part when nothing disturbs it.
+Each figure is the minimum of many short runs: the cost of the part without disturbance.
 """
 
 import argparse
@@ -46,14 +46,14 @@ _ROWS = (1, 16, 64, 256)
 _SPEC_IN = TensorSpec("x", "float32", (_FEATURES,), True)
 _SPEC_OUT = TensorSpec("y", "float32", (_FEATURES,), True)
 _LIMIT = 2**21
-#: A run repeats the part until it takes this long, so that reading the clock does not count.
+#: A run repeats the part until it takes this long, so that reading the clock is negligible.
 _RUN_SECONDS = 0.002
 _LEAST_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """call: does the work of `steps` time steps; it can be repeated."""
+    """A repeatable call that does the work of `steps` time steps."""
 
     name: str
     steps: int
@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Nanoseconds per time step: lowest and median of all runs. runs: their number."""
+    """Nanoseconds per time step: the minimum and median of all runs."""
 
     name: str
     steps: int
@@ -191,7 +191,7 @@ def scheduler() -> Iterator[Part]:
 
 
 class Turns:
-    """Sessions that step in turns. answered: steps so far."""
+    """Sessions that step in turns; `answered` counts the steps so far."""
 
     def __init__(self, sessions: int) -> None:
         traits = ModelTraits((_SPEC_IN,), (_SPEC_OUT,), cuttable=True, ragged=True)

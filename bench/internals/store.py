@@ -1,9 +1,9 @@
-"""Cost of a durable session and of a commit in Redis: memory, processor, append-only file, network.
+"""Measures a durable session and a commit in Redis: memory, processor, append-only file, network.
 
     python -m bench.internals.store [--sessions 50000]
 
-Starts a redis-server and writes to it as the server does, in batches of 64. The figures are Redis's own counters, so
-other load on the machine does not change them. docs/scaling.md has the arithmetic.
+Starts a redis-server and writes to it as the server does, in batches of 64. The figures are Redis's own counters, which
+are independent of other load on the machine. docs/scaling.md has the arithmetic.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _ID = "{:024d}"
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """state: floats of a row. output: floats of a step's reply, which is kept for a retry."""
+    """The size of a model: floats of a state row, and of a step's reply, which is kept for retries."""
 
     name: str
     state: int

@@ -11,8 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Peer(ABC):
-    """what: one line for the report, with the tuning. environment: pinned requirements of its own venv; empty: runs in
-    this interpreter. ready_path: a GET there is answered with 200 once it can serve."""
+    """A server to compare with.
+
+    Attributes:
+        what: one line for the report, with the tuning.
+        environment: pinned requirements of its own venv; empty to run in this interpreter.
+        ready_path: answers a GET with 200 once the server is ready.
+    """
 
     name: str
     what: str
@@ -38,9 +43,9 @@ class Peer(ABC):
         """
 
     def sequence(self, model: str, values: np.ndarray) -> bytes | None:
-        """A whole sequence from a zero state, without a session; None: not offered. values: (time, features)."""
+        """A request with a whole sequence (time, features) from a zero state; None if it is not supported."""
         return None
 
     @abstractmethod
     def outputs(self, body: bytes, features: int) -> np.ndarray:
-        """Values of a reply's body, flat float32. features: number of values of one time step."""
+        """The values in a reply's body, flat float32; `features` is the number of values per time step."""

@@ -13,7 +13,7 @@ from bench.peers.peer import Peer
 
 @dataclass(frozen=True)
 class Triton(Peer):
-    """strategy: of the sequence batcher. whole_sequences: independent of the strategy, so only one peer offers them."""
+    """Triton with one strategy of its sequence batcher. Only one peer runs whole sequences, which do not use it."""
 
     program = "triton"
     strategy: str = "oldest"

@@ -163,7 +163,7 @@ REFUSED = [
         lambda: {"x": torch.randn(2, 7, 4), "h": torch.zeros(1, 2, 6)},
         {"state": {"h": "y1"}},
         refused="input",
-        says="'y1' is not the state that this layer ends in",
+        says="'y1' is not the final state of this layer",
     ),
     Kind(
         "a state that no client starts from",

@@ -124,7 +124,7 @@ def handed_on(
             return found
     raise ExportError(
         "input",
-        f"state {', '.join(map(repr, state))}: give the state that a new client starts from, the same in every row",
+        f"state {', '.join(map(repr, state))}: give the initial state of a new client, the same in every row",
     )
 
 

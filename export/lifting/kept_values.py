@@ -47,8 +47,8 @@ def check_nothing_counted(seen: list[dict[Name, tuple[Any, ...]]]) -> None:
     if counted:
         raise ExportError(
             "keeps_state",
-            f"forward changes {', '.join(counted)} with every call. It is no tensor with a row for each client, so the "
-            "state cannot hold it: remove it, or let forward take it and return it as a tensor (`state`)",
+            f"forward changes {', '.join(counted)} with every call. It is not a tensor with a row per client, so the "
+            "state cannot hold it: remove it, or pass it to forward and return it as a tensor (`state`)",
         )
 
 

@@ -152,8 +152,8 @@ class _Lifter:
             if not self._is_layers_own(name, output):
                 raise ExportError(
                     "input",
-                    f"state {name!r} goes to a recurrent layer, and {output!r} is not the state that this layer ends in"
-                    "; return the final state of the layer",
+                    f"state {name!r} goes to a recurrent layer, but {output!r} is not the final state of this layer; "
+                    "return the final state of the layer",
                 )
         return {name: argument for name, argument in handed.items() if name not in constants}
 

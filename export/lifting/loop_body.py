@@ -156,8 +156,8 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
     if not late:
         return ""
     return (
-        "leaves the first time step out of its loop; let the loop run over all steps, from a state before the first "
-        "one: zeros in place of None, or x[:, 0] for a mean that begins with it"
+        "leaves the first time step out of its loop; loop over all steps, starting from a state before the first one: "
+        "zeros instead of None, or x[:, 0] for a mean that starts with it"
     )
 
 
@@ -171,8 +171,8 @@ def why_in_place(one: fx.GraphModule) -> str:
     if all(node.target is not torch.ops.aten.copy_.default for node in one.graph.nodes):
         return ""
     return (
-        "hands on a state that cannot be identified, and changes tensors in place, as state[k] = part; make a new "
-        "state in each step, as parts.append(part) and then state = torch.stack(parts)"
+        "carries a state that cannot be identified, and modifies tensors in place, as in state[k] = part; build a new "
+        "state in each step, as with parts.append(part) and then state = torch.stack(parts)"
     )
 
 
@@ -186,8 +186,8 @@ def _differing_number(operations: list[fx.Node], size: int) -> str:
                 shown = ", ".join(f"{number:g}" for number in numbers)
                 name = str(turns[0].target).removeprefix("aten.").partition(".")[0]
                 return (
-                    f"computes with another number in each time step ({shown} in {name}); count in a tensor that is "
-                    "handed on, as n = zeros(batch, 1) before the loop and n = n + 1 in it, and compute with n"
+                    f"uses a different number in each time step ({shown} in {name}); count in a tensor that the loop "
+                    "carries, with n = zeros(batch, 1) before the loop and n = n + 1 in it, and compute with n"
                 )
     return ""
 

@@ -91,7 +91,7 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
             continue
         name = path or type(model).__name__
         if not len(base[path]) == len(wide[path]) == len(long[path]):
-            raise _refusal(name, "how often it is called depends on the length")
+            raise _refusal(name, "the number of its calls depends on the length")
         module, calls = model.get_submodule(path), [seen[path][0] for seen in (base, wide, long)]
         by_row = calls[0].work != calls[1].work
         try:
@@ -149,10 +149,10 @@ def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long
     """many: a call with many rows, of a module that loops over them."""
     for one in (wide, long):
         if (one.structure, one.results) != (base.structure, base.results):
-            raise _refusal(name, "what it takes or returns depends on the length or the batch size")
+            raise _refusal(name, "its arguments or results depend on the length or the batch size")
     inputs, outputs = _axes(name, base.given, wide.given, long.given), _axes(name, base.gave, wide.gave, long.gave)
     if not any(axes.time is not None and axes.batch is not None for axes in inputs):
-        raise _refusal(name, "it is given no tensor with the batch and the time of the input")
+        raise _refusal(name, "none of its arguments has the batch and the time of the input")
     flat: nn.Module = _Flat(module, base.given, base.structure)
     flat = ByRow(flat, [axes.batch for axes in inputs], [axes.batch for axes in outputs]) if many else flat
     scan = _find(flat, name, inputs, outputs, [wide, long, *many])
@@ -203,7 +203,7 @@ def _batch_and_time(base: list[Any], wide: list[Any], long: list[Any]) -> tuple[
         axes = Axes.of(*tensors) if all(isinstance(tensor, Tensor) for tensor in tensors) else None
         if axes and axes.batch is not None and axes.time is not None:
             return (index, axes.batch), (index, axes.time)
-    raise CannotSplitError("it is given no tensor with the batch and the time of the input")
+    raise CannotSplitError("none of its arguments has the batch and the time of the input")
 
 
 def _axes(name: str, base: list[Any], wide: list[Any], long: list[Any]) -> list[Axes]:
@@ -211,11 +211,11 @@ def _axes(name: str, base: list[Any], wide: list[Any], long: list[Any]) -> list[
     for leaves in zip(base, wide, long, strict=True):
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             if any(isinstance(leaf, Tensor) or leaf != leaves[0] for leaf in leaves):
-                raise _refusal(name, "a number it takes or returns depends on the length or the batch size")
+                raise _refusal(name, "a number in its arguments or results depends on the length or the batch size")
             continue
         axes = Axes.of(*leaves)
         if axes is None or (axes.time is not None and leaves[0].shape[axes.time] != _SIZES[0][1]):
-            raise _refusal(name, "a tensor it takes or returns has another length than the input")
+            raise _refusal(name, "the length of a tensor in its arguments or results differs from the input's")
         found.append(axes)
     return found
 
@@ -290,7 +290,7 @@ def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) 
     if any(tensor.is_complex() for tensor in after[0]):
         raise ExportError(
             "dtype",
-            f"the loop of {name!r} hands on complex numbers; {COMPLEX}",
+            f"the loop of {name!r} carries complex numbers; {COMPLEX}",
         )
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
     return None if None in axes else [_with_batch(each) for each in axes if each]
@@ -370,14 +370,14 @@ def refill(model: nn.Module) -> None:
 def _row_loop(name: str, error: ExportError) -> ExportError:
     return ExportError(
         "calls_depend_on_time",
-        f"{name!r} loops over the rows of a batch, and cannot be run for all of them at once ({error}); let it compute "
-        "with whole batches, as x[:, t] in place of x[row, t]",
+        f"{name!r} loops over the rows of a batch, and cannot run for all rows at once ({error}); make it compute with "
+        "whole batches, as with x[:, t] in place of x[row, t]",
     )
 
 
 def _refusal(name: str, why: str) -> ExportError:
     return ExportError(
         "calls_depend_on_time",
-        f"{name!r} loops over time steps, and {why}; move the loop into a module of its own with nothing else in it, "
-        "or call a recurrent layer once on the whole sequence",
+        f"{name!r} loops over time steps, and {why}; move the loop into a separate module with nothing else in it, or "
+        "call a recurrent layer once on the whole sequence",
     )

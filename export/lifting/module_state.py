@@ -202,8 +202,8 @@ def described(attributes: list[Attribute]) -> str:
 def refusal(attributes: list[Attribute]) -> ExportError:
     return ExportError(
         "keeps_state",
-        f"forward changes {described(attributes)}, and its next call does not continue the sequence. Attributes are "
-        "shared by all clients: return the state and take it as an argument, or leave it to the recurrent layer",
+        f"forward changes {described(attributes)}, but its next call does not continue the sequence. All clients share "
+        "attributes: return the state and take it as an argument, or use the recurrent layer's own state",
     )
 
 

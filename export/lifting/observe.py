@@ -153,10 +153,10 @@ def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
     if all(slot.kind == "static" for slot in layouts[0].slots):
         raise ExportError(
             "no_recurrent_layer",
-            "forward hands nothing on from one time step to the next: it has no nn.LSTM, nn.GRU or nn.RNN, no Python "
-            "loop over time, and no convolution, delay or cumsum that looks back and not ahead. If it computes all "
-            "time steps at once, as with fft or a parallel scan, write it as a loop over them, or export a forward of "
-            "one step with --step",
+            "forward carries no state from one time step to the next: it has no nn.LSTM, nn.GRU or nn.RNN, no Python "
+            "loop over time, and no convolution, delay or cumsum that looks only back. If it computes all time steps "
+            "at once, as with fft or a parallel scan, write it as a loop over them, or export a forward of one step "
+            "with --step",
         )
     return layouts[0]
 
@@ -168,21 +168,21 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
         if (call.batch, call.time) == (time, batch):
             raise ExportError(
                 "layer_axes",
-                f"layer {call.module!r} takes the batch for the time: it expects (time, batch, ...). Build it with "
-                "batch_first=True; or, if forward expects that too, export with batch_first=False",
+                f"layer {call.module!r} treats the batch as time: it expects (time, batch, ...). Build it with "
+                "batch_first=True; or, if forward expects (time, batch, ...), too, export with batch_first=False",
             )
         if (call.batch, call.time) != (batch, time):
             remedy = ""
             if call.batch == batch and call.time < time:
-                remedy = ". Pad the beginning by what convolutions take, or give the frames of a step as one time step"
+                remedy = ". Pad the beginning where convolutions shorten it, or pass the frames of a step as one step"
             elif rate := _dilation(call, batch, time):
                 remedy = (
-                    f". If it is dilated by {rate}, loop over the steps, and let each take the state of {rate} before: "
+                    f". If it is dilated by {rate}, loop over the steps, and use the state from {rate} steps before: "
                     f"hs = [zeros] * {rate}, and for each step hs.append(cell(step, hs[-{rate}]))"
                 )
             raise ExportError(
                 "layer_axes",
-                f"layer {call.module!r} gets {call.batch} sequences of {call.time} steps where the model gets {batch} "
+                f"layer {call.module!r} gets {call.batch} sequences of {call.time} steps, but the model gets {batch} "
                 f"of {time}; for one state per client, every recurrent layer needs the model's batch and time{remedy}",
             )
 
@@ -216,8 +216,8 @@ def _initial_row(lifted: LiftedModel) -> np.ndarray:
         if not torch.isfinite(row[slot.offset : slot.offset + slot.size]).all():
             raise ExportError(
                 "initial_state",
-                f"the state of {slot.module!r} begins with infinity or NaN, which no state of a client may hold; begin "
-                "with a large number instead, as -1e30 for -inf",
+                f"the state of {slot.module!r} starts with infinity or NaN, which a client's state must not hold; "
+                "start with a large number instead, such as -1e30 for -inf",
             )
     return row.numpy().astype(np.float32)
 

@@ -52,8 +52,8 @@ def _row_axis(name: str, tensor: Tensor, batch: int) -> int:
         return 1 if 1 in axes else axes[0]
     raise ExportError(
         "initial_state",
-        f"input {name!r} is the initial state of a recurrent layer, and its rows differ; give the state that a new "
-        "client starts from, the same in every row, or leave it out",
+        f"input {name!r} is the initial state of a recurrent layer, and its rows differ; give the initial state of a "
+        "new client, the same in every row, or omit it",
     )
 
 

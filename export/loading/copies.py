@@ -40,7 +40,7 @@ def detached_copy(module: nn.Module) -> nn.Module:
     except Exception as error:  # user code
         raise ExportError(
             "not_copyable",
-            f"copy.deepcopy fails on the module: {error}; export a module of the layers alone, without that",
+            f"copy.deepcopy fails on the module: {error}; export a module that holds only the layers",
         ) from error
     for path, part in copied.named_modules():
         forward = vars(part).get("forward")
@@ -48,8 +48,8 @@ def detached_copy(module: nn.Module) -> nn.Module:
         if any(isinstance(getattr(one, "__self__", one), nn.Module) for one in held):
             raise ExportError(
                 "not_copyable",
-                f"forward of {path or type(part).__name__!r} was replaced by a function that holds the layer, and runs "
-                "that one in every copy; put a plain layer with the same weights in its place",
+                f"forward of {path or type(part).__name__!r} was replaced by a function that holds the layer, so "
+                "copies run the original; replace it by a plain layer with the same weights",
             )
     return copied
 
@@ -100,8 +100,8 @@ class NotCopied:
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise ExportError(
             "not_copyable",
-            f"forward uses {self._name!r}, a {self._kind}, which copy.deepcopy fails on; leave it out of forward, or "
-            "set it to None before the export",
+            f"forward uses {self._name!r}, a {self._kind}, which copy.deepcopy cannot copy; do not use it in forward, "
+            "or set it to None before the export",
         )
 
     __call__ = __enter__ = __exit__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = _refuse

@@ -66,11 +66,11 @@ def _from_script(model: nn.Module, example: dict[str, Any]) -> nn.Module:
         except Exception as error:  # noqa: BLE001 user code: the reason goes into the refusal
             why = first_line(error)
     if "INTERNAL ASSERT" in why:
-        why = "PyTorch's own converter fails, as it does on a model that keeps a state in itself"
+        why = "PyTorch's own converter fails, as on any model that keeps its state in itself"
     raise ExportError(
         "scripted",
-        f"the scripted model cannot be converted ({why}); export the nn.Module that it was made from, and give its "
-        "weights with --weights: safetensors, or its state_dict",
+        f"the scripted model cannot be converted ({why}); export the nn.Module that it was made from, with its weights "
+        "in --weights: safetensors, or a state_dict",
     )
 
 

@@ -65,8 +65,8 @@ def saved_arguments(target: str, weights: Path, given: Collection[str]) -> dict[
         if not is_plain(value):
             raise ExportError(
                 "checkpoint",
-                f"{weights} holds the hyper-parameter {name!r} as an object that only code of its own can read; give "
-                f"--arg {name}=VALUE, or name a function that makes the model without it",
+                f"{weights} holds the hyper-parameter {name!r} as an object that cannot be read without running code; "
+                f"give --arg {name}=VALUE, or name a function that makes the model without it",
             )
     return found
 
@@ -112,8 +112,8 @@ def check_not_random(
         except ExportError as error:
             raise ExportError(
                 "checkpoint",
-                f"{error} (when it was made a second time, to see whether its weights are random; --random-weights "
-                "exports it without a look)",
+                f"{error} (when it was made a second time, to find out whether its weights are random; "
+                "--random-weights skips this check)",
             ) from error
         if weights:
             load_weights(again, weights)
@@ -124,13 +124,13 @@ def check_not_random(
     if weights:
         raise ExportError(
             "checkpoint",
-            f"{target} makes {found} of random numbers, and {weights} does not hold them; make them buffers, so that "
+            f"{target} fills {found} with random numbers, and {weights} does not hold them; make them buffers, so that "
             "they are saved with the weights, or give --random-weights",
         )
     raise ExportError(
         "checkpoint",
-        f"{target} makes {found} of random numbers: it is not trained. Give its weights with --weights FILE; to export "
-        "it as it is, give --random-weights",
+        f"{target} fills {found} with random numbers: it is not trained. Give its weights with --weights FILE, or "
+        "export it as it is with --random-weights",
     )
 
 
@@ -148,7 +148,7 @@ def _made(target: str, arguments: Mapping[str, Any], look_up: Callable[[ModuleTy
         how = "; give each with --arg NAME=VALUE" if missing else ""
         raise ExportError("checkpoint", f"{target} cannot be loaded: {first_line(error)}{how}") from error
     if not isinstance(module, nn.Module):
-        raise ExportError("checkpoint", f"{target} gives a {type(module).__name__}, not a torch.nn.Module")
+        raise ExportError("checkpoint", f"{target} returns a {type(module).__name__}, not a torch.nn.Module")
     return module
 
 

@@ -48,25 +48,25 @@ def kind_of(path: Path) -> FileKind:
 
 def _folder(path: Path) -> str:
     saved = (path / "saved_model.pb").is_file()
-    return f"{path} is a SavedModel of TensorFlow; {_REWRITE}" if saved else f"{path} is a folder"
+    return f"{path} is a TensorFlow SavedModel; {_REWRITE}" if saved else f"{path} is a folder"
 
 
 def _described(path: Path, head: bytes) -> str:
     if not head:
         return "is empty"
     if path.suffix == ".keras" or head.startswith(b"\x89HDF"):
-        return f"is a file of Keras; {_REWRITE}"
+        return f"is a Keras file; {_REWRITE}"
     if path.suffix == ".onnx":
-        return f"is a graph of ONNX, from which the hidden state cannot be lifted; {_REWRITE}"
+        return f"is an ONNX graph, from which the hidden state cannot be lifted; {_REWRITE}"
     if head[4:8] == b"TFL3":
-        return f"is a model of TensorFlow Lite; {_REWRITE}"
+        return f"is a TensorFlow Lite model; {_REWRITE}"
     if zipfile.is_zipfile(path):
         return "is an archive that torch.save did not write"
     if head.startswith(b"PK"):
         return "is damaged: its end is missing; copy it again"
     if head.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS in place of the file; run `git lfs pull`"
-    return "holds no weights and no model of PyTorch: neither torch.save, torch.jit.save nor safetensors wrote it"
+        return "is a Git LFS pointer instead of the file; run `git lfs pull`"
+    return "is no PyTorch model or weights file: neither torch.save, torch.jit.save nor safetensors wrote it"
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -79,7 +79,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         case "script":
             raise ExportError(
                 "checkpoint",
-                f"{path} is a TorchScript program, which has its own code; export it without --weights and MODULE: "
+                f"{path} is a TorchScript program with its own code; export it without --weights and MODULE: "
                 f"unroll export {path} --input NAME:DTYPE:SHAPE",
             )
         case "program":
@@ -113,8 +113,8 @@ def is_plain(value: Any) -> bool:
 def program_refusal(path: Path) -> ExportError:
     return ExportError(
         "checkpoint",
-        f"{path} is a program of torch.export, and reading it can run code that is hidden in it; if you trust it, load "
-        "it with torch.export.load and give the program to unroll.export",
+        f"{path} is a program of torch.export, and reading it can run code hidden in it; if you trust it, load it with "
+        "torch.export.load and pass the program to unroll.export",
     )
 
 
@@ -129,7 +129,7 @@ def check_script(path: Path) -> None:
             _saved(path)
     raise ExportError(
         "checkpoint",
-        f"{path} holds weights without the code of their model; name the class, or a function that makes the model: "
+        f"{path} holds weights without the model's code; name the class, or a function that makes the model: "
         f"unroll export MODULE:CLASS --weights {path} --input NAME:DTYPE:SHAPE",
     )
 
@@ -151,8 +151,8 @@ def _saved(path: Path) -> Mapping[str, Any]:
             raise ExportError("checkpoint", f"{path} is damaged: {first_line(error)}") from error
         raise ExportError(
             "checkpoint",
-            f"{path} holds objects that only code of their own can read{_listed(names)}, and export runs none of it; "
-            f"load it yourself, save the weights with {_SAVE}, and give that file",
+            f"{path} holds objects that cannot be read without running code{_listed(names)}, which export does not do; "
+            f"load it yourself, save the weights with {_SAVE}, and use that file",
         ) from error
     if hasattr(content, "_modules"):
         raise whole_module(path)
@@ -169,7 +169,7 @@ def whole_module(path: Path) -> ExportError:
     module, _, name = cls.partition(" ")
     return ExportError(
         "checkpoint",
-        f"{path} is a whole pickled module, of the class {module}.{name}, and reading it runs code; if you trust it, "
+        f"{path} is a pickled module of the class {module}.{name}, and reading it runs code; if you trust it, "
         f"load it with torch.load(..., weights_only=False), save its weights with {_SAVE}, and run: "
         f"unroll export {module}:{name} --weights weights.pt --input NAME:DTYPE:SHAPE",
     )

@@ -52,8 +52,8 @@ def _found(content: Mapping[str, Any], path: Path) -> tuple[str, dict[str, Any]]
         there = ", ".join(map(repr, list(content)[:_FEW])) or "nothing"
         raise ExportError(
             "checkpoint",
-            f"{path} holds no weights by name that could be told apart ({there}); load it in Python and save the "
-            'weights alone: torch.save(model.state_dict(), "weights.pt")',
+            f"{path} does not hold one distinguishable set of named weights ({there}); load it in Python and save only "
+            'the weights: torch.save(model.state_dict(), "weights.pt")',
         )
     key = (usual or weights)[0]
     return key, dict(places[key])

@@ -94,8 +94,8 @@ def _suspects(message: str, numbers: Iterable[str] = ()) -> Suspects:
             size, where = "batch size" if fixed[1] == "batch" else "length", next(filter(None, numbers), "")
             raise ExportError(
                 "not_exportable",
-                f"forward makes a plain number of the {size}, as len(x) and int() do{where}, so that it holds for this "
-                "one only; compute with x.shape and x.size() as they are",
+                f"forward converts the {size} to a plain number, as with len(x) or int(){where}, which fixes it; use "
+                "x.shape and x.size() directly",
             )
         guard = _GUARD.search(line)
         broken = _broken(guard[2], guard[3]) if guard else None
@@ -105,7 +105,7 @@ def _suspects(message: str, numbers: Iterable[str] = ()) -> Suspects:
             raise ExportError(
                 "not_exportable",
                 "forward does not treat every length and batch size alike (a branch on a size, or a table of fixed "
-                f"length); what PyTorch traced holds only for {what}",
+                f"length); the trace holds only for {what}",
             )
         found += [(size, 7) if guard[1] == "batch" else (3, size) for size in broken]
     return found

@@ -81,8 +81,8 @@ def _missing(signature: inspect.Signature, example: dict[str, Any]) -> str:
     if name is None or not example:
         return ""
     return (
-        f". If {name!r} is the state of a recurrent layer, let it be None by default ({name}=None), or put its first "
-        "value into the example inputs of unroll.export. If forward returns it for the next call, name the output: "
+        f". If {name!r} is the state of a recurrent layer, make it None by default ({name}=None), or add its initial "
+        "value to the example inputs of unroll.export. If forward returns it for the next call, name the output: "
         f"--state {name}:DTYPE:SHAPE=OUTPUT, or state={{{name!r}: OUTPUT}}"
     )
 
@@ -151,7 +151,7 @@ def check_inputs(example: dict[str, Tensor], batch_first: bool, unbatched: bool)
         if any(value.dim() > 2 for value in example.values()):
             raise ExportError(
                 "unbatched",
-                f"a recurrent layer gets a 2-D tensor, which is one sequence; give it, and the inputs, as {layout}",
+                f"a recurrent layer gets a 2-D tensor, which is one sequence; pass it, and the inputs, as {layout}",
             )
         example, batch_first = {name: value.unsqueeze(0) for name, value in example.items()}, True
     first = next(iter(example))
@@ -160,8 +160,8 @@ def check_inputs(example: dict[str, Tensor], batch_first: bool, unbatched: bool)
             shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in example.items())
             raise ExportError(
                 "batch_time",
-                f"every input must be {layout} with the same batch and time: {shapes}; list in `static` those that are "
-                "given once, when a sequence begins, and give --time-last (time_last=True) if the time is last",
+                f"every input must be {layout} with the same batch and time: {shapes}; list inputs without time in "
+                "`static`, and give --time-last (time_last=True) if the time is last",
             )
         if min(example[name].shape) < 1:
             raise ExportError("input", f"input {name!r} is empty: {tuple(example[name].shape)}")

@@ -230,8 +230,8 @@ def check(others: Others) -> None:
     for code, line, _ in others.moved:
         raise ExportError(
             "not_exportable",
-            f"forward decides by the value of a tensor at {shown(code.co_filename)}:{line}, and a graph runs the same "
-            "operations for every input: choose with torch.where(condition, a, b), for each row by itself",
+            f"forward branches on the value of a tensor at {shown(code.co_filename)}:{line}, but a graph runs the same "
+            "operations for every input: select row by row with torch.where(condition, a, b)",
         )
 
 
@@ -239,10 +239,10 @@ def notes_on_ways(ways: dict[Site, bool], others: Others) -> list[str]:
     """Notes for the export report."""
     found = [
         (ways, "forward answers the same either way, or raises the other way"),
-        (others.unmoved, "no input that was tried makes it go another way; use torch.where if one can"),
+        (others.unmoved, "no tested input changes it; use torch.where if one can"),
     ]
     return [
-        f"the bundle goes one way at {shown(code.co_filename)}:{line}, as if its condition were {way}: {why}"
+        f"the bundle always takes one branch at {shown(code.co_filename)}:{line}, as if its condition were {way}: {why}"
         for sites, why in found
         for (code, line, _), way in sites.items()
     ]

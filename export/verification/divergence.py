@@ -23,7 +23,7 @@ def find_divergence(module: StreamingModule, inputs: Arrays, rows: np.ndarray, c
     whole = _trace(module, inputs, rows, [sum(chunks)])[0]
     pieces = _trace(module, inputs, rows, chunks)
     if any([path for path, _, _ in piece] != [path for path, _, _ in whole] for piece in pieces):
-        return "it runs other layers when the sequence is shorter"
+        return "it runs different layers for a shorter sequence"
     last = ""
     for index, (path, received, gave) in enumerate(whole):
         name = f"layer {path!r} ({type(module.model.get_submodule(path)).__name__})"

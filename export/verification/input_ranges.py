@@ -65,7 +65,7 @@ def find_ranges(reference: Subject) -> dict[str, ValueRange]:
         if not found[name].is_bounded and (array == array.flat[0]).all():
             raise ExportError(
                 "input",
-                f"the example of {name!r} holds one value only; give an example with all values that it may have",
+                f"the example of {name!r} holds only one value; give an example with all possible values",
             )
     bounded = {name: values for name, values in found.items() if values.is_bounded}
     for end in ("low", "high"):
@@ -73,8 +73,8 @@ def find_ranges(reference: Subject) -> dict[str, ValueRange]:
         if not _takes(reference, corner):
             raise ExportError(
                 "input",
-                f"forward computes one index from several values of {', '.join(map(repr, corner))}, and some that it "
-                "takes one by one are out of range together; compute the index outside of the model, or clamp it",
+                f"forward computes one index from several values of {', '.join(map(repr, corner))}, and some that are "
+                "valid one by one are out of range together; compute the index outside of the model, or clamp it",
             )
     return bounded
 

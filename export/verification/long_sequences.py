@@ -111,9 +111,9 @@ class LongSequences:
             if number.ends and number.value > most:
                 raise ExportError(
                     "calls_depend_on_time",
-                    f"forward loops over time steps, and step {number.value} may not do what the steps before it do: "
-                    f"{number.value} is a number, or a length, in {number.place}, and a sequence as long as that is "
-                    "not tried; let every step do the same, and give what differs between steps as an input",
+                    f"forward loops over time steps, and step {number.value} may differ from the steps before it: "
+                    f"{number.value} is a number, or a length, in {number.place}, and such a long sequence is not "
+                    "tried; make every step do the same, and pass any differences between steps as an input",
                 )
         return next((number for number in reversed(numbers) if number.value <= most), None)
 
@@ -183,9 +183,8 @@ class LongSequences:
                 place = far.place
             raise ExportError(
                 "calls_depend_on_time",
-                f"{name!r} loops over time steps, and step {step} (counted from 0) does not do what the steps before "
-                f"it do ({place}); let every step do the same, and give what differs between steps as "
-                "an input",
+                f"{name!r} loops over time steps, and step {step} (counted from 0) differs from the steps before it "
+                f"({place}); make every step do the same, and pass any differences between steps as an input",
             )
 
     def _check_branches(self, long: Trial) -> None:
@@ -193,8 +192,8 @@ class LongSequences:
         if not is_readable():
             raise ExportError(
                 "calls_depend_on_time",
-                "forward loops over time steps, and whether a later step may do something else cannot be found out on "
-                f"Python {sys.version.split()[0]}; export it with Python 3.11, 3.12, 3.13 or 3.14",
+                "forward loops over time steps, and whether a later step may differ cannot be found out on Python "
+                f"{sys.version.split()[0]}; export it with Python 3.11, 3.12, 3.13 or 3.14",
             )
         log = BranchLog()
         for trial in (*(replace(long, time=time) for time in trials.BRANCHES), long):
@@ -204,15 +203,15 @@ class LongSequences:
                 return
         for site in log.undecided():
             what, so_far = (
-                ("a branch reads", f"It goes one way in {long.time} steps, and may go the other way later")
+                ("a branch depends on", f"It went one way for {long.time} steps, and may go the other way later")
                 if isinstance(site, Branch)
-                else ("a value is made of", f"It follows one rule in {long.time} steps, and may follow another later")
+                else ("a value depends on", f"It followed one rule for {long.time} steps, and may follow another later")
             )
             raise ExportError(
                 "calls_depend_on_time",
                 f"forward loops over time steps, and {what} a number that grows with them "
-                f"({Place(site.code.co_filename, site.line, ())}). {so_far}; let every step do the same, and give what "
-                "differs between steps as an input",
+                f"({Place(site.code.co_filename, site.line, ())}). {so_far}; make every step do the same, and pass any "
+                "differences between steps as an input",
             )
 
     def _compare(self, trial: Trial, own: Arrays, served: Subject, far: LargeNumber | None) -> None:
@@ -228,10 +227,9 @@ class LongSequences:
                 where = f" ({far.value} is a number, or a length, in {far.place})" if far else ""
                 raise ExportError(
                     "parity",
-                    f"output {name!r} of sequences of {trial.time} time steps is not what forward itself returns"
-                    f"{step}, although that of short ones is: forward does something else where a sequence is long (a "
-                    f"branch on the length or on the number of a step, a part of fixed length){where}; let it treat "
-                    "all lengths and steps alike",
+                    f"output {name!r} of sequences of {trial.time} time steps differs from forward's own{step}, unlike "
+                    "that of short ones: forward changes its behaviour in long sequences (a branch on the length or on "
+                    f"the number of a step, a part of fixed length){where}; make it treat all lengths and steps alike",
                 )
 
     def _nudged(self, inputs: Arrays, rows: np.ndarray) -> tuple[Arrays, np.ndarray]:
@@ -265,7 +263,7 @@ def _differs(found: np.ndarray, expected: np.ndarray, close: float, noise: np.nd
         noise: `found` recomputed from nudged inputs; its deviation is tolerated, and grows over time.
     """
     if found.shape != expected.shape:
-        return f" (it has the shape {expected.shape}, and not {found.shape})"
+        return f" (it has the shape {expected.shape}, not {found.shape})"
     if not expected.size:
         return None
     scale = float(np.abs(expected).max()) if expected.dtype.kind == "f" else 0.0

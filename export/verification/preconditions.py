@@ -48,7 +48,7 @@ def in_its_own_precision(error: ExportError, dtype: torch.dtype) -> ExportError:
     return ExportError(
         "forward_failed",
         f"the parameters are {dtype}, and forward fails with parameters and inputs of float32, in which a bundle "
-        "computes; let forward convert to its parameters' own type, as x.to(self.weight.dtype), or not at all"
+        "computes; make forward convert to its parameters' own type, as with x.to(self.weight.dtype), or not at all"
         f"{source_line(error)}",
     )
 
@@ -63,8 +63,8 @@ def check_example(example: dict[str, Any], allow_nan: Collection[str]) -> None:
             raise ExportError(
                 "not_finite",
                 f"input {name!r} of the example holds NaN or infinity, which a server refuses. If NaN stands for a "
-                f"missing value, allow it: --allow-nan {name}, or allow_nan=[{name!r}]; or give numbers, and say which "
-                "are missing in an input of their own: torch.isnan(x).float()",
+                f"missing value, allow it: --allow-nan {name}, or allow_nan=[{name!r}]; or give numbers, and mark the "
+                "missing ones in a separate input: torch.isnan(x).float()",
             )
 
 

@@ -50,7 +50,7 @@ def check_rows(reference: Subject) -> None:
             raise ExportError(
                 "not_finite",
                 f"{what} is NaN where {missing} is; choose with torch.where(torch.isnan(x), a, b), or fill with "
-                "torch.nan_to_num, before anything is computed or handed on",
+                "torch.nan_to_num, before computing with it or carrying it over",
             )
         for row in range(trial.batch):
             alone = reference.whole(select_rows(inputs, slice(row, row + 1)), rows[row : row + 1])
@@ -58,8 +58,8 @@ def check_rows(reference: Subject) -> None:
                 if not _close(array, together[name][row : row + 1]):
                     raise ExportError(
                         "rows_mixed",
-                        f"{name} of one sequence depends on the other sequences in its batch; forward must treat each "
-                        "row by itself. If its input is (time, batch, ...), export with batch_first=False",
+                        f"{name} of one sequence depends on the other sequences in its batch; forward must treat rows "
+                        "independently. If its input is (time, batch, ...), export with batch_first=False",
                     )
 
 

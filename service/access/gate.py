@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from unroll.service.access.jwt_config import JwtConfig
-from unroll.service.access.keys import JwtKey, Key, KeyRing, KeysRefused, Quota, Scope
+from unroll.service.access.keys import INFER, JwtKey, Key, KeyRing, KeysRefused, Quota, Scope
 from unroll.service.access.tickets import Tickets
 from unroll.service.core.errors import Forbidden, HostRefused, OriginRefused, Unauthenticated
 
@@ -138,7 +138,6 @@ class Gate:
 
         Args:
             headers: By lower-case name.
-            scope: The scope that it needs.
             changes: Whether the request may change anything.
 
         Raises:
@@ -149,7 +148,7 @@ class Gate:
         """
         if self._hosts is not None:
             self.check_host(headers)
-        if changes and b"origin" in headers and not self.accepts_page(headers):
+        if changes and b"origin" in headers and not self.accepts_page(headers, scope):
             origin = headers[b"origin"].decode("latin-1")
             raise OriginRefused(f"pages of {origin} may not use this server; see --allowed-origins")
         return "" if self._ring is None else self._permitted(self.key_of(headers), scope)
@@ -172,15 +171,16 @@ class Gate:
             raise HostRefused(f"this server is not known as {name!r}; if it should be, add it to --allowed-hosts")
         _remember(self._good_hosts, host)
 
-    def accepts_page(self, headers: Headers) -> bool:
+    def accepts_page(self, headers: Headers, scope: Scope = INFER) -> bool:
         """Whether the page that sent the request may use this server; true if no page sent it.
 
-        Browsers let any page send some requests and open WebSockets to any host, but name the page's origin.
+        Browsers let any page send some requests and open WebSockets to any host, but name the page's origin. Without
+        keys, pages of other origins may not operate the server.
         """
         origin = headers.get(b"origin")
         if origin is None or origin.partition(b"://")[1:] == (b"://", headers.get(b"host")):
             return True
-        return origin in self._good_origins or b"*" in self._good_origins
+        return (scope == INFER or self.has_keys) and bool(self._good_origins & {origin, b"*"})
 
     def key_of(self, headers: Headers) -> Key:
         """The key of the request. Raises Unauthenticated."""
@@ -242,8 +242,8 @@ class KeyWatch:
         if key is None:
             self._on_end()
         elif key.expires is not None:
-            left = (key.expires - datetime.now(UTC)).total_seconds()
-            self._timer = asyncio.get_running_loop().call_later(min(left, _MOST_SECONDS), self.check)
+            remaining = (key.expires - datetime.now(UTC)).total_seconds()
+            self._timer = asyncio.get_running_loop().call_later(min(remaining, _MOST_SECONDS), self.check)
 
     def stop(self) -> None:
         if self._timer is not None:

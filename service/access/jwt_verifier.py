@@ -23,6 +23,7 @@ from unroll.service.core.errors import Forbidden, KeysUnavailable, Unauthenticat
 _ALGORITHMS = frozenset(
     {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"}
 )
+_KINDS = ("RSA", "EC", "OKP", "oct")
 _LEAST_RSA_BITS = 2048
 #: Maximum size of a token, below that of a header field.
 _MOST_BYTES = 8192
@@ -41,10 +42,10 @@ class KeySet(dict[str, jwt.PyJWK]):
 
     @classmethod
     def read(cls, content: bytes) -> "KeySet":
-        """Parse a JWK set (RFC 7517), skipping keys for other uses than signing. Raises KeysRefused."""
+        """Parse a JWK set (RFC 7517), skipping keys for other uses and of unknown kinds. Raises KeysRefused."""
         try:
             entries = json.loads(content)["keys"]
-            found = [entry for entry in entries if entry.get("use", "sig") == "sig" and "kty" in entry]
+            found = [entry for entry in entries if entry.get("use", "sig") == "sig" and entry.get("kty") in _KINDS]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise KeysRefused('it is not a JWK set: {"keys": [...]}') from None
         if not 1 <= len(found) <= _MOST_KEYS:

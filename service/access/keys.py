@@ -112,9 +112,9 @@ class KeyRing:
         keys = {bytes.fromhex(key.sha256): key for key in file.keys}
         if len(keys) < len(file.keys):
             raise KeysRefused(f"{path}: two keys have the same sha256")
-        strangers = file.tenants.keys() - {key.tenant for key in file.keys}
-        if only_keys and strangers:
-            raise KeysRefused(f"{path}: no key belongs to the tenant {sorted(strangers)[0]!r}")
+        without_key = file.tenants.keys() - {key.tenant for key in file.keys}
+        if only_keys and without_key:
+            raise KeysRefused(f"{path}: no key belongs to the tenant {sorted(without_key)[0]!r}")
         return cls(keys, file.tenants)
 
     def find(self, secret: bytes) -> Key | None:

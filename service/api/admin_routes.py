@@ -42,17 +42,17 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
         openapi_extra={"parameters": _PARAMETERS},
     )
     async def sessions(http: Request) -> Any:
-        asked = _parse(http)
-        durability = app.durability_of(asked.get("durability"))
+        query = _parse(http)
+        durability = app.durability_of(query.get("durability"))
         selection = Selection(
-            asked.get("model"),
-            asked.get("min_idle"),
-            asked.get("min_position", 0),
-            asked.get("max_position"),
+            query.get("model"),
+            query.get("min_idle"),
+            query.get("min_position", 0),
+            query.get("max_position"),
             idle_timeout,
             tenant_of(http),
         )
-        limit, after = asked.get("limit", 100), asked.get("after", "")
+        limit, after = query.get("limit", 100), query.get("after", "")
         if not 1 <= limit <= _MOST:
             raise InvalidRequest(f"limit must be from 1 to {_MOST}; use `after` for more")
         found, after = await select(pages[durability], selection, after, limit)

@@ -1,5 +1,6 @@
 """Authenticates the requests that FastAPI handles. The transport does so itself for those that it handles."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import Depends
@@ -18,7 +19,7 @@ from unroll.service.api.error_responses import (
     problem,
     problem_responses,
 )
-from unroll.service.api.request import TENANT, Headers
+from unroll.service.api.request import LONG_BODIES, TENANT, Headers
 from unroll.service.core.errors import UnrollError
 from unroll.service.core.session_ids import owned
 
@@ -64,10 +65,12 @@ class Admission:
     def __init__(self, app: ASGIApp, state: AppState) -> None:
         self._app = app
         self._gate = state.gate
+        self._long_bodies = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers: Headers = dict(scope["headers"])
+            scope[LONG_BODIES] = self._long_bodies
             try:
                 needed = scope_of(scope["path"])
                 if needed is None:
@@ -104,7 +107,7 @@ def tenant_of(http: HttpRequest) -> str:
     return tenant
 
 
-def _own_id(http: HttpRequest, session_id: str) -> str:
+async def _own_id(http: HttpRequest, session_id: str) -> str:
     return owned(tenant_of(http), session_id)
 
 

@@ -46,16 +46,16 @@ class AllWorkers:
     ports: Collection[int]
 
     async def ask(self, http: Request) -> Answers:
-        asked = await read_request(http.scope, http.receive, MOST_BYTES)
-        headers = [b"%b: %b\r\n" % (name, asked.headers[name]) for name in _FORWARDED if name in asked.headers]
+        request = await read_request(http.scope, http.receive, MOST_BYTES)
+        headers = [b"%b: %b\r\n" % (name, request.headers[name]) for name in _FORWARDED if name in request.headers]
         head = b"%b %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n%bContent-Length: %d\r\n\r\n" % (
             http.method.encode(),
             http.scope["raw_path"],
             b"".join(headers),
-            len(asked.body),
+            len(request.body),
         )
         patience = _PATIENCE if http.method == "GET" else _PATIENCE_OF_OPERATORS
-        return await asyncio.gather(*[_answer(socket, head + asked.body, patience) for socket in self.sockets])
+        return await asyncio.gather(*[_answer(socket, head + request.body, patience) for socket in self.sockets])
 
 
 def route_class(workers: AllWorkers | None, join: Callable[[Answers], Response]) -> type[APIRoute]:

@@ -1,10 +1,12 @@
 """Request and response bodies of the native API, for FastAPI's routes and the OpenAPI document."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Base64Bytes, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from unroll.service.core.errors import InvalidRequest
+from unroll.service.api.request import JSON, Request
+from unroll.service.core.errors import InvalidRequest, UnsupportedMediaType
+from unroll.service.protocol import json
 from unroll.service.store.record import current_durability
 
 #: Beyond this many, the faults of a body are only counted, because listing them costs a thousand times its size.
@@ -16,6 +18,8 @@ MAX_ITEMS = 8192
 _MOST_COLONS = 256
 
 _Floats = Annotated[list[float], Field(fail_fast=True)]
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def check_members(text: bytes) -> None:
@@ -37,6 +41,18 @@ def first_fault(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def parse_body(kind: type[Body], request: Request, limit: int) -> Body:
+    """Parse a JSON body; an empty body has the defaults."""
+    json.check_size(request.body, limit)
+    if request.body and request.media_type != JSON:
+        raise UnsupportedMediaType("send the body as application/json")
+    check_members(request.body)
+    try:
+        return kind.model_validate_json(request.body or b"{}")
+    except ValidationError as error:
+        raise InvalidRequest(first_fault(error)) from error
 
 
 _ID: dict[str, Any] = {"minLength": 1, "maxLength": 128}

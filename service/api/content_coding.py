@@ -1,7 +1,7 @@
 """Compressed request bodies: gzip and deflate."""
 
-import asyncio
 import zlib
+from collections.abc import Callable
 from functools import partial
 
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
@@ -18,8 +18,8 @@ def check_coding(coding: bytes) -> None:
         raise UnsupportedMediaType(f"Content-Encoding {name!r} is not supported: use gzip, deflate or none")
 
 
-def decoded(body: bytes, coding: bytes, limit: int) -> bytes | asyncio.Future[bytes]:
-    """Decompress a body after `check_coding`; a long one in a thread.
+def decoded(body: bytes, coding: bytes, limit: int) -> bytes | Callable[[], bytes]:
+    """Decompress a body after `check_coding`, or return the call that decompresses a long one, for a thread.
 
     Raises:
         InvalidRequest: The body is damaged.
@@ -31,8 +31,7 @@ def decoded(body: bytes, coding: bytes, limit: int) -> bytes | asyncio.Future[by
     except BodyTooLarge:
         if limit <= _AT_ONCE:
             raise
-    make = partial(_decompressed, body, coding, limit)
-    return asyncio.get_running_loop().run_in_executor(None, make)
+    return partial(_decompressed, body, coding, limit)
 
 
 def _decompressed(body: bytes, coding: bytes, limit: int) -> bytes:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from unroll.service.api.bodies import Problem
 from unroll.service.api.request import JSON, Answer
 from unroll.service.core import errors as e
 from unroll.service.protocol import json
@@ -66,9 +65,7 @@ def problem(error: e.UnrollError) -> Answer:
 def problem_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
     """A route's problem responses by status, for the OpenAPI document."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {
-        status: {"description": meaning, "content": content, "model": Problem} for status, meaning in meanings.items()
-    }
+    return {status: {"description": meaning, "content": content} for status, meaning in meanings.items()}
 
 
 def problem_of(status: int, code: str, detail: str, members: dict | None = None, fields: bytes = b"") -> Answer:

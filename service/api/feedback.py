@@ -41,7 +41,7 @@ def draw(seed: int, position: int) -> float:
 
 
 class _Source(Strict):
-    output: str | None = Field(None, description="name of the output; may be left out if the model has one")
+    output: str | None = Field(None, description="name of the output; optional if the model has only one")
 
 
 class Identity(_Source):
@@ -124,7 +124,6 @@ class Feedback:
     """A map bound to a model.
 
     Args:
-        spec: The map.
         steps: Number of steps that are fed back.
         begin: Position of the first of these steps.
 

@@ -5,6 +5,7 @@ A sequence of the protocol is a session. Its `sequence_id` is the session id; in
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import structlog
@@ -43,24 +44,23 @@ _log = structlog.get_logger(__name__)
 class RepeatedInferStep(RepeatedStep):
     """A step of a sequence; a previous step has found its session."""
 
-    __slots__ = ("_id", "_name", "_plan", "_request_id", "_text")
+    __slots__ = ("_id", "_name", "_plan", "_request_id")
 
     failure = staticmethod(open_inference_error)
 
-    def __init__(
-        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond, name: str
-    ) -> None:
-        super().__init__(app, served, session, request, respond)
+    def __init__(self, name: str, app: AppState, served: ServedModel, session: Session, *args: Any) -> None:
+        super().__init__(app, served, session, *args)
         self._name = name
         self._id = shown(session.id)
-        self._text = RepeatedText()
 
     def read(self, request: Request) -> bytes | None:
+        assert request.text is not None  # it was read when this was made
         try:
-            length = request.whole_number(HEADER_LENGTH)
-            parsed = self._text.parse(request.body, length, self._app.limits.max_json_bytes)
+            parsed = request.text.parse(
+                request.body, request.whole_number(HEADER_LENGTH), self._app.limits.max_json_bytes
+            )
             sequence = parsed.sequence
-            if sequence is None or sequence.id != self._id or sequence.start or sequence.end or parsed.header.timeout:
+            if sequence is None or sequence.id != self._id or sequence.start or sequence.end:
                 return None
             step = open_inference.read_step(parsed, self._served.manifest.inputs)
             if step is None:
@@ -69,14 +69,15 @@ class RepeatedInferStep(RepeatedStep):
                     return None
                 step = self._served.codec.to_raw(batch[0])
             self._plan, self._request_id = _plan(self._served, self._name, parsed), parsed.id
+            self._timeout = parsed.header.timeout or self._app.limits.request_timeout
         except UnrollError:
             return None
         self.write = self._plan.rows
         request.session, request.position = sequence.id, sequence.position
         return step
 
-    def encode(self, written: tuple[bytes, ...], position: int) -> Answer:
-        return self._plan.encode_row(self._request_id, written, position)
+    def complete(self, written: tuple[bytes, ...], position: int) -> None:
+        self._respond(self._plan.encode_row(self._request_id, written, position))
 
 
 def _plan(served: ServedModel, name: str, parsed: InferRequest) -> ReplyPlan:
@@ -93,10 +94,7 @@ def _form(served: ServedModel, name: str, parsed: InferRequest) -> _Form:
 
 def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Run whole sequences, or the next steps of one sequence if the request has a `sequence_id`."""
-    if request.document is not None:
-        parsed = open_inference.read(request.document, memoryview(b""))
-    else:
-        parsed = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
+    parsed = _parse(app, request)
     if parsed.sequence is not None:
         return _sequence_steps(app, name, version, parsed, parsed.sequence, request, respond)
     served = app.models.resolve(name, version)
@@ -105,6 +103,17 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
     batch = _batch(served, parsed)
     app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
     return served.loop.submit_sequences(batch, _timeout(app, parsed), settled, tenant=request.tenant)
+
+
+def _parse(app: AppState, request: Request) -> InferRequest:
+    if request.document is not None:
+        return open_inference.read(request.document, memoryview(b""))
+    length, limit = request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes
+    if not request.repeats:
+        return open_inference.parse(request.body, length, limit)
+    if request.text is None:
+        request.text = RepeatedText()
+    return request.text.parse(request.body, length, limit)
 
 
 def _timeout(app: AppState, parsed: InferRequest) -> float:
@@ -138,13 +147,13 @@ def _sequence_steps(
     request.session, request.position = sequence.id, sequence.position
     if (own := request.own(sequence.id)) != sequence.id:
         sequence = replace(sequence, id=own)
-    timeout, again = _timeout(app, parsed), request.again_with(sequence.id)
+    timeout = _timeout(app, parsed)
     served, session = _find(app, name, version, sequence, parsed)
     require_streamable(served)
     if sequence.start:
         app.refuse_if_draining()
         _refuse_static(served)
-    settled = Answering(respond, open_inference_error, _answer_steps, _form(served, name, parsed), again)
+    settled = Answering(respond, open_inference_error, _answer_steps, _form(served, name, parsed), request.again)
     batch = _batch(served, parsed)
     if len(batch) != 1:
         raise InvalidShape("a request for a sequence must have batch size 1")
@@ -165,7 +174,7 @@ def _sequence_steps(
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     accepted = served.loop.submit(chunk, timeout, settled)
     if request.repeats and chunk.length == 1 and chunk.session is not None:
-        request.repeat = RepeatedInferStep(app, served, chunk.session, request, respond, name)
+        request.repeat = RepeatedInferStep(name, app, served, chunk.session, request, respond, timeout)
     return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 
 

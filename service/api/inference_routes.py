@@ -14,6 +14,7 @@ from unroll.service.api.answer_log import ERROR, log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem
 from unroll.service.api.infer import infer
+from unroll.service.api.opening import open_session
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel, read_request
@@ -59,20 +60,23 @@ class Route:
         try:
             request.cancel = self.attempt(app, path, request, respond)
         except NeedsStoreLookup as needed:
-            _handle_again(self, app, path, request, respond, needed.session_id)
+            _DurableCall(self, app, path, request, respond).attempts().look_up(needed.session_id)
 
     def attempt(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
         """Raises NeedsStoreLookup."""
         try:
             return self.begin(app, path, request, respond)
-        except UnrollError as error:
-            respond(self.failure(error))
         except NeedsStoreLookup:
             raise
         except Exception as error:  # noqa: BLE001 every request must be answered
-            _log.error("unexpected error", route=self.name, exc_info=error)
-            respond(self.failure(EngineFailed("the server failed on this request; its log has the reason")))
+            respond(self.answer_to(error))
         return nothing_to_cancel
+
+    def answer_to(self, error: Exception) -> Answer:
+        if isinstance(error, UnrollError):
+            return self.failure(error)
+        _log.error("unexpected error", route=self.name, exc_info=error)
+        return self.failure(EngineFailed("the server failed on this request; its log has the reason"))
 
 
 class _DurableCall(Request):
@@ -92,10 +96,10 @@ class _DurableCall(Request):
         self._over = False
         request.cancel = self._stop
 
-    def look_up(self, session_id: str) -> bool:
-        again = Attempts(self._app.sessions, split_reference(self._path[3])[0], self._begin, self._fail).again
-        self.again = again
-        return again(session_id)
+    def attempts(self) -> Attempts:
+        attempts = Attempts(self._app.sessions, split_reference(self._path[3])[0], self._begin, self._fail)
+        self.again = attempts.again
+        return attempts
 
     def _stop(self) -> None:
         self._over = True
@@ -121,8 +125,22 @@ class _DurableCall(Request):
         self._respond(answer)
 
 
-def _handle_again(route: Route, app: AppState, path: Path, request: Request, respond: Respond, session_id: str) -> bool:
-    return _DurableCall(route, app, path, request, respond).look_up(session_id)
+def _handle_again(route: Route, app: AppState, path: Path, request: Request, respond: Respond) -> bool:
+    return _DurableCall(route, app, path, request, respond).attempts().again()
+
+
+def _open(app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
+    opening = open_session(app, path[3], request)
+
+    async def finish() -> None:
+        try:
+            answer = await opening
+        except Exception as error:  # noqa: BLE001 every request must be answered
+            answer = _SESSIONS.answer_to(error)
+        respond(answer)
+
+    task = asyncio.create_task(finish(), name="open a session")
+    return lambda: task  # which keeps it alive: a session is opened although its client disconnects
 
 
 _STEPS = Route(
@@ -139,6 +157,7 @@ _SEQUENCES = Route(
     lambda app, path, request, respond: sequences(app, path[3], request, respond),
     problem,
 )
+_SESSIONS = Route("v1/sessions", 5, {1: "v1", 2: "models"}, _open, problem)
 _INFER = Route(
     "v2/infer",
     5,
@@ -155,7 +174,12 @@ _INFER_VERSION = Route(
 )
 
 #: Routes by the last segment of the path.
-_ROUTES = {"steps": (_STEPS,), "sequences": (_SEQUENCES,), "infer": (_INFER, _INFER_VERSION)}
+_ROUTES = {
+    "steps": (_STEPS,),
+    "sequences": (_SEQUENCES,),
+    "sessions": (_SESSIONS,),
+    "infer": (_INFER, _INFER_VERSION),
+}
 
 
 def find(path: Path) -> Route | None:

@@ -1,11 +1,10 @@
 """The native API, v1, as FastAPI routes. The transport answers most steps and sequences, which bypass them."""
 
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel, ValidationError
 
 from unroll.service.api import inference_routes, session_operations
 from unroll.service.api.admission import OwnId, tenant_of
@@ -24,19 +23,14 @@ from unroll.service.api.bodies import (
     Steps,
     StepsReply,
     Tensor,
-    check_members,
-    first_fault,
+    parse_body,
 )
 from unroll.service.api.error_responses import problem_responses
 from unroll.service.api.parameters import split_reference
-from unroll.service.api.request import JSON, RAW, Request, read_request
+from unroll.service.api.request import RAW, read_request
 from unroll.service.api.rollout import RolloutRequest
-from unroll.service.api.sealed_steps import base64_text
-from unroll.service.core.errors import InvalidRequest, UnsupportedMediaType
+from unroll.service.core.errors import UnsupportedMediaType
 from unroll.service.models.served_model import ServedModel
-from unroll.service.protocol import json
-
-Body = TypeVar("Body", bound=BaseModel)
 
 _RAW_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 
@@ -138,24 +132,14 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
 
     @api.post(
         "/models/{model}/sessions",
-        summary="Open a session; a raw body is a snapshot to begin from",
+        summary="Open a session; a raw body is its initial snapshot",
         status_code=201,
+        response_model=SessionInfo | HeldSession,
         responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
         openapi_extra=_bodies("OpenSession"),
     )
-    async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
-        request = await read_request(http.scope, http.receive, limits.max_body_bytes)
-        if request.media_type == RAW:
-            body = OpenSession.model_construct(snapshot=request.body)
-        else:
-            body = parse_body(OpenSession, request, limits.max_json_bytes)
-        start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)
-        tenant = tenant_of(http)
-        if body.durability == "client":
-            described, sealed = session_operations.open_sealed(app, tenant, model, body.session_id, **start)
-            return HeldSession(**described, snapshot=base64_text(sealed))
-        ids = tenant, model, body.session_id
-        return _info(*await session_operations.open_session(app, *ids, durability=body.durability, **start))
+    async def open_session(model: str, http: HttpRequest) -> Response:
+        return await inference_routes.respond(app, http)
 
     @api.get(
         "/models/{model}/sessions/{session_id:segment}",
@@ -216,18 +200,6 @@ def _add_states(api: APIRouter, app: AppState) -> None:
 
 #: Bodies that only the OpenAPI document references.
 DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, RolloutRequest, Problem)
-
-
-def parse_body(kind: type[Body], request: Request, limit: int) -> Body:
-    """Parse a JSON body; an empty body has the defaults."""
-    json.check_size(request.body, limit)
-    if request.body and request.media_type != JSON:
-        raise UnsupportedMediaType("send the body as application/json")
-    check_members(request.body)
-    try:
-        return kind.model_validate_json(request.body or b"{}")
-    except ValidationError as error:
-        raise InvalidRequest(first_fault(error)) from error
 
 
 def _info(served: ServedModel, session: Any) -> SessionInfo:

@@ -94,11 +94,11 @@ def router(app: AppState) -> APIRouter:
     )
     async def log_level(http: Request) -> LogLevel:
         try:
-            asked = LogLevel.model_validate(await _members(http))
+            body = LogLevel.model_validate(await _members(http))
         except ValidationError:
             raise InvalidRequest('the body must be {"level": …}, with debug, info, warning or error') from None
-        logging.getLogger().setLevel(asked.level.upper())
-        return asked
+        logging.getLogger().setLevel(body.level.upper())
+        return body
 
     return api
 

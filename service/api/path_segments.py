@@ -1,8 +1,8 @@
-"""A session id may be any string: in a path it is one segment, percent-encoded.
+"""Session ids in paths: an id may be any string, and in a path it is one percent-encoded segment.
 
-ASGI servers decode the whole path, in which `%2F` is then a slash like any other. So what has a meaning in a path stays
-encoded until the path is split into its segments, and so does a line end: to the pattern of a route the path would end
-before it, and be another than the one that the gate saw.
+ASGI servers decode the whole path, where `%2F` becomes an ordinary slash. Therefore slashes and percent signs stay
+encoded until the path is split into segments. So do line ends, because a route's pattern would match only the text
+before one, and so another path than the gate has checked.
 """
 
 from urllib.parse import quote, unquote
@@ -19,7 +19,7 @@ def split(path: str) -> list[str]:
 
 
 class EncodedSlashes:
-    """Middleware: a path whose segments are decoded but for `/`, `%` and line ends."""
+    """Middleware that decodes the path except for `/`, `%` and line ends within segments."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

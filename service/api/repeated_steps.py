@@ -11,9 +11,8 @@ from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
-from unroll.service.protocol.tensors import Codec
-from unroll.service.scheduler.chunk import GroupReply
-from unroll.service.scheduler.session import Session
+from unroll.service.scheduler.session import OPEN, Session
+from unroll.service.sessions.attempts import ATTEMPTS
 
 
 class RepeatedStep:
@@ -22,40 +21,73 @@ class RepeatedStep:
     Args:
         request: The first such step of the connection.
         respond: Called with the answer to each step.
+        timeout: Seconds within which each step must start.
 
     Attributes:
         failure: Converts an error to an answer.
         write: Encodes a group's outputs, one element per row.
     """
 
-    __slots__ = ("_again", "_app", "_form", "_served", "_session", "_tenant", "respond", "write")
+    __slots__ = (
+        *("_again", "_app", "_left", "_position", "_respond", "_served", "_session", "_step", "_tenant", "_timeout"),
+        *("_unwanted", "write"),
+    )
 
     failure = staticmethod(problem)
     write: Callable[[Tensors], Sequence[Any]]
 
     def __init__(
-        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond
+        self,
+        app: AppState,
+        served: ServedModel,
+        session: Session,
+        request: Request,
+        respond: Respond,
+        timeout: float,
     ) -> None:
         self._app = app
         self._served = served
         self._session = session
         self._tenant = request.tenant
-        self._form = _Joined(served.codec)
-        self._again, self.respond = request.again, respond
+        self._timeout = timeout
+        self._unwanted = False
+        self._again, self._respond = request.again, respond
         self.write = served.codec.rows_to_raw
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
-        """Join the step to the open group; None if it must be handled as an ordinary request."""
+        """Join the step to the open group, perhaps after a lookup; None if it must be handled as any request."""
         tenant = request.tenant
         if tenant != self._tenant or (tenant and self._app.meter.limits(tenant)):
             return None
         step = self.read(request)
         if step is None:
             return None
-        timeout = self._app.limits.request_timeout
         if self._session.durable is not None:
             request.again = self._again
-        return self._served.loop.join(self._session, request.position, step, timeout, self._form, self)
+            self._step, self._position, self._left = step, request.position, ATTEMPTS
+        if not self._served.loop.join(self._session, request.position, step, self._timeout, self):
+            if not self._is_behind(request.position):
+                return None
+            self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)
+        return self._leave
+
+    def _is_behind(self, position: int | None) -> bool:
+        """Whether the step can probably join after a lookup, because another replica has updated the session."""
+        durable, progress = self._session.durable, self._session.progress
+        if durable is None or progress is None or progress.active is not None or self._session.life is not OPEN:
+            return False
+        return durable.stale or (position is not None and position > progress.position)
+
+    def _looked_up(self, error: UnrollError | None) -> None:
+        if self._unwanted:
+            return
+        if error is not None:
+            self._respond(self.failure(error))
+        elif not self._join() and self._again is not None:
+            self._again()
+
+    def _join(self) -> bool:
+        return self._served.loop.join(self._session, self._position, self._step, self._timeout, self)
 
     def read(self, request: Request) -> bytes | None:
         """The step's inputs, concatenated; None if this is not such a step. Sets the position of the request."""
@@ -64,14 +96,20 @@ class RepeatedStep:
             request.position = int(position)
         return request.body
 
-    def encode(self, written: Any, position: int) -> Answer:
-        """Encode the answer. written: the row's element from `write`."""
-        return Answer(200, RAW, written, b"unroll-position: %d\r\n" % position)
+    def complete(self, written: Any, position: int) -> None:
+        self._respond(Answer(200, RAW, written, b"unroll-position: %d\r\n" % position))
 
     def fail(self, error: UnrollError) -> None:
         """Answer with the error, or handle the step again if another replica updated the session."""
-        if not (isinstance(error, SessionContended) and self._again and self._again(self._session.id)):
-            self.respond(self.failure(error))
+        if isinstance(error, SessionContended) and self._again is not None and not self._unwanted:
+            self._left -= 1
+            if (self._left and self._join()) or self._again():
+                return
+        self._respond(self.failure(error))
+
+    def _leave(self) -> None:
+        self._unwanted = True
+        self._served.loop.leave_joined(self._session, self)
 
 
 class RepeatedJsonStep(RepeatedStep):
@@ -79,10 +117,8 @@ class RepeatedJsonStep(RepeatedStep):
 
     __slots__ = ()
 
-    def __init__(
-        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond
-    ) -> None:
-        super().__init__(app, served, session, request, respond)
+    def __init__(self, app: AppState, served: ServedModel, *args: Any) -> None:
+        super().__init__(app, served, *args)
         self.write = served.codec.rows_to_json
 
     def read(self, request: Request) -> bytes | None:
@@ -95,27 +131,6 @@ class RepeatedJsonStep(RepeatedStep):
         except UnrollError:
             return None
 
-    def encode(self, written: bytes, position: int) -> Answer:
+    def complete(self, written: bytes, position: int) -> None:
         body = b'{"outputs":%b,"position":%d}' % (written, position)
-        return Answer(200, JSON, body, b"unroll-position: %d\r\n" % position)
-
-
-class _Joined:
-    """Validates and answers repeated steps of any kind."""
-
-    __slots__ = ("faults",)
-
-    def __init__(self, codec: Codec) -> None:
-        self.faults = codec.faults
-
-    def answer(self, listeners: Sequence[RepeatedStep], reply: GroupReply) -> None:
-        positions, errors = reply.positions.tolist(), reply.errors
-        written: dict[Callable[[Tensors], Sequence[Any]], Sequence[Any]] = {}
-        for row, step in enumerate(listeners):
-            if row in errors:
-                step.fail(errors[row])
-                continue
-            rows = written.get(step.write)
-            if rows is None:
-                rows = written[step.write] = step.write(reply.outputs)
-            step.respond(step.encode(rows[row], positions[row]))
+        self._respond(Answer(200, JSON, body, b"unroll-position: %d\r\n" % position))

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +19,7 @@ from unroll.service.core.errors import (
 )
 from unroll.service.core.session_ids import owned
 from unroll.service.protocol import json
+from unroll.service.protocol.open_inference import RepeatedText
 
 _log = structlog.get_logger(__name__)
 
@@ -36,6 +36,8 @@ CONTENT_ENCODING = b"content-encoding"
 HEADER_LENGTH = b"inference-header-content-length"
 #: Key in an ASGI scope: the tenant of an admitted request.
 TENANT = "unroll.tenant"
+#: Key in an ASGI scope: the lock that admits one long decompressed body at a time, because these are not held bytes.
+LONG_BODIES = "unroll.long_bodies"
 
 #: Header of a reply that was too large to keep, so that a retry of its chunk is refused.
 NOT_KEPT = b"unroll-reply-kept: false\r\n"
@@ -65,32 +67,43 @@ class Request:
         document: The parsed body, if it is long JSON that was parsed early.
         tenant: The tenant; empty without keys.
         session, position: Id of the session and the specified position, if any, for the log.
-        again: Looks a session up in the store and handles the request again; None without a store.
+        again: Handles the request again after another replica updated its session; None without a store.
         cancel: Cancels the work.
-        repeats: A previous request on the connection had the same headers except for the position.
-        repeat: Handles the next such request; see `repeated_steps.py`.
+        repeats: The next request on the connection may have the same headers, except for numbers.
+        repeat: Handles such a request; see `repeated_steps.py`.
+        text: The text of the last small Open Inference request on the connection.
     """
 
-    __slots__ = ("again", "body", "cancel", "document", "headers", "position", "repeat", "repeats", "session", "tenant")
+    __slots__ = (
+        "again",
+        "body",
+        "cancel",
+        "document",
+        "headers",
+        "position",
+        "repeat",
+        "repeats",
+        "session",
+        "tenant",
+        "text",
+    )
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.document: dict[str, Any] | None = None
         self.tenant = tenant
-        self.again: Callable[[str], bool] | None = None
+        self.again: Callable[[], bool] | None = None
         self.cancel: Cancel = nothing_to_cancel
         self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
+        self.text: RepeatedText | None = None
         self.session: str | None = None
         self.position: int | None = None
 
     def own(self, session_id: str) -> str:
         """The server's internal id for the client's session id. Raises InvalidRequest."""
         return owned(self.tenant, session_id)
-
-    def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        return None if self.again is None else partial(self.again, session_id)
 
     @property
     def media_type(self) -> bytes:
@@ -260,5 +273,9 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
         raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
     if (coding := headers.get(CONTENT_ENCODING)) is not None:
         made = decoded(body, coding, limit)
-        body = made if isinstance(made, bytes) else await made
+        if isinstance(made, bytes):
+            body = made
+        else:
+            async with scope[LONG_BODIES]:  # the caller parses it before another task can run
+                body = await asyncio.to_thread(made)
     return Request(headers, body, scope.get(TENANT, ""))

@@ -95,8 +95,6 @@ class RolloutCall:
     """One rollout, from its request to its end.
 
     Args:
-        name, version, session_id: The session to start from.
-        wanted: The parameters.
         timeout: Seconds within which it must start.
         sink: Receives the outputs, then the end or an error.
     """
@@ -324,7 +322,7 @@ class RolloutCall:
         assert outcome is not None
         if isinstance(outcome, UnrollError):
             is_new = not (self._sent or self._waiting)
-            if not (is_new and isinstance(outcome, SessionContended) and self._attempts.again(self._where[2])):
+            if not (is_new and isinstance(outcome, SessionContended) and self._attempts.again()):
                 self._fail(outcome)
             return
         self._flush()

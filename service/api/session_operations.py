@@ -49,12 +49,12 @@ def _description(
 async def close_session(app: AppState, model: str, session_id: str) -> dict:
     """Close a session, even if its version is not loaded here. Returns its description."""
     name, version = split_reference(model)
-    closed = await app.sessions.close(name, version, session_id)
+    closed, position = await app.sessions.close(name, version, session_id)
     if not isinstance(closed, Record):
-        return describe(*closed)
+        return describe(*closed) | {"position": position}
     other = app.models.of(name)[0]
     idle_timeout = other.scheduler.sessions.limits.idle_timeout
-    described = _description(other, session_id, closed.position, closed.origin.durability, idle_timeout)
+    described = _description(other, session_id, position, closed.origin.durability, idle_timeout)
     return described | {"model_version": None, "model_digest": closed.origin.model}
 
 

@@ -7,7 +7,6 @@ from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import (
     POSITION,
     STEPS,
-    TIMEOUT,
     json_body,
     position_of,
     require_streamable,
@@ -50,15 +49,13 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     else:
         position = request.position = position_of(document, position)
         inputs, encode = served.codec.from_json(document["inputs"]), _json_steps
-    settled = Answering(respond, problem, encode, served.codec, request.again_with(session_id))
+    settled = Answering(respond, problem, encode, served.codec, request.again)
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
-    if request.repeats and len(inputs[0]) == 1 and TIMEOUT not in request.headers:
-        if document is not None:
-            request.repeat = RepeatedJsonStep(app, served, session, request, respond)
-        elif has_fixed_length(request.headers):
-            request.repeat = RepeatedStep(app, served, session, request, respond)
+    if request.repeats and len(inputs[0]) == 1 and (document is not None or has_fixed_length(request.headers)):
+        kind = RepeatedStep if document is None else RepeatedJsonStep
+        request.repeat = kind(app, served, session, request, respond, timeout)
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 

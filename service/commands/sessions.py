@@ -81,35 +81,34 @@ async def _show(store: Store, config: StoreConfig, options: "commands.Show") -> 
 async def _close(store: Store, config: StoreConfig, options: "commands.Close") -> int:
     keys = {session: (options.model, owned(options.tenant, session)) for session in options.session}
     positions = {session: await store.close(key) for session, key in keys.items()}
-    became = {id: "not open" if at is None else f"closed at position {at}" for id, at in positions.items()}
-    _print(options, {"closed": positions}, [f"{describe(session)}: {what}" for session, what in became.items()])
+    results = {id: "not open" if at is None else f"closed at position {at}" for id, at in positions.items()}
+    _print(options, {"closed": positions}, [f"{describe(session)}: {result}" for session, result in results.items()])
     return int(None in positions.values())
 
 
 async def _export(store: Store, config: StoreConfig, options: "commands.Export") -> int:
     count, damaged = await transfer.export(store, _selection(options, config), options.file)
     document = {"written": count, "file": str(options.file), "damaged": [*map(named, damaged)]}
-    left = [f"damaged, not written: {_words(key)}" for key in damaged]
-    _print(options, document, [f"{count} sessions written to {options.file}", *left])
+    skipped = [f"damaged, not written: {_words(key)}" for key in damaged]
+    _print(options, document, [f"{count} sessions written to {options.file}", *skipped])
     return int(bool(damaged))
 
 
 async def _import(store: Store, config: StoreConfig, options: "commands.Import") -> int:
     outcomes: Counter[str] = Counter()
-    left: list[tuple[Key, str]] = []
+    skipped: list[tuple[Key, str]] = []
     async for key, outcome in transfer.import_file(store, options.file, replace=options.replace):
         outcomes[outcome] += 1
         if outcome not in (transfer.IMPORTED, transfer.REPLACED):
-            left.append((key, outcome))
-    documents = [named(key) | {"outcome": outcome} for key, outcome in left]
+            skipped.append((key, outcome))
+    documents = [named(key) | {"outcome": outcome} for key, outcome in skipped]
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-    lines = [*(f"{outcome}: {_words(key)}" for key, outcome in left), counts or "no sessions in the file"]
+    lines = [*(f"{outcome}: {_words(key)}" for key, outcome in skipped), counts or "no sessions in the file"]
     _print(options, {"outcomes": outcomes, "left": documents}, lines)
-    return int(bool(left))
+    return int(bool(skipped))
 
 
 def _print(options: Any, document: dict[str, Any], lines: list[str]) -> None:
-    """Print the document as JSON if requested, else the lines."""
     print(json.dumps(document, indent=2) if options.json else "\n".join(lines))
 
 

@@ -10,7 +10,7 @@
 `api/error_responses.py` maps each to its HTTP status.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 #: Maximum length of a message, which may quote a long request.
 _LONGEST_MESSAGE = 2000
@@ -233,9 +233,14 @@ class StoreUnavailable(Overloaded):
 
 
 class SessionContended(Overloaded):
-    """Another replica updated the session first. The API retries on the new state before a client sees this error."""
+    """Another replica updated the session first. The API retries on the new state before a client sees this error.
+
+    Attributes:
+        record: The store's record; None if it has none, or if it is unknown.
+    """
 
     code = "session_contended"
+    record: Any = None
 
 
 # ── the work was accepted but failed; the state is unchanged ─────────────────────────────────────

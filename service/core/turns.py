@@ -21,9 +21,9 @@ class Turns:
         self._waiting: deque[Callable[[], None]] = deque()
         self._scheduled = False
 
-    def call(self, run: Callable[[], None]) -> None:
-        """Run a slice in a later turn, after the waiting ones."""
-        self._waiting.append(run)
+    def call(self, run: Callable[[], None], *, first: bool = False) -> None:
+        """Run a slice in a later turn, after the waiting slices, or before them if `first`."""
+        (self._waiting.appendleft if first else self._waiting.append)(run)
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._advance)
@@ -42,7 +42,6 @@ class Turns:
                 return made
 
     async def _next(self) -> None:
-        """Wait for the next free turn."""
         turn = asyncio.get_running_loop().create_future()
         self.call(lambda: None if turn.done() else turn.set_result(None))
         await turn

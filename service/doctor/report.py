@@ -1,4 +1,4 @@
-"""What `unroll doctor` finds: the facts of this machine, and a finding with its remedy for each."""
+"""The report of `unroll doctor`: the facts of this machine, and findings with remedies."""
 
 import platform
 import sys

@@ -129,13 +129,13 @@ def judge(facts: StoreFacts) -> Iterator[Finding]:
 def _redis(settings: Mapping[str, str]) -> Iterator[Finding]:
     if not settings:
         return
-    said = ", ".join(
+    settings_text = ", ".join(
         f"{name} {settings[name] or 'off'}" for name in ("appendonly", "appendfsync", "save") if name in settings
     )
     if settings["appendonly"] == "yes":
-        yield Finding("persistence", Status.OK, said)
+        yield Finding("persistence", Status.OK, settings_text)
     else:
-        yield Finding("persistence", Status.NOTE, said, "to lose at most a second in a crash: appendonly yes")
+        yield Finding("persistence", Status.NOTE, settings_text, "to lose at most a second in a crash: appendonly yes")
     policy, limit = settings["maxmemory-policy"], settings["maxmemory"]
     says = f"maxmemory {limit}, maxmemory-policy {policy}"
     if policy == "noeviction":

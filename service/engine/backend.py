@@ -31,7 +31,7 @@ class EngineOptions:
         threads: onnxruntime's threads for one call, on the host.
         precision: Precision of matrix products, on a GPU.
         buckets: Row counts of the captured single-step calls, on a GPU; () for the defaults.
-        cells: What runs LSTM and GRU layers in single steps, on a GPU.
+        cells: Implementation of LSTM and GRU layers in single steps, on a GPU.
         memory_share: Share of the free memory that a model's state rows may take.
     """
 

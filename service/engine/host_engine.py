@@ -16,7 +16,7 @@ _BOUND_ROWS = 256
 
 
 class HostEngine:
-    """An engine in host memory. rows: of the arena, including the initial and the scratch row."""
+    """An engine in host memory. rows: rows of the arena, including the initial and the scratch row."""
 
     def __init__(self, runner: Runner, manifest: Manifest, rows: int) -> None:
         self._runner = runner

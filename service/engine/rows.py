@@ -33,17 +33,17 @@ def one_by_one(manifest: Manifest, run: Callable[[Rows], BatchResult], rows: Row
             _log.error("the model failed", model=name, steps=rows.lens[0], exc_info=error)
             failure = EngineFailed("the model failed on this input; the server's log has the reason")
             return empty_outputs(manifest, 1, rows.lens[0]), {0: failure}
-    together = empty_outputs(manifest, len(rows.lens), max(rows.lens))
+    merged = empty_outputs(manifest, len(rows.lens), max(rows.lens))
     failed: dict[int, UnrollError] = {}
     for i, steps in enumerate(rows.lens):
         inputs = tuple(array[i : i + 1, :steps] for array in rows.inputs)
-        alone = PlainRows(inputs, [steps], [rows.sources[i]], [rows.targets[i]])
-        outputs, failure_alone = one_by_one(manifest, run, alone)
-        for target, source in zip(row(manifest, together, i, steps), row(manifest, outputs, 0, steps), strict=True):
+        single = PlainRows(inputs, [steps], [rows.sources[i]], [rows.targets[i]])
+        outputs, row_failed = one_by_one(manifest, run, single)
+        for target, source in zip(row(manifest, merged, i, steps), row(manifest, outputs, 0, steps), strict=True):
             target[...] = source
-        if failure_alone:
-            failed[i] = failure_alone[0]
-    return together, failed
+        if row_failed:
+            failed[i] = row_failed[0]
+    return merged, failed
 
 
 def non_finite(

@@ -165,7 +165,8 @@ class ModelLoader:
         backend = open_backend(bundle, device, options.engine)
         if device != "cpu":  # the trial has done this on the CPU
             parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
-        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
+        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
+        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged, codec.faults)
         limits = _session_limits(backend, manifest, options)
         is_verified = partial(self._is_verified, manifest.name)
         scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
@@ -181,14 +182,13 @@ class ModelLoader:
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
         thread = EngineThread(engine, executor, curve.seconds)
         loop = Loop(manifest.name, scheduler, thread, self._store, self._clock, figures.observe)
-        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
         model = ServedModel(replace(bundle, model=b""), engine, loop, codec, serving, figures)
         _log_loaded(model, curve, perf_counter() - started)
         return model
 
 
 def _trial_limits(options: ModelOptions, devices: Collection[str]) -> TrialLimits:
-    """The limits of trials. Without a CPU among the devices, the CPU's answers do not matter."""
+    """The limits of trials. A GPU is judged by its own answers, so a server with one accepts any answer of a trial."""
     limits = options.scheduler
     long_rows = min(limits.max_batch, max(1, limits.max_batch_steps // limits.piece_steps))
     calls = ((limits.max_batch, 1), (long_rows, limits.piece_steps))

@@ -86,7 +86,6 @@ class ModelRepository:
                 raise RepositoryError(f"model {name!r}: {self._versions.misdirected[name]}")
 
     def _follow(self, contents: Contents) -> None:
-        """Apply the repository's pointers and retired marks."""
         versions = self._versions
         versions.retired |= contents.retired
         pointers = contents.pointers | self._serve
@@ -154,7 +153,7 @@ class ModelRepository:
 
     async def unload(self, name: str) -> None:
         """Retire all versions of a model until it is loaded again, or the process ends. Raises ModelUnknown."""
-        if not self._versions.of(name):
+        if name not in self.unloaded and not self._versions.of(name):
             self._versions.available(name)
         self.unloaded.add(name)
         await self.rescan()
@@ -197,7 +196,6 @@ class ModelRepository:
         """Serve a bundle, unless it is served already.
 
         Args:
-            key: Name and version.
             refused: Receives the reason if the bundle is refused.
             seconds: Processor time for its trial; None for the limit.
 
@@ -223,7 +221,6 @@ class ModelRepository:
         return True
 
     async def _look_for_missing(self) -> None:
-        """Rescan if the repository now has a version that was requested but missing."""
         if missing := self._versions.missing:
             self._versions.missing = set()
             if await asyncio.to_thread(self._has_come, missing):
@@ -250,14 +247,13 @@ class ModelRepository:
         _log.info("model retired", model=model.name, version=model.version, sessions=len(model.scheduler.sessions))
 
     async def _drop_retired(self) -> None:
-        """Drop retired versions without remaining sessions."""
         for model in [m for m in self._versions if m.retired]:
             model.scheduler.sessions.expire(model.loop.clock.now())
             if not len(model.scheduler.sessions) and not model.scheduler.in_flight and not self._awaits_spilled(model):
                 self._versions.remove(model)
                 self._versions.retired.add((model.name, model.manifest.digest))
-                for heir in self._versions.of(model.name)[:1]:
-                    heir.scheduler.sessions.merge_closed(model.scheduler.sessions)
+                for successor in self._versions.of(model.name)[:1]:
+                    successor.scheduler.sessions.merge_closed(model.scheduler.sessions)
                 await model.stop()
                 model.engine.close()
                 _log.info("model dropped", model=model.name, version=model.version)

@@ -105,7 +105,7 @@ class ServedModel:
     def write_snapshot(self, session: Session, snapshot: Snapshot) -> None:
         self.engine.write(session.slot, snapshot.row)
         session.source = session.slot
-        session.position = snapshot.position
+        session.own_progress.position = snapshot.position
 
     def read_snapshot(self, content: bytes) -> Snapshot:
         """Parse a snapshot. Raises SnapshotInvalid, or ModelChanged if it was taken from another version."""

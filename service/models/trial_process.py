@@ -123,8 +123,8 @@ def _read(reading: int, connection: socket.socket, until: float) -> bytes | None
     poll, answer = select.poll(), b""
     poll.register(reading, select.POLLIN)
     poll.register(connection, select.POLLHUP)
-    while (left := until - monotonic()) > 0 and len(answer) <= _MOST_ANSWER:
-        for descriptor, _ in poll.poll(left * 1000):
+    while (remaining := until - monotonic()) > 0 and len(answer) <= _MOST_ANSWER:
+        for descriptor, _ in poll.poll(remaining * 1000):
             if descriptor != reading:
                 raise SystemExit(0)
             if not (part := os.read(reading, 65_536)):
@@ -144,7 +144,6 @@ def _why(status: int, seconds: float, job: Job, *, in_time: bool) -> dict[str, A
 
 
 def _limit(job: Job) -> None:
-    """Limit this process."""
     in_use = 0
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -28,7 +28,7 @@ async function show() {
   document.title = `${section.id[0].toUpperCase()}${section.id.slice(1)} – Unroll`;
   try {
     const View = await VIEWS[chosen]();
-    if (location.hash !== asked) return; // another was chosen meanwhile
+    if (location.hash !== asked) return; // the user has chosen another view
     views[chosen] ??= new View(section, client);
     await views[chosen].show(model);
   } catch (error) {
@@ -39,7 +39,7 @@ async function show() {
   }
 }
 
-// Asks for the API key of a server that has keys; it is kept as long as this tab is open.
+// Asks for the API key if the server has keys; it is kept while this tab is open.
 function keyForm(error) {
   const field = h("input", { id: "key", type: "password", autocomplete: "off", required: true });
   const use = (event) => {

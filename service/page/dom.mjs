@@ -1,6 +1,6 @@
-// Elements, and how values are written.
+// Elements, and formatting of values.
 
-// An element: attributes that are functions are listeners; children that are null are left out.
+// An element. Attributes that are functions become listeners; children that are null are omitted.
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -15,7 +15,7 @@ export function h(tag, attributes = {}, ...children) {
 export const button = (label, onclick, attributes = {}) =>
   h("button", { type: "button", onclick, ...attributes }, label);
 
-// A choice of one of some names; onchange gets the name.
+// A select element with some names; onchange receives the name.
 export function choice(label, names, onchange) {
   const select = h(
     "select",
@@ -25,7 +25,7 @@ export function choice(label, names, onchange) {
   return select;
 }
 
-// The choice of the model that a view is of.
+// The select element for a view's model.
 export function modelChoice(models, model, view) {
   const names = models.map(({ name }) => name);
   const select = choice("Model", names, (name) => (location.hash = `#${view}/${encodeURIComponent(name)}`));
@@ -36,7 +36,7 @@ export function modelChoice(models, model, view) {
 // A number in a table.
 export const figure = (text, kind = "") => h("td", { class: `figure ${kind}` }, text);
 
-// A table of rows of cells, which are text, elements, or figures. head: the titles of a first column and of figures.
+// A table. Cells are text, elements, or figures. head: titles of the first column and of the figures.
 export function table(rows, head, attributes) {
   const row = (cells) =>
     h("tr", {}, cells.map((cell) => (cell instanceof HTMLTableCellElement ? cell : h("td", {}, cell))));
@@ -48,7 +48,7 @@ export function table(rows, head, attributes) {
 export const facts = (list) =>
   Object.entries(list).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)));
 
-// A colour of the style sheet, as it is now: light or dark.
+// A colour of the style sheet in the current scheme, light or dark.
 export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 const UNITS = ["bytes", "kB", "MB", "GB"];
@@ -71,12 +71,12 @@ export function duration(seconds) {
   return seconds < 1 ? `${number(seconds * 1e3, 3)} ms` : `${number(seconds, 3)} s`;
 }
 
-// Values of one time step of a tensor.
+// Number of values in one time step of a tensor.
 export const sizeOf = (tensor) => tensor.shape.reduce((product, length) => product * length, 1);
 
 export const shape = (tensor) => `${tensor.dtype}${tensor.shape.length ? ` [${tensor.shape.join(", ")}]` : ""}`;
 
-// What a layer's piece of the state is called: "layer 0 · h".
+// The label of a layer's slice of the state: "layer 0 · h".
 export function slotName(slot, slots) {
   const same = slots.filter(({ kind }) => "hc".includes(kind));
   const modules = new Set(same.map(({ module }) => module));
@@ -88,7 +88,7 @@ export function slotName(slot, slots) {
   return [...parts, slot.kind].join(" · ");
 }
 
-// A region that says what happens, also to screen readers. `busy` runs a task and shows its error.
+// A status region, also announced to screen readers. `busy` runs a task and shows its error.
 export class Messages {
   constructor() {
     this.element = h("ol", { class: "messages", role: "log", "aria-label": "What happened" });
@@ -109,7 +109,7 @@ export class Messages {
   }
 }
 
-// An error in words: the server's own code and detail where there are some.
+// The text of an error: the server's code and detail if there are any.
 export function explain(error) {
   return error.code ? `${error.detail} (${error.code})` : error.message;
 }

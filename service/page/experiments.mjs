@@ -1,14 +1,14 @@
-// What can be tried with the playground's session: a fork, a snapshot, a step that is sent twice, a forecast.
+// Experiments with the playground's session: a fork, a snapshot, a step that is sent twice, a forecast.
 
 import { button, h } from "./dom.mjs";
 import { kindOf } from "./sources.mjs";
 import { probabilities } from "./stage.mjs";
 
 const MOST_AHEAD = 400;
-// So far from the session's own inputs are those of a fork that has no number to add.
+// A fork without a numeric offset takes its inputs this many steps later in the source.
 const ASIDE = 37;
 
-// view: the playground, whose `main` is the session. fork and forecast are traces that are shown beside it.
+// view: the playground; its `main` is the session. fork and forecast are traces shown together with it.
 export class Experiments {
   constructor(view) {
     this.view = view;
@@ -53,14 +53,14 @@ export class Experiments {
     );
   }
 
-  // There is another session.
+  // Called when there is a new session.
   reset() {
     this.marks = [];
     this.fork = this.forecast = this.saved = this.replay = undefined;
     if (this.back) this.back.disabled = true;
   }
 
-  // The session is about to apply these steps: so does the fork, in its own way.
+  // Called before the session applies these steps; the fork applies its own variant.
   async advance(steps) {
     this.forecast = undefined;
     await this.fork?.apply(await this.vary(steps));
@@ -76,7 +76,7 @@ export class Experiments {
     return Promise.all(steps.map(async (step, i) => (await source.next(position + i + ASIDE)) ?? step));
   }
 
-  // After a rewind the same steps come again, and their outputs must be the same.
+  // After a rewind, the same steps are repeated, and their outputs must be the same.
   compare({ steps, same }) {
     if (!this.replay) return;
     this.replay.steps += steps;
@@ -105,7 +105,7 @@ export class Experiments {
   async rewind(main) {
     const end = main.position;
     await main.rewind(this.saved);
-    await this.fork?.session.close(); // it is of what is undone
+    await this.fork?.session.close(); // it belongs to the steps being undone
     this.fork = this.forecast = undefined;
     this.marks = this.marks.filter(({ label }) => label === "snapshot");
     this.replay = end > main.position ? { end, same: 0, steps: 0 } : undefined;
@@ -123,7 +123,7 @@ export class Experiments {
     this.view.messages.say(`Step ${position} sent again: ${answer}; ${stands}.`, good ? "good" : "error");
   }
 
-  // The server feeds outputs back as inputs, in a copy of the state: the session itself stays where it is.
+  // The server feeds outputs back as inputs on a copy of the state, so the session itself does not change.
   async predict(main) {
     const { position } = main;
     const last = main.outputs.get(position);

@@ -1,4 +1,4 @@
-// The choice of a source, and what each needs: a file, a curve, a text.
+// The choice of a source, and the panel of each: a file, a curve, a text.
 
 import { button, choice, colour, h } from "./dom.mjs";
 import { fresh } from "./plot.mjs";
@@ -19,10 +19,10 @@ const SHAPES = {
   "a pulse": (t) => 1.8 * Math.exp(-(((t - 0.5) / 0.05) ** 2)) - 0.8,
   "a saw": (t) => 2 * ((4 * t) % 1) - 1,
 };
-// Points of a drawn curve, each a step.
+// Points of a drawn curve, one per step.
 const POINTS = 200;
 
-// The sources that fit a model: label -> what makes its panel.
+// The sources that fit a model: label -> function that creates the panel.
 function offers(model) {
   const kind = kindOf(model),
     found = {};
@@ -35,7 +35,7 @@ function offers(model) {
   return found;
 }
 
-// Calls onSource(source) whenever there is another one.
+// Calls onSource(source) whenever the source changes.
 export class Inputs {
   constructor(model, onSource, messages) {
     Object.assign(this, { model, onSource, messages });
@@ -76,7 +76,7 @@ export class Inputs {
   }
 }
 
-// A panel: what it shows, and how it begins.
+// A panel: its elements, and a function that starts it.
 const example = (inputs) => ({ begin: async () => inputs.use(await co2()) });
 const generated = (inputs) => ({ begin: () => inputs.use(signal(inputs.model)) });
 

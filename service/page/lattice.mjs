@@ -11,7 +11,7 @@ const GAP = 52,
   RADIUS = 13;
 const PAUSE = 330; // milliseconds
 
-// The cells in the order in which they are computed: [layer, step].
+// The cells in the order of computation: [layer, step].
 const ORDERS = {
   "Layer by layer": (layers) => grid(layers, STEPS, (layer, step) => [layer, step]),
   "Step by step": (layers) => grid(STEPS, layers, (step, layer) => [layer, step]),

@@ -1,11 +1,11 @@
-// Live figures: what /metrics says, once a second while this view is visible.
+// Live figures from /metrics, once a second while this view is visible.
 
 import { colour, duration, explain, facts, figure, h, number, size, table } from "./dom.mjs";
 import { drawLines, fresh } from "./plot.mjs";
 import { quantile, scrape, since } from "./prometheus.mjs";
 
 const SECONDS = 120;
-// Over so many seconds are quantiles taken: fewer have too few counts.
+// Seconds over which quantiles are computed; a shorter time has too few counts.
 const WINDOW = 15;
 const PHASES = {
   unroll_request_seconds: "HTTP request",
@@ -175,7 +175,7 @@ function storeOf(now) {
   return byName(rows);
 }
 
-// Counts of a histogram as bars, a bucket each.
+// Counts of a histogram as bars, one per bucket.
 function drawBars(canvas, counts) {
   const area = fresh(canvas, 150);
   if (!area) return;

@@ -1,4 +1,4 @@
-// The models: what each takes, returns and remembers, and how well it was proved.
+// The models: inputs, outputs and state of each, and its measured parity.
 
 import { facts, figure, h, number, shape, size, slotName, table } from "./dom.mjs";
 
@@ -22,7 +22,7 @@ export class ModelsView {
     );
   }
 
-  // All versions in the repository, also those that are not served.
+  // All versions in the repository, including those that are not served.
   async bundles() {
     const answer = await fetch("v2/repository/index", { method: "POST", headers: this.client.headers });
     return answer.ok ? answer.json() : [];
@@ -68,7 +68,7 @@ function tensors(model) {
   ]);
 }
 
-// The state row as a bar, each piece as wide as its share.
+// The state row as a bar; the width of each slice is its share.
 function layout(model) {
   const bar = h("div", { class: "row-bar", role: "img", "aria-label": "the pieces of the state row" });
   for (const slot of model.state) {
@@ -86,7 +86,7 @@ function layout(model) {
   return h("div", {}, bar, h("div", { class: "scrolls" }, table(rows)));
 }
 
-// Each output's difference as a share of what is allowed.
+// Each output's difference as a share of its tolerance.
 function parity(model) {
   const rows = Object.entries(model.parity).map(([output, difference]) => {
     const allowed = model.tolerance[output];

@@ -7,7 +7,7 @@ import { Stage } from "./stage.mjs";
 import { Statics } from "./statics.mjs";
 import { Trace } from "./trace.mjs";
 
-// Steps of one message, and messages a second.
+// Steps per message, and messages per second.
 const SPEEDS = {
   "5 steps a second": [1, 5],
   "20 steps a second": [1, 20],
@@ -142,10 +142,10 @@ export class PlaygroundView {
     this.paint();
   }
 
-  // Close what is open here; a stream that cannot be closed is left to its idle timeout.
+  // Close the open sessions. If a stream cannot be closed, its sessions expire.
   async end() {
     const { stream, main } = this;
-    if (main) this.pause(); // else it was asked to play while its first session opens
+    if (main) this.pause(); // otherwise the user pressed play while the first session is opening
     this.main = this.stream = undefined;
     delete this.section.dataset.position;
     this.experiments?.reset();
@@ -214,7 +214,7 @@ export class PlaygroundView {
     return this.main;
   }
 
-  // One thing after another, for all buttons.
+  // Runs the tasks of all buttons one at a time.
   alone(task) {
     const result = (this.last ?? Promise.resolve()).then(task);
     this.last = result.catch(() => {});

@@ -2,11 +2,11 @@
 
 import { colour, number } from "./dom.mjs";
 
-// Left of the axis, for labels; equal in all canvases, so that their columns are under each other.
+// Space left of the axis for labels; equal in all canvases, so that their columns are aligned.
 const GUTTER = 60;
 const RIGHT = 8;
 
-// The context of a canvas at the screen's own resolution, cleared. Null while the canvas is not shown.
+// The cleared context of a canvas at the screen's resolution. Null while the canvas is hidden.
 export function fresh(canvas, height) {
   const width = canvas.clientWidth,
     ratio = devicePixelRatio || 1;
@@ -31,7 +31,7 @@ export function ticks(low, high, count) {
   return Array.from({ length: Math.max(0, Math.floor((high - first) / step + 1e-9) + 1) }, (_, i) => first + i * step);
 }
 
-// lines: [{points: [[x, y]], colour, dash?, width?}]; marks: [{x, label}]. span: [first x, last x]. floor: lowest top of y.
+// lines: [{points: [[x, y]], colour, dash?, width?}]; marks: [{x, label}]. span: [first x, last x]. floor: minimum top of y.
 export function drawLines(canvas, { lines, span, marks = [], height = 230, zero = false, format = number, at }) {
   const area = fresh(canvas, height);
   if (!area) return;
@@ -117,7 +117,7 @@ export function positionAt(canvas, event, span) {
   return share < 0 || share > 1 ? undefined : Math.round(span[0] + share * (span[1] - span[0]));
 }
 
-// Shades from cold over the ground to warm, as bytes of red, green and blue.
+// Shades from cold through the background to warm, as bytes of red, green and blue.
 function shades() {
   const [cold, none, warm] = ["cold", "card", "warm"].map((name) => rgb(colour(name)));
   return Array.from({ length: 256 }, (_, i) => {
@@ -131,7 +131,7 @@ function shades() {
 const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
 // Columns of values, one per position. columns: [[first position, last position, Float32Array]]; a column covers the
-// positions behind the one before. slot: {offset, size}. scale: the value of the warmest shade.
+// positions after the previous one. slot: {offset, size}. scale: the value of the warmest shade.
 export function drawHeat(canvas, { columns, slot, span, scale, label, at }) {
   const unit = slot.size > 64 ? 1 : slot.size > 24 ? 3 : 6;
   const area = fresh(canvas, Math.max(28, slot.size * unit));

@@ -1,4 +1,4 @@
-// Figures of the server, from the text that Prometheus reads.
+// Figures of the server, parsed from Prometheus's text format.
 
 const SAMPLE = /^([a-z_:][\w:]*)(?:\{(.*)\})? (\S+)/i;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
@@ -32,7 +32,7 @@ export class Scrape {
     return this.select(name).reduce((total, { value }) => total + value, 0);
   }
 
-  // By the value of one label: Map of sums.
+  // Sums by the value of one label, as a Map.
   by(name, label) {
     const sums = new Map();
     for (const sample of this.select(name))
@@ -40,7 +40,7 @@ export class Scrape {
     return sums;
   }
 
-  // Counts of a histogram, not cumulated: [[upper bound, count], …].
+  // Non-cumulative counts of a histogram: [[upper bound, count], …].
   counts(name) {
     const sums = new Map();
     for (const { labels: own, value } of this.select(`${name}_bucket`)) {
@@ -52,13 +52,13 @@ export class Scrape {
   }
 }
 
-// What was counted between two scrapes; all of it if there is no earlier one.
+// The counts between two scrapes; all counts if there is no earlier one.
 export function since(earlier, later, name) {
   const before = new Map(earlier?.counts(name));
   return later.counts(name).map(([bound, count]) => [bound, count - (before.get(bound) ?? 0)]);
 }
 
-// The value below which a share of a histogram's counts are, from within its bucket; NaN if it is empty.
+// A quantile of a histogram, interpolated within its bucket; NaN if the histogram is empty.
 export function quantile(counts, share) {
   const total = counts.reduce((sum, [, count]) => sum + count, 0);
   if (!total) return NaN;

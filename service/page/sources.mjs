@@ -1,8 +1,8 @@
-// Where a session's inputs come from. A source has `name` and `next(i)`: the inputs of step i, null at the end; it may wait.
+// Sources of a session's inputs. A source has `name` and `next(i)`: the inputs of step i, null at the end; may be async.
 
 import { sizeOf } from "./dom.mjs";
 
-// How a model can be played with.
+// The kind of playground for a model.
 export function kindOf(model) {
   const [first] = model.inputs;
   if (model.inputs.length > 1) return "other";
@@ -17,7 +17,7 @@ export function listed(name, steps) {
   return { name, length: steps.length, next: (i) => steps[i] ?? null };
 }
 
-// A quiet signal for every input: two slow waves and a little noise, the same each time.
+// A quiet signal for every input: two slow waves and a little noise, reproducible.
 export function signal(model) {
   const noise = (i, j) => (((Math.sin(i * 12.9898 + j * 78.233) * 43758.5453) % 1) + 1) % 1;
   const tensor = (spec, i) => {
@@ -38,7 +38,7 @@ export function signal(model) {
   };
 }
 
-// The columns of a CSV file that are numbers in every row: [{name, values}]. Lines that begin with # are comments.
+// The columns of a CSV file that are numeric in every row: [{name, values}]. Lines that start with # are comments.
 export function columnsOf(text) {
   const rows = text
     .split(/\r?\n/)
@@ -54,7 +54,7 @@ export function columnsOf(text) {
   return columns.filter(({ values }) => values.length && values.every(Number.isFinite));
 }
 
-// A CSV file, whose first columns of numbers are the inputs.
+// A CSV file; its first numeric columns are the inputs.
 export function fromCsv(name, text, width, chosen) {
   const columns = columnsOf(text);
   const used = chosen ? columns.filter((column) => chosen.includes(column.name)) : columns.slice(0, width);
@@ -84,10 +84,10 @@ export function fromText(text) {
 
 const AS_HEARD = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
 
-// Frames of the microphone, `width` samples each, at `rate` samples a second, as it hears them.
+// Frames from the microphone, `width` samples each, at `rate` samples per second, in real time.
 export async function microphone(width, rate) {
   if (!navigator.mediaDevices)
-    throw new Error("Browsers offer the microphone to pages over https, or of this machine, only.");
+    throw new Error("Browsers permit the microphone only on https pages and on this machine.");
   const media = await navigator.mediaDevices.getUserMedia({ audio: AS_HEARD });
   const audio = new AudioContext({ sampleRate: rate });
   await audio.audioWorklet.addModule("page/frames.mjs");
@@ -96,7 +96,7 @@ export async function microphone(width, rate) {
     waiting = [];
   node.port.onmessage = ({ data }) => {
     if (waiting.length) waiting.shift()(data);
-    else if (frames.push(data) > 50) frames.shift(); // a second behind is enough
+    else if (frames.push(data) > 50) frames.shift(); // buffer at most about a second
   };
   audio.createMediaStreamSource(media).connect(node);
   return {

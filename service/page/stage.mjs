@@ -1,10 +1,10 @@
-// What a session shows: inputs and outputs as lines or as text, and the state as a heat map, layer by layer.
+// The display of a session: inputs and outputs as lines or as text, and the state as a heat map, layer by layer.
 
 import { colour, h, number, sizeOf, slotName } from "./dom.mjs";
 import { drawHeat, drawLines, positionAt } from "./plot.mjs";
 import { kindOf } from "./sources.mjs";
 
-// Positions that are visible at once, and lines of one kind.
+// Number of visible positions, and of lines of one kind.
 const WIDE = 240,
   NARROW = 120,
   MOST_LINES = 4;
@@ -164,7 +164,7 @@ export class Stage {
   }
 }
 
-// What is drawn of the inputs: each a name and how to read it.
+// The inputs to draw: a name and a reader function of each.
 function features(inputs, kind) {
   if (kind >= 32)
     return [
@@ -210,7 +210,7 @@ function softmaxOf(logits) {
   return weights.map((weight) => weight / sum);
 }
 
-// How unexpected a byte was, as a list of no value or one.
+// How unexpected a byte was, as a list with one value or none.
 const bits = (logits, byte) => (logits ? [-Math.log2(Math.max(probabilities(logits)[byte], 1e-12))] : []);
 const character = (byte) => (byte === 10 ? "\n" : byte < 32 || byte > 126 ? "·" : String.fromCharCode(byte));
 const visible = (byte) => ({ 10: "⏎", 32: "␣" })[byte] ?? character(byte);

@@ -1,9 +1,9 @@
-// The static inputs of a model: a field for each, which a session begins with.
+// The static inputs of a model, one field each, for opening a session.
 
 import { h, shape, sizeOf } from "./dom.mjs";
 
 export class Statics {
-  // specs: the model's. onChange: called when a value was changed.
+  // specs: the model's static inputs. onChange: called when a value changes.
   constructor(specs, onChange) {
     this.fields = specs.map((spec) => [
       spec,
@@ -18,7 +18,7 @@ export class Statics {
       : null;
   }
 
-  // As a session is opened with them; undefined if the model has none.
+  // The values in the form for opening a session; undefined if the model has none.
   values() {
     const read = this.fields.map(([spec, field]) => [spec.name, nested(numbers(spec, field.value), spec.shape)]);
     return read.length ? Object.fromEntries(read) : undefined;

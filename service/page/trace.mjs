@@ -1,6 +1,6 @@
-// One session on the stream, and what it has shown so far: inputs, outputs, and the state after each step.
+// One session on the stream, and its history: inputs, outputs, and the state after each step.
 
-// Of a snapshot: where its position and its row are.
+// Offsets of the position and the row in a snapshot.
 const POSITION_AT = 40,
   ROW_AT = 52;
 
@@ -13,7 +13,7 @@ export function readSnapshot(bytes) {
 }
 
 export class Trace {
-  // session: on the stream; same: the same session over HTTP, for what streams do not offer.
+  // session: on the stream; same: the same session over HTTP, for operations that streams lack.
   constructor(stream, session, same) {
     Object.assign(this, { stream, session, same });
     this.start = session.position;
@@ -37,8 +37,8 @@ export class Trace {
     return this.session.position;
   }
 
-  // Apply steps, and read the state that they lead to. Returns how many steps were applied before, in an earlier pass,
-  // and how many of those gave the same outputs.
+  // Apply steps, and read the resulting state. Returns how many steps were already applied in an earlier pass, and how
+  // many of those gave the same outputs.
   apply(steps) {
     return (this.applied = this.run(steps));
   }
@@ -70,7 +70,7 @@ export class Trace {
   async repeat() {
     const position = this.position,
       given = this.inputs.get(position - 1);
-    this.session.position = position - 1; // what a client knows that got no answer
+    this.session.position = position - 1; // as for a client that got no answer
     try {
       const outputs = await this.session.step(given);
       const known = this.outputs.get(position);
@@ -95,14 +95,14 @@ export class Trace {
   }
 }
 
-// The inputs of some steps as those of one call.
+// Combine the inputs of several steps into one call.
 export function joinSteps(model, steps) {
   if (model.inputs.length === 1) return steps;
   return Object.fromEntries(model.inputs.map(({ name }) => [name, steps.map((step) => step[name])]));
 }
 
-// The outputs of each step, all tensors of a step in one array. If one of them is of the last step only, the steps before
-// that have none.
+// The outputs of each step, all tensors of a step in one array. If a tensor exists only for the last step, earlier steps
+// have none.
 function splitOutputs(model, outputs, steps) {
   const tensors = model.outputs.length === 1 ? [outputs] : model.outputs.map(({ name }) => outputs[name]);
   const all = model.outputs.every(({ time }) => time);

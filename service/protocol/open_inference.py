@@ -135,7 +135,7 @@ _kept_header = functools.lru_cache(maxsize=2048)(_written_header)
 
 
 class RepeatedText:
-    """Remembers the last JSON before tensors, and skips parsing if it repeats, possibly with another id."""
+    """Remembers the last JSON, and skips parsing if it repeats before tensors, possibly with another id."""
 
     __slots__ = ("_after", "_before", "_request")
 
@@ -146,6 +146,8 @@ class RepeatedText:
     def parse(self, body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
         """Like the function `parse`. The request is valid until the next call."""
         last, begin = self._request, len(self._before)
+        if last is not None and last.binary.obj is body:
+            return last
         if last is not None and header_length is not None and begin <= header_length - len(self._after):
             own = body[begin : header_length - len(self._after)]
             if (

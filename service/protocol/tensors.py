@@ -37,7 +37,6 @@ class Codec:
     """Encodes and decodes the tensors of one model: (time, *shape) each, and (*shape) for outputs without time.
 
     Args:
-        manifest: The model's manifest.
         max_steps: Maximum number of time steps per request.
         max_sequences: Maximum number of sequences per request.
     """
@@ -245,7 +244,6 @@ class Codec:
             raise OutOfRange(f"{spec.name!r} must be in 0 … {spec.limit - 1}")
 
     def _by_name(self, value: Any) -> list[Any]:
-        """One item per input, in the manifest's order."""
         if isinstance(value, dict):
             names = [spec.name for spec in self.inputs]
             if set(value) != set(names):

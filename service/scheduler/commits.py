@@ -1,21 +1,27 @@
-"""Commits: work of durable sessions is written to the store after it runs, and counts as applied afterwards."""
+"""Commits: work of durable sessions is written to the store after it runs, and counts as applied afterwards.
+
+The store refuses a commit if another replica has updated the session. Then all accepted work of the session fails, and
+is submitted again, based on the record that came with the refusal.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from unroll.service.core.errors import UnrollError
+from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.groups import Groups
 from unroll.service.scheduler.reply import payload_digests
-from unroll.service.scheduler.session import Session, Work
+from unroll.service.scheduler.session import OPEN, Session, Work
 from unroll.service.store.interface import Commit, Tokens
 from unroll.service.store.record import pack, pack_steps
 
 #: Each commit with its result.
 _Results = Iterator[tuple[Commit, UnrollError | None]]
+#: Writes the state in a slot.
+_WriteRow = Callable[[int, np.ndarray], None]
 
 
 class Commits:
@@ -33,7 +39,6 @@ class Commits:
         """One commit per chunk, and one per successful row of a group.
 
         Args:
-            model: The model's name.
             pending: Returned by `Scheduler.complete`.
             read_rows: Reads the states in the given slots.
         """
@@ -83,33 +88,40 @@ class Commits:
         errors: Sequence[UnrollError | None],
         batch_rows: int,
         now: float,
+        write_row: _WriteRow,
     ) -> None:
         """Complete pending work after its commits.
 
-        After an error, the store may or may not have the commit. The copy of the session here is stale, and all its
-        accepted work fails.
+        After an error, the store may or may not have the commit, and all accepted work of the session fails.
 
         Args:
             pending: The work that the commits were built from.
             commits: Returned by `of`.
             errors: Result of each commit; None on success.
             batch_rows: Rows of the work's batch.
+            write_row: Writes the state in a slot.
         """
         self._completion.batch_rows = batch_rows
         results = zip(commits, errors, strict=True)
         for work, outputs, failed in pending:
             if isinstance(work, Group):
-                self._complete_group(work, outputs, failed, results, now)
+                self._complete_group(work, outputs, failed, results, now, write_row)
             else:
-                self._complete_chunk(work, outputs, *next(results), now)
+                self._complete_chunk(work, outputs, *next(results), now, write_row)
         self._completion.batch_rows = 0
 
     def _complete_chunk(
-        self, chunk: Chunk, outputs: Tensors, commit: Commit, error: UnrollError | None, now: float
+        self,
+        chunk: Chunk,
+        outputs: Tensors,
+        commit: Commit,
+        error: UnrollError | None,
+        now: float,
+        write_row: _WriteRow,
     ) -> None:
         assert chunk.session is not None
         chunk.running = False
-        behind = _note(chunk.session, commit, error)
+        behind = self._note(chunk.session, commit, error, write_row)
         if error is None:
             self._completion.complete(chunk, outputs, now)
         else:
@@ -117,19 +129,46 @@ class Commits:
             self._fail_behind(behind, error, now)
 
     def _complete_group(
-        self, group: Group, outputs: Tensors, failed: dict[int, UnrollError], results: _Results, now: float
+        self,
+        group: Group,
+        outputs: Tensors,
+        failed: dict[int, UnrollError],
+        results: _Results,
+        now: float,
+        write_row: _WriteRow,
     ) -> None:
         errors, behind = dict(failed), []
         for row, session in enumerate(group.sessions):
             if row not in failed:
                 commit, error = next(results)
-                works = _note(session, commit, error)
+                works = self._note(session, commit, error, write_row)
                 if error is not None:
                     errors[row] = error
                     behind.append((works, error))
         self._groups.complete(group, outputs, errors, now)
         for works, error in behind:
             self._fail_behind(works, error, now)
+
+    def _note(
+        self, session: Session, commit: Commit, error: UnrollError | None, write_row: _WriteRow
+    ) -> Sequence[Work]:
+        """Update the session after its commit. Returns the work queued behind it, which must fail after an error."""
+        durable = session.durable
+        assert durable is not None
+        if error is None:
+            durable.token = commit.token
+            return ()
+        progress = session.own_progress
+        behind, progress.pending = progress.pending or [], None
+        record = error.record if isinstance(error, SessionContended) else None
+        # A copy that was already stale stays so: calls that wait for its lookup precede the work that fails here.
+        if record is None or record.origin != session.origin or session.life is not OPEN or durable.stale:
+            durable.stale = True
+        else:
+            self._completion.adopt(session, record)
+            if record.row:
+                write_row(session.slot, np.frombuffer(record.row, "<f4"))
+        return behind
 
     def _fail_behind(self, behind: Sequence[Work], error: UnrollError, now: float) -> None:
         for work in behind:
@@ -139,19 +178,6 @@ class Commits:
             assert isinstance(work, Chunk), "groups are never pending"
             if work.outcome is None:
                 self._completion.fail(work, error, now)
-
-
-def _note(session: Session, commit: Commit, error: UnrollError | None) -> Sequence[Work]:
-    """Update the session after its commit. Returns the work queued behind it, which must fail after an error."""
-    durable = session.durable
-    assert durable is not None
-    if error is None:
-        durable.token = commit.token
-        return ()
-    durable.stale = True
-    progress = session.own_progress
-    behind, progress.pending = progress.pending or [], None
-    return behind
 
 
 def _sessions_of(work: Chunk | Group) -> list[Session]:

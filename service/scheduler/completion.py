@@ -23,6 +23,8 @@ from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply
 from unroll.service.scheduler.session import OPEN, Life, Owner, Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
+from unroll.service.state.slots import INITIAL
+from unroll.service.store.record import Record
 
 
 class Completion:
@@ -91,11 +93,22 @@ class Completion:
             assert progress is not None  # a session with a chunk is not in a cohort
             progress.position = reply.position
             session.source = session.slot
-            if session.applied is not None or len(chunk.inputs[0]) > 1 or chunk.final:
+            # A chunk that ends its session is retried by its position.
+            if chunk.pinned if chunk.final else session.applied is not None or len(chunk.inputs[0]) > 1:
                 reply.kept = self.replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         self._answer(chunk, reply, now)
         if chunk.final and session is not None and session.life is OPEN:
             self.close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
+
+    def adopt(self, session: Session, record: Record) -> None:
+        """Continue the session from a record. The caller writes the record's state row, if it has one."""
+        if session.durable is not None:
+            session.durable.token, session.durable.stale = record.token, False
+        progress = session.own_progress
+        progress.position = progress.expected = record.position
+        session.depth = max(session.depth, record.depth)
+        self.replay.adopt(session, record.kept)
+        session.source = session.slot if record.row else INITIAL
 
     def fail(self, chunk: Chunk, error: UnrollError, now: float) -> None:
         """Answer the chunk with an error, close the session if the chunk opened it, and renumber later chunks."""
@@ -156,7 +169,6 @@ class Completion:
                 self._answer(chunk, gap, now)
 
     def _continue(self, chunk: Chunk, now: float) -> None:
-        """Queue a chunk for its next piece."""
         error = chunk.abandoned or chunk.prepare_next()
         self.admission.waiting_steps += self.lanes.next_steps(chunk)
         if error is not None:

@@ -123,6 +123,15 @@ class Groups:
             self._queue(group, now)
         return True
 
+    def take_in(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
+        """Record that a batch ran the group. outputs, errors: as for `complete`."""
+        count = len(group.sessions)
+        self._admission.waiting_steps -= count * group.length
+        if group.is_durable and len(errors) < count:
+            self._completion.commits.append((group, outputs, errors))
+        else:
+            self.complete(group, outputs, errors, now)
+
     def complete(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
         """Apply and answer a group that has run and, if its sessions are durable, is in the store.
 

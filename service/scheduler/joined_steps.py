@@ -1,10 +1,10 @@
 """Joined steps: single steps that arrive one by one form a group, which the next batch takes.
 
-Steps join only while nothing else is waiting; otherwise they are submitted as chunks. Until the batch is formed, a step
-can leave the group without a trace.
+Steps join only while nothing but single steps and long chunks is waiting; otherwise they are submitted as chunks. Until
+the batch is formed, a step can leave the group without a trace.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,36 +21,36 @@ from unroll.service.scheduler.session import OPEN, Owner, Session
 Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
 
 _NO_POSITIONS = np.zeros(0, np.uint64)
-#: A group has the deadline of its first step. Later steps may join only in the first tenth of the time until then.
-_SHARE = 10
 
 
-class StepForm(Protocol):
-    """Validates and answers the joined steps of a model. Listeners are opaque to everything else."""
+class StepListener(Protocol):
+    """Receives the outcome of a joined step. Its methods must not raise."""
 
-    def faults(self, inputs: Tensors) -> dict[int, UnrollError]:
-        """Errors of rows with invalid values. inputs: each (rows, 1, *shape)."""
-        ...
+    @property
+    def write(self) -> Callable[[Tensors], Sequence[Any]]:
+        """Encodes a group's outputs, one element per row. Called once for all listeners with the same function."""
 
-    def answer(self, listeners: Sequence[Any], reply: GroupReply) -> None:
-        """Answer each row. Must not raise."""
-        ...
+    def complete(self, written: Any, position: int) -> None:
+        """The step ran. written: the row's element from `write`. position: The session's, after the step."""
+
+    def fail(self, error: UnrollError) -> None: ...
 
 
 class OpenGroup(Group):
     """A group that accepts steps until a batch is formed.
 
-    values: each row's inputs, concatenated. `JoinedSteps.close` decodes them into `inputs`.
+    values: each row's inputs, concatenated. `JoinedSteps.close` decodes them into `inputs`. deadlines: each row's;
+    `deadline` is the earliest.
     """
 
-    __slots__ = ("_layout", "form", "listeners", "values")
+    __slots__ = ("_layout", "deadlines", "listeners", "values")
 
-    def __init__(self, layout: Layout, deadline: float, form: StepForm) -> None:
+    def __init__(self, layout: Layout, deadline: float) -> None:
         self._layout = layout
-        self.form = form
         self.values: list[bytes] = []
-        self.listeners: list[Any] = []
-        super().__init__([], slice(0), (), 1, deadline, partial(form.answer, self.listeners))
+        self.deadlines: list[float] = []
+        self.listeners: list[StepListener] = []
+        super().__init__([], slice(0), (), 1, deadline, partial(_answer, self.listeners))
 
     @property
     def owners(self) -> set[Owner]:
@@ -76,8 +76,9 @@ class JoinedSteps:
         self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
         self._most = completion.lanes.most_rows(1)
         self._completion = completion
+        self._faults = traits.faults
         self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
-        self._sessions, self._counters = completion.sessions, completion.counters
+        self._sessions, self._replay, self._counters = completion.sessions, completion.replay, completion.counters
         self.group: OpenGroup | None = None
         self._room = self._most  # rows left for the group, after the work already waiting for the same batch
 
@@ -88,17 +89,14 @@ class JoinedSteps:
         step: bytes,
         now: float,
         deadline: float,
-        form: StepForm,
-        listener: Any,
+        listener: StepListener,
     ) -> bool:
         """Queue the next step of a session.
 
         Args:
             position: The position that the client specified, or None.
             step: The step's inputs, concatenated, of the right length.
-            deadline: The time by which the step must start; not earlier than that of any step that joined before.
-            form: The model's form.
-            listener: Passed to `form.answer`.
+            deadline: The time by which the step must start.
 
         Returns:
             False if nothing was changed, and the step must be submitted as a chunk.
@@ -108,11 +106,11 @@ class JoinedSteps:
             progress is None
             or progress.active is not None
             or (position is not None and position != progress.position)
-            or session.applied is not None
+            or (session.applied is not None and not self._replay.has_row(session))
         ):
             return False
         group, durable = self.group, session.durable
-        if durable is not None and durable.stale:
+        if durable is not None and (durable.stale or not durable.token):
             return False
         if group is None:
             self._room = self._most
@@ -121,13 +119,9 @@ class JoinedSteps:
                 if self._room <= 0 or not self._lanes.steps_may_join:
                     return False
             self._sessions.expire(now)
-            group = OpenGroup(self._layout, deadline, form)
+            group = OpenGroup(self._layout, deadline)
             group.is_durable = durable is not None
-        elif (
-            group.is_durable is (durable is None)
-            or type(group.form) is not type(form)
-            or (now - group.ready_at) * _SHARE > deadline - now
-        ):
+        elif group.is_durable is (durable is None):
             return False
         if session.life is not OPEN or len(group.sessions) >= self._room or not self._admission.take(1, now, deadline):
             return False
@@ -135,6 +129,9 @@ class JoinedSteps:
         progress.expected = progress.position + 1
         group.sessions.append(session)
         group.values.append(step)
+        group.deadlines.append(deadline)
+        if deadline < group.deadline:
+            group.deadline = deadline
         group.listeners.append(listener)
         if self.group is None:
             self.group = group
@@ -144,18 +141,20 @@ class JoinedSteps:
     def close(self, now: float) -> None:
         """Close the group for the next batch. Steps with invalid values fail."""
         group, self.group = self.group, None
-        if group is None:
-            return
-        if group.sessions:
-            group.inputs = group.read(group.values)
-            if faults := group.form.faults(group.inputs):
-                for row in sorted(faults, reverse=True):
-                    self._fail(group, row, faults[row], now)
-                group.inputs = group.read(group.values)
-        if not group.sessions:
-            group.outcome = GroupReply(slice(0), _NO_POSITIONS, (), {})
+        if group is not None:
+            self._make_inputs(group)
+            if group.sessions and (faults := self._faults(group.inputs)):
+                self._drop(group, faults, now)
 
-    def cancel(self, session: Session, listener: Any, now: float) -> None:
+    def end_late(self, group: OpenGroup, error: UnrollError, now: float) -> None:
+        """Fail the rows of a closed group whose deadline has passed, before a batch takes the group."""
+        late = {row: error for row, deadline in enumerate(group.deadlines) if now >= deadline}
+        for _ in late:
+            self._counters.count_failed(error)
+        self._drop(group, late, now)
+        group.deadline = min(group.deadlines, default=now)
+
+    def cancel(self, session: Session, listener: StepListener, now: float) -> None:
         """Remove the step of a client that disconnected, unless a batch has taken it or a retry also waits for it."""
         group = self.group
         if group is None or session not in group.sessions:
@@ -170,7 +169,7 @@ class JoinedSteps:
         group = self.group
         if group is not None and session in group.sessions:
             row = group.sessions.index(session)
-            if faults := group.form.faults(group.read(group.values[row : row + 1])):
+            if faults := self._faults(group.read(group.values[row : row + 1])):
                 self._fail(group, row, faults[0], now)
 
     def refuse(self, session: Session, error: UnrollError, now: float) -> None:
@@ -180,16 +179,26 @@ class JoinedSteps:
             self._counters.count_failed(error)
             self._fail(group, group.sessions.index(session), error, now)
 
+    def _drop(self, group: OpenGroup, errors: Mapping[int, UnrollError], now: float) -> None:
+        for row in sorted(errors, reverse=True):
+            self._fail(group, row, errors[row], now)
+        self._make_inputs(group)
+
+    def _make_inputs(self, group: OpenGroup) -> None:
+        if group.sessions:
+            group.inputs = group.read(group.values)
+        else:
+            group.outcome = GroupReply(slice(0), _NO_POSITIONS, (), {})
+
     def _fail(self, group: OpenGroup, row: int, error: UnrollError, now: float) -> None:
         retries = [follower for followed, follower in group.followers if followed == row]
-        listener = self._remove(group, row, now)
-        group.form.answer([listener], GroupReply(slice(1), _NO_POSITIONS, (), {0: error}))
+        self._remove(group, row, now).fail(error)
         for follower in retries:
             follower.answer(error)
 
-    def _remove(self, group: OpenGroup, row: int, now: float) -> Any:
-        """Remove a row. Returns its listener."""
-        session, _ = group.sessions.pop(row), group.values.pop(row)
+    def _remove(self, group: OpenGroup, row: int, now: float) -> StepListener:
+        session = group.sessions.pop(row)
+        del group.values[row], group.deadlines[row]
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]
         self._admission.in_flight -= 1
         self._admission.waiting_steps -= 1
@@ -200,3 +209,16 @@ class JoinedSteps:
             self._queues.advance(session, now)
         self._completion.renumber(session, now)
         return group.listeners.pop(row)
+
+
+def _answer(listeners: Sequence[StepListener], reply: GroupReply) -> None:
+    positions, errors = reply.positions.tolist(), reply.errors
+    written: dict[Callable[[Tensors], Sequence[Any]], Sequence[Any]] = {}
+    for row, listener in enumerate(listeners):
+        if row in errors:
+            listener.fail(errors[row])
+            continue
+        rows = written.get(listener.write)
+        if rows is None:
+            rows = written[listener.write] = listener.write(reply.outputs)
+        listener.complete(rows[row], positions[row])

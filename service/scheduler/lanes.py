@@ -72,7 +72,7 @@ class Lanes:
 
     @property
     def steps_may_join(self) -> bool:
-        """Whether only single steps wait, apart from long chunks, whose pieces run in batches of their own."""
+        """Whether nothing waits but single steps, and long chunks, which run in separate batches."""
         return not self._starved and self._lanes.keys() <= {1, _LONG}
 
     def is_long(self, steps: int) -> bool:
@@ -193,9 +193,9 @@ class Lanes:
             return
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_SECONDS
-            left = [chunk for chunk in self._starved if not self._drop(chunk, now)]
-            if len(left) < len(self._starved):
-                self._starved = FairQueue(left)
+            remaining = [chunk for chunk in self._starved if not self._drop(chunk, now)]
+            if len(remaining) < len(self._starved):
+                self._starved = FairQueue(remaining)
         free = self._workspaces.count - self._workspaces.taken
         while self._starved and free > 0:
             chunk = self._starved.popleft()
@@ -205,7 +205,6 @@ class Lanes:
 
 
 def _add_piece(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int) -> None:
-    """Add the next `steps` steps of a chunk that has a workspace."""
     assert chunk.workspace is not None
     chunk.running = True
     end = chunk.done + steps
@@ -222,7 +221,6 @@ def _add(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int, source: int, t
 
 
 def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
-    """Arena rows of the chunk's initial and final state."""
     if chunk.session is not None:
         return chunk.session.source, chunk.session.slot
     if chunk.state_row is not None and chunk.workspace is not None:
@@ -231,7 +229,6 @@ def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
 
 
 def _rows_of(group: Group) -> tuple[Indices, Indices]:
-    """Arena rows that the group reads and writes."""
     if group.cohort is not None:
         return group.cohort.slots, group.cohort.slots
     sources, targets = [session.source for session in group.sessions], [session.slot for session in group.sessions]

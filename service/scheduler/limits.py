@@ -1,8 +1,11 @@
 """The model properties that the scheduler uses, and its limits."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from unroll.bundle import TensorSpec
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.engine import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,13 +13,15 @@ class ModelTraits:
     """Model properties that affect scheduling.
 
     cuttable: chunks may run in pieces; an output without time takes its value from the last piece. ragged: a batch may
-    mix rows of different lengths.
+    mix rows of different lengths. faults: returns the errors of rows with invalid values, from the inputs of single
+    steps, each (rows, 1, *shape).
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     cuttable: bool
     ragged: bool
+    faults: Callable[[Tensors], Mapping[int, UnrollError]] = lambda inputs: {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, PendingCommit
-from unroll.service.scheduler.joined_steps import StepForm
+from unroll.service.scheduler.joined_steps import StepListener
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
@@ -143,21 +143,16 @@ class Loop:
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
-    def join(
-        self, session: Session, position: int | None, step: bytes, timeout: float, form: StepForm, listener: object
-    ) -> Callable[[], None] | None:
-        """Add the next step of a session to the open group, see `JoinedSteps.join`.
-
-        Returns:
-            A function that cancels the step; None if it must be submitted as a chunk.
-        """
-        now, joined = self.clock.now(), self.scheduler.joined
-        if not joined.join(session, position, step, now, now + timeout, form, listener):
-            return None
+    def join(self, session: Session, position: int | None, step: bytes, timeout: float, listener: StepListener) -> bool:
+        """Add the next step of a session to the open group, see `JoinedSteps.join`."""
+        now = self.clock.now()
+        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener):
+            return False
         self._work.set()
-        return partial(self._leave_joined, session, listener)
+        return True
 
-    def _leave_joined(self, session: Session, listener: object) -> None:
+    def leave_joined(self, session: Session, listener: StepListener) -> None:
+        """Cancel a joined step, unless a batch has taken it."""
         self.scheduler.joined.cancel(session, listener, self.clock.now())
 
     def wake(self) -> None:
@@ -260,7 +255,7 @@ class Loop:
         failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
         failpoints.reach("after_commit")
-        self.scheduler.commits.complete(pending, commits, errors, batch_rows, self.clock.now())
+        self.scheduler.commits.complete(pending, commits, errors, batch_rows, self.clock.now(), self.engine.write)
         self._work.set()
 
     def _committed(self, task: asyncio.Task[None]) -> None:

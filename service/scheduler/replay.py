@@ -71,7 +71,7 @@ class ReplayCache:
         Returns:
             False if there is no room for the reply. A retry is then recognised but refused.
         """
-        if len(inputs[0]) == 1 and session.depth == 1 and self._steps is not None and not closes:
+        if len(inputs[0]) == 1 and self.has_row(session) and not closes:
             self._replace(session, None)
             return True
         before = session.applied or ()
@@ -82,8 +82,11 @@ class ReplayCache:
         self._replace(session, (*(session.applied or ()), applied))
         return fits
 
+    def has_row(self, session: Session) -> bool:
+        """Whether the table has the session's single steps, so that there is always room for the reply."""
+        return session.depth == 1 and self._steps is not None
+
     def forget(self, session: Session) -> None:
-        """Forget all chunks of the session."""
         self._replace(session, ())
 
     def adopt(self, session: Session, kept: Iterable[Kept]) -> None:

@@ -41,7 +41,7 @@ from unroll.service.scheduler.commits import Commits
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
-from unroll.service.scheduler.joined_steps import JoinedSteps
+from unroll.service.scheduler.joined_steps import JoinedSteps, OpenGroup
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
@@ -50,7 +50,7 @@ from unroll.service.scheduler.rollout import Rollouts
 from unroll.service.scheduler.session import Session, Work
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
-from unroll.service.state.slots import FIRST, INITIAL, Slots
+from unroll.service.state.slots import FIRST, Slots
 from unroll.service.store.record import Origin, Record
 
 
@@ -195,13 +195,7 @@ class Scheduler:
             session = self.sessions.open(session_id, now, origin=record.origin)
             session.opened_with = record.origin.opened_with
         assert session.active is None, session
-        if session.durable is not None:
-            session.durable.token, session.durable.stale = record.token, False
-        progress = session.own_progress
-        progress.position = progress.expected = record.position
-        session.depth = max(session.depth, record.depth)
-        self.replay.adopt(session, record.kept)
-        session.source = session.slot if record.row else INITIAL
+        self._completion.adopt(session, record)
         return session
 
     def close(self, session: Session, now: float) -> None:
@@ -275,12 +269,7 @@ class Scheduler:
             if isinstance(work, Group):
                 end = row + len(work.sessions)
                 errors = {i - row: failed[i] for i in range(row, end) if i in failed} if failed else {}
-                own = tuple([array[row:end] for array in outputs])
-                self._admission.waiting_steps -= (end - row) * work.length
-                if work.is_durable and len(errors) < end - row:
-                    self._completion.commits.append((work, own, errors))
-                else:
-                    self.groups.complete(work, own, errors, now)
+                self.groups.take_in(work, tuple([array[row:end] for array in outputs]), errors, now)
                 row = end
                 continue
             if row in failed:
@@ -338,11 +327,13 @@ class Scheduler:
 
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
         """Whether the work has been answered. Work past its deadline fails here."""
-        if isinstance(work, Group):
-            if now >= work.deadline:
+        if now >= work.deadline:
+            if isinstance(work, OpenGroup):
+                self.joined.end_late(work, _late(), now)
+            elif isinstance(work, Group):
                 self.groups.fail(work, _late(), now)
-        elif work.is_new and now >= work.deadline:
-            self._completion.fail(work, _late(), now)
+            elif work.is_new:
+                self._completion.fail(work, _late(), now)
         return work.outcome is not None
 
     def check_invariants(self) -> None:

@@ -265,8 +265,8 @@ class SessionTable:
                 self._lose(session, SessionEvicted, now)
                 return
             others_fit = False
-        whose = " or are of other tenants" if tenant else ""
-        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{whose}")
+        reason = " or belong to other tenants" if tenant else ""
+        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{reason}")
 
     def _lose(self, session: Session, cause: type[SessionGone], now: float) -> None:
         self._take_out(session, "end")

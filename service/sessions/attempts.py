@@ -6,7 +6,7 @@ from unroll.service.core.errors import NeedsStoreLookup, SessionContended, Unrol
 from unroll.service.core.session_ids import shown
 from unroll.service.sessions.in_memory import MemorySessions
 
-#: Store lookups per call before it fails with `session_contended`.
+#: Maximum number of restarts, and of store lookups, per call before it fails with `session_contended`.
 ATTEMPTS = 8
 
 
@@ -18,7 +18,7 @@ class Attempts:
         fail: Called with the error if the lookup fails.
     """
 
-    __slots__ = ("_begin", "_fail", "_left", "_name", "_sessions")
+    __slots__ = ("_begin", "_fail", "_left", "_lookups", "_name", "_sessions")
 
     def __init__(
         self, sessions: MemorySessions, name: str, begin: Callable[[], None], fail: Callable[[UnrollError], None]
@@ -27,22 +27,32 @@ class Attempts:
         self._name = name
         self._begin = begin
         self._fail = fail
-        self._left = ATTEMPTS
+        self._left = self._lookups = ATTEMPTS
 
     def run(self) -> None:
         try:
             self._begin()
         except NeedsStoreLookup as needed:
-            if not self.again(needed.session_id):
-                self._fail(contended(needed.session_id))
+            self.look_up(needed.session_id)
 
-    def again(self, session_id: str) -> bool:
-        """Look the session up and call `begin` again; False after too many attempts."""
+    def again(self) -> bool:
+        """Start again after a commit was refused; False after too many attempts.
+
+        Usually the refusal brought the record. Otherwise the copy is stale, and `begin` raises NeedsStoreLookup.
+        """
         if not self._left:
             return False
         self._left -= 1
-        self._sessions.verify(self._name, session_id, self._verified)
+        self.run()
         return True
+
+    def look_up(self, session_id: str) -> None:
+        """Begin after a lookup of the session, and after the calls that already wait for one."""
+        if self._lookups:
+            self._lookups -= 1
+            self._sessions.verify(self._name, session_id, self._verified)
+        else:
+            self._fail(contended(session_id))
 
     def _verified(self, error: UnrollError | None) -> None:
         if error is None:

@@ -1,16 +1,18 @@
 """Durable sessions: loads them from the store on demand, and writes all changes other than steps to the store.
 
-A request for a session that is not here, or has a copy here that may be stale, waits for a store lookup and is then
-handled again. Requests for one session keep their order. While such a request is handled, its session is verified
-(`is_verified`): the local copy, or its absence, matches the store.
+A request for a session without a local copy, or with one that may be stale, waits for a store lookup and is then
+handled again. Lookups from one turn of the event loop share an exchange. Requests for one session keep their order.
+While such a request is handled, its session is verified (`is_verified`): the local copy, or its absence, matches the
+store. A request that arrives after the lookup was sent is handled too, but unverified: another replica may have updated
+the session after the store answered.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -36,6 +38,9 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
+#: Result of a lookup: the store's answer, or why there is none.
+Found = Record | Gone | UnrollError | None
+
 #: Maximum number of records in doubt.
 _MOST_IN_DOUBT = 1000
 
@@ -52,6 +57,7 @@ class DurableSessions(MemorySessions):
         self._store = store
         self._tokens = Tokens()
         self._waiting: dict[Key, list[OnVerified]] = {}
+        self._looked_up: list[Key] = []  # keys whose lookups will be sent together
         self._verified: Key | None = None
         #: Records whose `take` got no answer from the store, with the attempt's token.
         self._in_doubt: dict[Key, tuple[Record, bytes]] = {}
@@ -92,11 +98,17 @@ class DurableSessions(MemorySessions):
             return
         self._waiting[key] = [then]
         found = self.directory.living(*key)
-        if found is not None and found[1].durable is not None:
-            found[1].durable.stale = True  # new work waits behind these calls; accepted work finishes first
-        task = asyncio.create_task(self._look_up(key), name=f"look up {name}/{session_id}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        durable = None if found is None else found[1].durable
+        if not self.directory.versions.of(name) or (found is not None and durable is None):  # nothing to look up
+            asyncio.get_running_loop().call_soon(self._call_waiting, key, None)
+        elif found is None or durable is None:
+            self._look_up(key)
+        else:
+            durable.stale = True  # new work waits behind these calls; accepted work finishes first
+            if found[1].active is None:
+                self._look_up(key)
+            else:
+                self._run(self._look_up_busy(key, *found))
 
     async def verified(self, name: str, session_id: str | None, call: Callable[[], T]) -> T:
         if session_id is None:
@@ -106,71 +118,109 @@ class DurableSessions(MemorySessions):
         def then(error: UnrollError | None) -> None:
             if future.done():
                 return
+            if error is None and not self.is_verified(name, session_id):
+                self.verify(name, session_id, then)
+                return
             try:
                 if error is not None:
                     raise error
                 future.set_result(call())
-            except Exception as reason:  # noqa: BLE001 it belongs to the caller
+            except Exception as reason:  # noqa: BLE001 raised in the caller
                 future.set_exception(reason)
 
         self.verify(name, session_id, then)
         return await future
 
-    async def _look_up(self, key: Key) -> None:
-        error: UnrollError | None = None
-        stranded: Record | Gone | None = None
+    def _look_up(self, key: Key) -> None:
+        """Look up a session without accepted work. Lookups from one turn of the event loop are sent together."""
+        if key in self._in_doubt:
+            self._run(self._bring_in(key, *self._in_doubt[key]))
+            return
+        self._looked_up.append(key)
+        if len(self._looked_up) == 1:
+            asyncio.get_running_loop().call_soon(self._send_lookups)
+
+    def _send_lookups(self) -> None:
+        keys, self._looked_up = self._looked_up, []
+        self._run(self._look_up_all(keys))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="look up")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _look_up_busy(self, key: Key, served: ServedModel, session: Session) -> None:
+        with suppress(UnrollError):  # the session ended or its work failed; either way, no work is left
+            await served.loop.act(session, lambda session: None)
+        self._look_up(key)
+
+    async def _look_up_all(self, keys: list[Key]) -> None:
+        found: Sequence[Found]
+        counts = [len(self._waiting[key]) for key in keys]
         try:
-            stranded = await self._bring_in(key)
-        except UnrollError as reason:
-            error = reason
-        except Exception as reason:  # noqa: BLE001 the waiting requests must be answered
-            _log.error("session not loaded from the store", model=key[0], session=shown(key[1]), exc_info=reason)
-            error = SnapshotInvalid("the stored session cannot be read; the server's log has the reason")
+            found = await self._store.load_all(keys)
+        except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
+            found = [_unreadable(key, reason) for key in keys]
+        for each in zip(keys, found, counts, strict=True):
+            # Separate calls, so that an error in one does not affect the rest.
+            asyncio.get_running_loop().call_soon(self._settle, *each)
+
+    def _settle(self, key: Key, found: Found, count: int) -> None:
+        """Update the local copy from a lookup, and call the waiting calls; `count` arrived before it was sent."""
+        left: Found = None
+        here = self.directory.living(*key)
+        if here is not None and here[1].durable is not None and here[1].active is not None:  # opened here since
+            here[1].durable.stale = True
+            self._run(self._look_up_busy(key, *here))
+            return
+        try:
+            if not isinstance(found, Record):
+                left = found if isinstance(found, UnrollError) else self._drop(key, found)
+            elif self.directory.versions.with_digest(key[0], found.origin.model) is None:
+                self._drop(key, None)
+                left = found
+            elif found.origin.durability == MEMORY:
+                self._run(self._bring_in(key, found, self._tokens.next()))
+                return
+            else:
+                self._adopt(key, found)
+        except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
+            left = _unreadable(key, reason)
+        self._call_waiting(key, left, count)
+
+    async def _bring_in(self, key: Key, record: Record, attempt: bytes) -> None:
+        """Take a memory session's record from the store. If the store does not answer, the next lookup tries again."""
+        error = None
+        try:
+            self._in_doubt[key] = record, attempt
+            if len(self._in_doubt) > _MOST_IN_DOUBT:
+                del self._in_doubt[next(iter(self._in_doubt))]
+            taken = await self._store.take(key, record.token, attempt)
+            self._in_doubt.pop(key, None)
+            if not taken:
+                self._look_up(key)
+                return
+            self._adopt_taken(key, record)
+        except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
+            error = _unreadable(key, reason)
+        self._call_waiting(key, error)
+
+    def _call_waiting(self, key: Key, left: Found, count: int | None = None) -> None:
+        """Call the waiting calls in order: the first `count` (None: all) verified, the rest not.
+
+        left: what the store has for a session whose version is not served here, or why the lookup failed.
+        """
+        error = left if isinstance(left, UnrollError) else None
         waiting = self._waiting.pop(key)
-        self._verified = key  # holds until the last `then` returns, because nothing suspends in between
-        self.directory.stranded = None if stranded is None else (*key, stranded)
+        self._verified = key  # true until the last `then` returns, because nothing can suspend this loop
+        self.directory.stranded = (*key, left) if isinstance(left, Record | Gone) else None
         try:
-            for then in waiting:
+            for then in waiting[:count]:
                 then(error)
         finally:
             self._verified = self.directory.stranded = None
-
-    async def _bring_in(self, key: Key) -> Record | Gone | None:
-        """Make the local copy match the store. Returns the store's answer if the session's version is not here."""
-        name, session_id = key
-        if not self.directory.versions.of(name):
-            return None
-        if (found := self.directory.living(*key)) is not None:
-            served, session = found
-            if session.durable is None:
-                return None  # a memory session has no other copy
-            await _finish_accepted_work(served, session)
-        if (in_doubt := self._in_doubt.get(key)) is not None and await self._take(key, *in_doubt):
-            self._adopt_taken(key, in_doubt[0])
-            return None
-        for _ in range(ATTEMPTS):
-            record = await self._store.load(key)
-            if not isinstance(record, Record):
-                return self._drop(key, record)
-            if self.directory.versions.with_digest(name, record.origin.model) is None:
-                self._drop(key, None)
-                return record
-            if record.origin.durability != MEMORY:
-                self._adopt(key, record)
-                return None
-            if await self._take(key, record, self._tokens.next()):
-                self._adopt_taken(key, record)
-                return None
-        raise contended(session_id)
-
-    async def _take(self, key: Key, record: Record, attempt: bytes) -> bool:
-        """Take a memory session's record from the store. After StoreUnavailable, the next lookup repeats it."""
-        self._in_doubt[key] = record, attempt
-        if len(self._in_doubt) > _MOST_IN_DOUBT:
-            del self._in_doubt[next(iter(self._in_doubt))]
-        taken = await self._store.take(key, record.token, attempt)
-        self._in_doubt.pop(key, None)
-        return taken
+        for then in waiting[len(waiting) if count is None else count :]:
+            then(error)
 
     def _adopt_taken(self, key: Key, record: Record) -> None:
         try:
@@ -228,19 +278,26 @@ class DurableSessions(MemorySessions):
         if error is not None:
             raise error
         served.scheduler.counters.opened += 1
-        return served.adopt(new.id, record)
+        found = self.directory.living(*key)
+        if found is None:
+            return served.adopt(new.id, record)
+        if found[1].origin != record.origin:  # closed, and opened again since
+            raise contended(new.id)
+        return found[1]  # a lookup was faster
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
-        closed = await super().close(name, version, session_id)
-        if isinstance(closed, Record):
-            return replace(closed, position=await self._close_stored(name, session_id)) if closed.token else closed
-        served, session = closed
-        if session.durable is not None:
-            session.position = await self._close_stored(name, session_id)
+    async def close(
+        self, name: str, version: str | None, session_id: str
+    ) -> tuple[tuple[ServedModel, Session] | Record, int]:
+        closed, position = await super().close(name, version, session_id)
+        if not (closed.token if isinstance(closed, Record) else closed[1].durable):
+            return closed, position
+        position = await self._close_stored(name, session_id)
+        if not isinstance(closed, Record):
+            served, session = closed
             now = served.loop.clock.now()
             if served.scheduler.sessions.get_detached(session_id, now) is session:
                 served.scheduler.close(session, now)
-        return served, session
+        return closed, position
 
     async def _close_stored(self, name: str, session_id: str) -> int:
         """Close the session in the store. Returns its final position, which another replica may have reached."""
@@ -283,10 +340,13 @@ class DurableSessions(MemorySessions):
         return session
 
 
+def _unreadable(key: Key, reason: Exception) -> UnrollError:
+    """Why a lookup failed; logged if that is not known yet."""
+    if isinstance(reason, UnrollError):
+        return reason
+    _log.error("session not loaded from the store", model=key[0], session=shown(key[1]), exc_info=reason)
+    return SnapshotInvalid("the stored session cannot be read; the server's log has the reason")
+
+
 def _bytes(snapshot: Snapshot) -> bytes:
     return snapshot.row.astype("<f4").tobytes()
-
-
-async def _finish_accepted_work(served: ServedModel, session: Session) -> None:
-    with suppress(UnrollError):  # the session ended or earlier work failed; either way no work is left
-        await served.loop.act(session, lambda session: None)

@@ -65,7 +65,7 @@ class MemorySessions:
         """Raises NeedsStoreLookup unless the session is verified."""
 
     def verify(self, name: str, session_id: str, then: OnVerified) -> None:
-        """Call `then` while the session is verified."""
+        """Call `then` while the session is verified, or unverified if an earlier call's lookup was already sent."""
         then(None)
 
     async def verified(self, name: str, session_id: str | None, call: Callable[[], T]) -> T:
@@ -175,16 +175,21 @@ class MemorySessions:
         served, acting = await self.verified(name, session_id, find_and_begin)
         return served, await acting
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
-        """Close a session, which needs no model. Returns its record instead if its version is not here."""
+    async def close(
+        self, name: str, version: str | None, session_id: str
+    ) -> tuple[tuple[ServedModel, Session] | Record, int]:
+        """Close a session, which needs no model. Returns it and its final position.
 
-        def close_here() -> tuple[ServedModel, Session] | Record:
+        If its version is not here, the record is returned in its place.
+        """
+
+        def close_here() -> tuple[tuple[ServedModel, Session] | Record, int]:
             if (stranded := self._close_stranded(name, version, session_id)) is not None:
-                return stranded
+                return stranded, stranded.position
             served, session = self.directory.find(name, version, session_id)
             if session.durable is None:  # a durable session is closed in the store first
                 served.scheduler.close(session, served.loop.clock.now())
-            return served, session
+            return (served, session), session.position
 
         return await self.verified(name, session_id, close_here)
 

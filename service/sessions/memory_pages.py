@@ -55,7 +55,6 @@ class MemoryPages:
         return resident + self._directory.spilled.keys()
 
     def _listed(self, key: Key) -> Listed | None:
-        """None if the session has ended since."""
         for model in self._directory.versions.of(key[0]):
             if (session := model.scheduler.sessions.get(key[1])) is not None and session.durable is None:
                 return self._resident(model, session)

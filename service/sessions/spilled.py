@@ -141,7 +141,6 @@ class SpilledSessions:
     # ── limits ───────────────────────────────────────────────────────────────────────────────────
 
     def expire(self) -> None:
-        """Remove expired sessions."""
         if self._idle_timeout is None:
             return
         while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:
@@ -227,7 +226,6 @@ class SpilledSessions:
         return True
 
     def _all_records(self, resident: list[tuple[ServedModel, Session]]) -> Iterator[tuple[Key, Record, float]]:
-        """Yields key, record, and seconds since last use."""
         now = self._clock.now()
         for key, record, used in self._spill:
             yield key, record, now - used
@@ -238,15 +236,15 @@ class SpilledSessions:
     def load(self, file: StateFile) -> None:
         """Load the sessions of a file. The file stays."""
         now = self._clock.now()
-        homeless = 0
+        unserved = 0
         sessions = file.read()
         for key, record, idle in sessions:
             self._spill.put(key, record, now - idle)
-            homeless += self._versions.with_digest(key[0], record.origin.model) is None
+            unserved += self._versions.with_digest(key[0], record.origin.model) is None
         if sessions:
             _log.info("sessions read", path=str(file.path), sessions=len(sessions))
-        if homeless:
-            _log.warning("sessions of models that are not served here; they are kept", sessions=homeless)
+        if unserved:
+            _log.warning("sessions of models that are not served here; they are kept", sessions=unserved)
 
     async def finish(self) -> None:
         self._finishing = True

@@ -57,9 +57,7 @@ class Report:
 
     Attributes:
         result: `unreadable` if the file as a whole is damaged or cannot be opened.
-        reason: Why it is unreadable.
         sessions, closed, expired: Number of sound entries: open sessions, and traces of ended ones.
-        damaged: Damaged entries.
         removed: Number of damaged entries that were removed.
         file_bytes, used_bytes: Size of the file, and of the pages in use.
     """
@@ -76,10 +74,7 @@ class Report:
 
 
 def check(folder: Path, *, repair: bool = False) -> Report:
-    """Check the store in a folder in a child process.
-
-    repair: Remove the damaged entries.
-    """
+    """Check the store in a folder in a child process; `repair` removes damaged entries."""
     # -P: modules in the current directory must not shadow ours.
     command = [sys.executable, "-P", "-m", __name__, str(folder), *(["repair"] if repair else [])]
     ran = subprocess.run(command, capture_output=True, text=True)
@@ -196,7 +191,6 @@ def _walk(environment: Any, report: Report) -> None:
 
 
 def _now(clock: Any) -> float:
-    """The current time on the store's clock."""
     if clock is None:
         return 0.0
     boot, offset, last = TIME.unpack(clock)
@@ -204,7 +198,6 @@ def _now(clock: Any) -> float:
 
 
 def _note(report: Report, place: bytes, content: bytes, now: float) -> None:
-    """Validate an entry, and add it to the report."""
     try:
         entry = Entry.read(content)
         entry.record() if entry.kind == SESSION else entry.gone()

@@ -20,8 +20,8 @@ import lmdb
 import structlog
 
 from unroll.service.core.choices import Sync
-from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
-from unroll.service.core.session_ids import mark, shown
+from unroll.service.core.errors import InvalidRequest, SnapshotInvalid, StoreUnavailable, UnrollError
+from unroll.service.core.session_ids import mark
 from unroll.service.store.daemon_thread import DaemonThread
 from unroll.service.store.embedded_entry import (
     CLOCK,
@@ -42,7 +42,7 @@ from unroll.service.store.embedded_entry import (
     token_of,
 )
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
+from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens, refused_commit
 from unroll.service.store.lmdb_folder import LmdbFolder
 from unroll.service.store.record import Gone, Record, pack_last, unpack_trace
 
@@ -126,7 +126,13 @@ class EmbeddedStore:
             return self._exchanges.counted([error] * len(commits))
 
     async def load(self, key: Key) -> Record | Gone | None:
-        return await self._exchanges.ask_one(_Call(partial(self._load, name_of(key)), reads=True))
+        (found,) = await self.load_all([key])
+        if isinstance(found, UnrollError):
+            raise found
+        return found
+
+    async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
+        return await self._exchanges.ask_one(_Call(partial(self._load_all, keys), reads=True))
 
     async def close(self, key: Key) -> int | None:
         return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next())))
@@ -149,7 +155,6 @@ class EmbeddedStore:
         return await self._thread.call(partial(self._run, calls))
 
     def _run(self, calls: list[_Call]) -> list[Any]:
-        """In the thread: run all calls in one transaction."""
 
         def work(transaction: Any) -> list[Any]:
             now = self._now()
@@ -237,7 +242,7 @@ class EmbeddedStore:
         if token == commit.token:
             return None
         if (token if is_living else b"") != commit.expected:
-            return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
+            return refused_commit(commit.key, _intact(content) if is_living else None)
         if commit.ends:
             origin, position, last = unpack_trace(commit.content)
             body = POSITION.pack(position) + origin + last
@@ -246,6 +251,9 @@ class EmbeddedStore:
             entry = pack_entry(name, SESSION, now + self._life, commit.token, commit.content)
         transaction.put(place, entry)
         return None
+
+    def _load_all(self, keys: Sequence[Key], transaction: Any, now: float) -> list[Record | Gone | UnrollError | None]:
+        return [self._load(name_of(key), transaction, now) for key in keys]
 
     def _load(self, name: bytes, transaction: Any, now: float) -> Record | Gone | UnrollError | None:
         found = Entry.at(transaction, place_of(name))
@@ -276,6 +284,14 @@ class EmbeddedStore:
             self._taken.append(attempt)
             return transaction.delete(place)
         return attempt != b"" and attempt in self._taken
+
+
+def _intact(content: Any) -> Record | None:
+    """The record in an entry; None if it is damaged."""
+    try:
+        return Entry.read(bytes(content)).record()
+    except SnapshotInvalid:
+        return None
 
 
 def _page(after: bytes, limit: int, own: bytes, transaction: Any, now: float) -> Page:

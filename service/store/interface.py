@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from unroll.service.core.errors import UnrollError
+from unroll.service.core.errors import SessionContended, UnrollError
+from unroll.service.core.session_ids import shown
 from unroll.service.store.record import Gone, Record
 from unroll.service.telemetry.metrics import StoreFigures
 
@@ -28,7 +29,6 @@ class Commit:
 
     Attributes:
         expected: The token of the previous record; empty if the session must not exist.
-        token: The token of this record.
         content: The record, from `pack`.
         begins: This is the session's first commit.
         ends: The commit closes the session. Its last chunk stays available for retries; the row is removed.
@@ -40,6 +40,13 @@ class Commit:
     content: bytes
     begins: bool = False
     ends: bool = False
+
+
+def refused_commit(key: Key, record: Record | None) -> SessionContended:
+    """The result of a commit whose `expected` token is not the store's. record: the store's, if it has the session."""
+    error = SessionContended(f"session {shown(key[1])!r} was updated by another replica; retry", 0.1)
+    error.record = record
+    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +113,15 @@ class Store(Pages, Protocol):
         """Write records. Never raises.
 
         Returns:
-            Per commit: None if it is in the store, even if it was sent twice; SessionContended if the store has another
-            token; StoreUnavailable if the outcome is unknown.
+            Per commit: None if it is in the store, even if it was sent twice; SessionContended, with the record, if the
+            store has another token; StoreUnavailable if the outcome is unknown.
         """
 
     async def load(self, key: Key) -> Record | Gone | None:
         """The record, or how the session ended, or None if it is unknown. Does not extend the session's life."""
+
+    async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
+        """`load` for many sessions in one exchange. A record that cannot be read is replaced by its error."""
 
     async def close(self, key: Key) -> int | None:
         """Close a session, whatever its token. Returns its position, or None if there is none."""

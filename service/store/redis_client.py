@@ -40,6 +40,8 @@ from unroll.service.store.interface import StoreRefused
 
 #: Exceptions of redis-py if there is no reply.
 FAILURES = (RedisError, RedisClusterException, OSError)
+#: Exceptions after which a new connection may help: this one is dead, or its server is no longer the primary.
+LOST = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, MasterDownError)
 _SENTINEL_PORT = 26379
 #: Options that name files.
 _FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
@@ -54,7 +56,7 @@ _REFUSALS: tuple[tuple[type[Exception] | str, str], ...] = (
     (NoPermissionError, _RIGHTS),
     ("user executing the script can't", _RIGHTS),
     ("ACL failure in script", _RIGHTS),
-    (ssl.SSLCertVerificationError, "name the file of its authority: rediss://…?ssl_ca_certs=FILE"),
+    (ssl.SSLCertVerificationError, "specify its CA file: rediss://…?ssl_ca_certs=FILE"),
     ("DB index is out of range", "check the number of the database at the end of --store"),
     ("Cluster mode is not enabled", "it is a single Redis: use redis://"),
     (MovedError, "it is a Redis Cluster: use redis+cluster://"),
@@ -80,7 +82,7 @@ class _SentinelConnection(_Packing, SentinelManagedConnection):
 
 
 def connect(url: str, timeout: float) -> Any:
-    """Create a client, which connects on first use.
+    """Create a client, which connects on first use and never retries.
 
     Args:
         url: See `SCHEMES`. For Sentinels: `redis+sentinel://[user:password@]host:port,host:port/service[/db]`, or
@@ -90,9 +92,7 @@ def connect(url: str, timeout: float) -> Any:
     Raises:
         StoreRefused: The URL is invalid.
     """
-    # Retry once, immediately, on a new connection: the old one may be dead, or lead to a server that is no longer the
-    # primary. The script recognises repeated calls.
-    retry = Retry(NoBackoff(), 1, (RedisConnectionError, RedisTimeoutError, ReadOnlyError, MasterDownError))
+    retry = Retry(NoBackoff(), 0, LOST)  # disconnects after these errors
     options: dict[str, Any] = {"socket_connect_timeout": timeout, "socket_timeout": None, "retry": retry}
     scheme, _, rest = url.partition("://")
     try:

@@ -11,26 +11,32 @@ The braces keep both keys of a session on one node of a cluster.
 Every access to a session is one call of a function on these two keys, so it is atomic. Concurrent calls share one run
 of a script, which executes them in order; each succeeds or fails by itself. How many writes a crash of Redis loses
 depends on its `appendfsync`.
+
+If the connection breaks, its calls are sent once more. The script recognises a call that it has already executed,
+unless another replica has written since; then it refuses the call. So if the second attempt is refused, the outcome is
+unknown.
 """
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
 
-from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
-from unroll.service.core.session_ids import shown
+from unroll.service.core.errors import SessionClosed, SessionExpired, SnapshotInvalid, StoreUnavailable, UnrollError
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens
+from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens, refused_commit
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack_last, unpack_last, unpack_trace
-from unroll.service.store.redis_client import FAILURES, connect, disconnect, eviction_policy, refusal
+from unroll.service.store.redis_client import FAILURES, LOST, connect, disconnect, eviction_policy, refusal
 from unroll.service.store.redis_listing import read_page
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -43,15 +49,16 @@ _ANY = b"*"
 #: Seconds between attempts at the start, for an answer to one, and between checks of the eviction policy.
 _ATTEMPT_SECONDS, _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 5.0, 60.0
 
-# Unused and unknown arguments are empty. The first write of a session carries its `origin`. `finish` returns the
-# position if it closed the session. It succeeds without memory for a tombstone, except for a step, since the tombstone
-# has the step's reply. The SET before the calls only makes a read-only replica, which may be stale, refuse all calls.
+# Unused and unknown arguments are empty. The first write of a session carries its `origin`. A refused write returns the
+# state. `finish` returns the position if it closed the session. It succeeds without memory for a tombstone, except for
+# a step, since the tombstone has the step's reply. The SET before the calls only makes a read-only replica, which may
+# be stale, refuse all calls.
 _SCRIPT = """
 local call, does = redis.call, {}
 function does.write(state, gone, expected, token, record, position, origin)
   local held = call('GETRANGE', state, 0, 15)
   if held == token then return 1 end
-  if held ~= expected then return 0 end
+  if held ~= expected then return call('GET', state) end
   call('SET', state, token .. record%(idle)s)
   if origin ~= '' then
     call('SET', gone, 'e' .. string.rep('\\0', 24) .. origin%(both)s)
@@ -202,12 +209,26 @@ class RedisStore:
         return self._exchanges.counted([_verdict(*both) for both in zip(commits, replies, strict=True)])
 
     async def load(self, key: Key) -> Record | Gone | None:
-        state, gone = await self._exchanges.ask_one(self._call(key, b"load"))
-        if state is not None:
-            return Record.unpack(state[_TOKEN:], state[:_TOKEN])
-        if gone is None or gone[:1] == _TAKEN or (gone[:1] != _CLOSED and self.figures.evicts):
-            return None  # Redis may have evicted the session before it expired
-        return _read_gone(gone)
+        (found,) = await self.load_all([key])
+        if isinstance(found, UnrollError):
+            raise found
+        return found
+
+    async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
+        return [self._found(reply) for reply in await self._exchanges.ask([self._call(key, b"load") for key in keys])]
+
+    def _found(self, reply: Any) -> Record | Gone | UnrollError | None:
+        if isinstance(reply, RedisError):
+            return unavailable(reply)
+        state, gone = reply
+        try:
+            if state is not None:
+                return _read_state(state)
+            if gone is None or gone[:1] == _TAKEN or (gone[:1] != _CLOSED and self.figures.evicts):
+                return None  # where sessions are evicted, this one need not have expired
+            return _read_gone(gone)
+        except SnapshotInvalid as error:
+            return error
 
     async def close(self, key: Key) -> int | None:
         call = self._call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ()))
@@ -223,29 +244,47 @@ class RedisStore:
         return (state, state + b":gone"), (function, *words, *_NO_WORDS[len(words) :])
 
     def _call_of(self, commit: Commit) -> _Call:
-        who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
+        arguments = commit.key, _function_of(commit), commit.expected, commit.token
         if commit.ends:
             origin, position, last = unpack_trace(commit.content)
-            return self._call(*who, last, position.to_bytes(8, "little"), origin)
-        return self._call(*who, commit.content, b"", commit.content[:ORIGIN_BYTES] if commit.begins else b"")
+            return self._call(*arguments, last, position.to_bytes(8, "little"), origin)
+        return self._call(*arguments, commit.content, b"", commit.content[:ORIGIN_BYTES] if commit.begins else b"")
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:
             async with asyncio.timeout(self._config.timeout):
-                return await read_page(self._client, self._config.prefix, after, limit, tenant)
+                read = partial(read_page, self._client, self._config.prefix, after, limit, tenant)
+                return (await self._ask(read))[0]
         except FAILURES as error:
             raise unavailable(error) from error
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
         if isinstance(self._client, RedisCluster):
-            return await self._execute_apart(calls)
-        replies: list[Any] = []
-        for part in _parts(calls):
-            try:
-                replies += await self._client.execute_command("EVALSHA", self._digest, *_words(part))
-            except NoScriptError:
-                replies += await self._client.execute_command("EVAL", self._script, *_words(part))
-        return replies
+            return await self._send(self._execute_apart, calls)
+        return [reply for part in _parts(calls) for reply in await self._send(self._execute_together, part)]
+
+    async def _send(
+        self, execute: Callable[[Sequence[_Call]], Awaitable[list[Any]]], calls: Sequence[_Call]
+    ) -> list[Any]:
+        replies, lost = await self._ask(partial(execute, calls))
+        if lost is None:
+            return replies
+        return [lost if _is_refused(call[1][0], reply) else reply for call, reply in zip(calls, replies, strict=True)]
+
+    async def _ask(self, ask: Callable[[], Awaitable[T]]) -> tuple[T, RedisError | None]:
+        """Return the answer, and the first attempt's error if a second was needed."""
+        try:
+            return await ask(), None
+        except LOST as lost:
+            if isinstance(self._client, RedisCluster):
+                await self._client.aclose()  # so that it discovers the nodes again
+            return await ask(), lost
+
+    async def _execute_together(self, calls: Sequence[_Call]) -> list[Any]:
+        try:
+            return await self._client.execute_command("EVALSHA", self._digest, *_words(calls))
+        except NoScriptError:
+            return await self._client.execute_command("EVAL", self._script, *_words(calls))
 
     async def _execute_apart(self, calls: Sequence[_Call]) -> list[Any]:
         """Run each call separately, in one pipeline per node: in a cluster, a script's keys must share a slot."""
@@ -291,6 +330,10 @@ def _with_lives(config: RedisStoreConfig) -> str:
     return _SCRIPT % {"idle": f", 'PX', {idle}", "both": f", 'PX', {both}", "longer": longer, "tombstone": tombstone}
 
 
+def _read_state(content: bytes) -> Record:
+    return Record.unpack(content[_TOKEN:], content[:_TOKEN])
+
+
 def _read_gone(content: bytes) -> Gone:
     begin = 1 + _TOKEN + 8
     origin, last = content[begin : begin + ORIGIN_BYTES], content[begin + ORIGIN_BYTES :]
@@ -301,9 +344,23 @@ def _read_gone(content: bytes) -> Gone:
 def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
     if isinstance(reply, RedisError):
         return unavailable(reply)
-    if reply is None or reply == 0:
-        return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
-    return None
+    if not _is_refused(_function_of(commit), reply):
+        return None
+    try:
+        return refused_commit(commit.key, None if reply is None else _read_state(reply))
+    except SnapshotInvalid:
+        return refused_commit(commit.key, None)
+
+
+def _function_of(commit: Commit) -> bytes:
+    return b"finish" if commit.ends else b"write"
+
+
+def _is_refused(function: bytes, reply: Any) -> bool:
+    """Whether the store had another token for the session."""
+    if isinstance(reply, RedisError):
+        return False
+    return reply != 1 if function == b"write" else not reply
 
 
 def _milliseconds(seconds: float) -> int:

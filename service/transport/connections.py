@@ -120,7 +120,6 @@ class Connections:
         return None if len(self._watched) + self._streams < self._most or self._make_room() else OF_ALL
 
     def _make_room(self) -> bool:
-        """Close one of the oldest idle connections."""
         for connection in [*islice(self._watched, _ASKED)]:
             if connection.is_idle():
                 self.leave(connection)
@@ -150,7 +149,6 @@ class Connections:
             del self._addresses[address]
 
     def _look(self) -> None:
-        """Check the next connections."""
         loop = asyncio.get_running_loop()
         now, size = loop.time(), len(self._watched) // _TICKS_PER_ROUND + 1
         for _ in range(size):

@@ -172,7 +172,7 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
-        exchange.repeats, exchange.repeat = False, None
+        exchange.repeats, exchange.repeat, exchange.text = False, None, None
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
@@ -215,6 +215,7 @@ class HttpProtocol(LimitedProtocol):
                 return
             if exchange.keep_alive and self._misses < _MOST_MISSES:
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
+                exchange.repeats = self._known is not None
             if CONTENT_ENCODING in exchange.headers:
                 self._long_body.decode(exchange)
             elif size > LONG_BYTES:
@@ -301,7 +302,6 @@ class HttpProtocol(LimitedProtocol):
         self._answer(self._exchange.route.failure(error))
 
     def _encode_on(self, answer: Answer) -> None:
-        """Encode a slice of a long answer, unless its client has disconnected."""
         if self.transport.is_closing():
             answer.pieces = None
         else:

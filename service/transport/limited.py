@@ -68,7 +68,6 @@ class LimitedProtocol(HttpToolsProtocol):
         return tenant
 
     def _body_bytes(self) -> int:
-        """Received bytes of the open request's body."""
         raise NotImplementedError
 
     def _busy(self) -> bool:
@@ -85,8 +84,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _answer_probes_only(self, limit: str) -> None:
         """Replaces `on_headers_complete` on a connection beyond the limit."""
-        asks = self.url in PROBE_URLS and self.parser.get_method() in (b"GET", b"HEAD")
-        if not asks or self.parser.should_upgrade():
+        is_probe = self.url in PROBE_URLS and self.parser.get_method() in (b"GET", b"HEAD")
+        if not is_probe or self.parser.should_upgrade():
             self.all_connections.count_refused(limit)
             raise Refused(503, "", TooManyConnections("the server has reached its limit of connections; retry"))
         type(self).on_headers_complete(self)

@@ -42,14 +42,15 @@ class LongBody:
     def decode(self, request: Request) -> None:
         coding, limit = request.headers[CONTENT_ENCODING], self._limits.max_body_bytes
         try:
-            body = decoded(request.body, coding, limit)
+            made = decoded(request.body, coding, limit)
         except UnrollError as error:
             self._fail(error)
             return
-        if isinstance(body, bytes):
-            request.body = body
+        if isinstance(made, bytes):
+            request.body = made
             self._handle()
         else:
+            body = asyncio.get_running_loop().run_in_executor(None, made)
             request.cancel = body.cancel
             body.add_done_callback(lambda body: self._take_decoded(request, body))
 
@@ -73,7 +74,7 @@ class LongBody:
         except UnrollError as error:
             self._fail(error)
         else:
-            self._turns.call(lambda: self._finish(request))
+            self._turns.call(lambda: self._finish(request), first=True)  # frees the parsed document, which is large
 
     def _finish(self, request: Request) -> None:
         if not self._is_lost():

@@ -84,12 +84,10 @@ class Handshake(asyncio.Protocol):
         self.transport.abort()
 
     def shutdown(self) -> None:
-        """Called when the server shuts down."""
         self.transport.abort()
 
 
 def _feed(protocol: Any, data: bytes) -> None:
-    """Pass data that arrived early to the TLS protocol."""
     while data:
         buffer = protocol.get_buffer(len(data))
         size = min(len(buffer), len(data))

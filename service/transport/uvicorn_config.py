@@ -49,7 +49,6 @@ def operator_config(
 def _http_protocol(
     app: AppState, limits: ConnectionLimits, tls: Tls | None = None
 ) -> type[HttpToolsProtocol | Handshake]:
-    """The protocol class for `uvicorn.Config(http=...)`."""
     members = {"unroll": app, "limits": limits, "all_connections": Connections(limits, app.connections)}
     protocol = type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), members)
     return protocol if tls is None else type("TlsProtocol", (Handshake,), {"protocol": protocol, "tls": tls})

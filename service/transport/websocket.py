@@ -70,7 +70,6 @@ class DirectLink:
         self._protocol.send_close(code, reason)
 
     def abort(self) -> None:
-        """Abort the connection."""
         self._protocol.transport.abort()
 
     def end(self) -> None:

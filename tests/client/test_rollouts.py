@@ -198,7 +198,7 @@ def test_a_rollout_on_a_stream_that_is_refused_leaves_the_stream(client: Any, x:
             list(one.rollout(4, map=SCALED, inputs=x[:, :2]))
         rolling = one.rollout(4, map=SCALED)
         assert next(iter(rolling)).position == 6
-        with pytest.raises(errors.InvalidInput, match="is rolled out already"):
+        with pytest.raises(errors.InvalidInput, match="already has a rollout"):
             list(one.rollout(4, map=SCALED))
         client.session("lstm", one.id, mode="resume").step(x[0])
         with pytest.raises(errors.PositionError):  # of the step, and not of the rollout

@@ -78,7 +78,7 @@ def test_from_the_command_line(kind: type[nn.Module], source: str, few_steps: No
     [
         (Spread, {"x": X, "known": KNOWN}, "x", "not_finite", "torch.where"),
         pytest.param(Before, {"x": X}, "x", "not_finite", "the state is NaN", marks=pytest.mark.long),
-        (Gaps, {"x": X, "known": KNOWN}, "y", "input", "'y', which is no input"),
+        (Gaps, {"x": X, "known": KNOWN}, "y", "input", "'y', which is not an input"),
         (Gaps, {"x": X, "known": KNOWN.long()}, "known", "input", "int64"),
         (Gaps, {"x": X.clone().fill_(torch.inf), "known": KNOWN}, "x", "not_finite", "infinity"),
     ],

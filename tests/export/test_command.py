@@ -176,7 +176,7 @@ def test_a_fault_of_export_says_so(folder: Path, capsys, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("unroll.export.pipeline.lift", lift)
     assert run("usermodel:Net", *TOKEN, "--name", "n", "--repository", "out") == 1
-    assert "internal: this is a fault of unroll itself: KeyError: 'lost'" in capsys.readouterr().err
+    assert "internal: this is a bug in unroll: KeyError: 'lost'" in capsys.readouterr().err
 
 
 def test_help(capsys) -> None:

@@ -156,7 +156,7 @@ def test_a_condition_that_no_input_meets_is_in_the_report() -> None:
     _, _, (ways, others) = decided(narrow)
     check(others)
     (note,) = notes_on_ways(ways, others)
-    assert "as if its condition were False: no input that was tried makes it go another way" in note
+    assert "as if its condition were False: no tested input changes it" in note
 
 
 def test_within_undone_forward_is_as_written() -> None:

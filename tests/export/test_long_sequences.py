@@ -210,7 +210,7 @@ def two_loops(s: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.long
 def test_the_step_is_found_in_the_second_of_two_loops(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"step 49 \(counted from 0\) does not do what"):
+    with pytest.raises(ExportError, match=r"step 49 \(counted from 0\) differs from"):
         export(made(two_loops, cell=nn.GRUCell(4, 4)), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
 
 

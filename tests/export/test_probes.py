@@ -77,7 +77,7 @@ def test_the_report_says_what_became_of_the_state(tmp_path: Path) -> None:
     report = export(Translator(), example, name="t", repository=tmp_path, progress=stages.append)
     assert [spec.name for spec in report.manifest.inputs] == ["x"]
     assert report.manifest.initial_state == tuple(torch.linspace(-1, 1, 6).tolist())
-    assert any("output 'y1' is the final state itself" in note for note in report.notes)
+    assert any("output 'y1' is the final state" in note for note in report.notes)
     assert any("input 'h0' is the initial state" in note for note in report.notes)
     assert all(note in str(report) for note in report.notes)
     assert len(stages) == 6

@@ -71,7 +71,7 @@ def squashed(s: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "says"),
     [
-        (plain_length, r"plain number of the length.*\(at .*test_refusals.py:\d+: steps = int\(x.shape\[1\]\)\)"),
+        (plain_length, r"the length to a plain number.*\(at .*test_refusals.py:\d+: steps = int\(x.shape\[1\]\)\)"),
         (row_by_row, r"layer 'rnn' depends on the batch size; call it once on the whole batch"),
         (WholeNumbers, r"\(at .*test_refusals.py:\d+: n = \(n \+ 8\) // .*\): compute in floats, as torch.floor"),
         (NoOperator, r"bessel_j0 \(at .*test_refusals.py:\d+: return .*\) in 'bessel', which ONNX has no operator for"),

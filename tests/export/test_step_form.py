@@ -330,7 +330,7 @@ REFUSED: list[tuple[type[nn.Module], Arguments, Arguments, str, str]] = [
     (Learned, {"obs": OBS}, {}, "keeps_state", "start from zeros"),
     (Counting, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y0"}}, "input", "'y0'"),
     (Policy, {"obs": OBS, "h": zeros(2, 4, 5), "c": zeros(2, 6, 5), "done": OBS[:, 0]}, {"state": {}}, "input", "obs"),
-    (Optional, {"obs": OBS, "steps": OBS[:, 0]}, {"state": {}}, "input", "without a state"),
+    (Optional, {"obs": OBS, "steps": OBS[:, 0]}, {"state": {}}, "input", "has no state"),
     (Locked, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y1"}}, "not_copyable", "'lock', a lock"),
     (FirstStep, {"obs": OBS, "h": zeros(6, 3)}, {"state": {"h": "y1"}}, "keeps_state", "steps"),
     (Several, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y1"}}, "forward_failed", "IndexError"),

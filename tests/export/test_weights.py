@@ -193,17 +193,17 @@ def whole(path: Path) -> None:
 
 #: What writes the file, and what must be said of it.
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "garbage": (lambda path: path.write_bytes(b"everything else" * 99), "holds no weights and no model of PyTorch"),
+    "garbage": (lambda path: path.write_bytes(b"everything else" * 99), "is no PyTorch model or weights file"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
     "hdf5": (
         lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)),
-        "is a file of Keras; write the model as a PyTorch",
+        "is a Keras file; write the model as a PyTorch",
     ),
     "folder": (lambda path: path.mkdir(), "is a folder"),
     "missing": (lambda path: None, "there is no file"),
     "damaged": (damaged, "damaged"),
-    "whole": (whole, "is a whole pickled module, of the class mynet.Net"),
+    "whole": (whole, "is a pickled module of the class mynet.Net"),
     "list": (lambda path: torch.save([torch.ones(2)], path), "holds a list, not weights by name"),
 }
 
@@ -224,10 +224,10 @@ def test_a_file_that_is_refused_is_described(
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("model.keras", b"PK\x05\x06" + bytes(18), "is a file of Keras"),
-        ("model.onnx", b"\x08\x0a" + bytes(99), "is a graph of ONNX"),
-        ("model.tflite", b"\x1c\0\0\0TFL3" + bytes(99), "is a model of TensorFlow Lite"),
-        ("saved/saved_model.pb", b"\x08\x01", "saved is a SavedModel of TensorFlow"),
+        ("model.keras", b"PK\x05\x06" + bytes(18), "is a Keras file"),
+        ("model.onnx", b"\x08\x0a" + bytes(99), "is an ONNX graph"),
+        ("model.tflite", b"\x1c\0\0\0TFL3" + bytes(99), "is a TensorFlow Lite model"),
+        ("saved/saved_model.pb", b"\x08\x01", "saved is a TensorFlow SavedModel"),
     ],
 )
 def test_a_model_of_another_framework_is_named_with_the_way_from_it(
@@ -304,4 +304,4 @@ def test_random_tensors_that_the_weights_do_not_hold_are_refused(
 ) -> None:
     torch.save(net.state_dict(), "weights.pt")
     assert run("mynet:Features", "--weights", "weights.pt", *INPUT) == 1
-    assert "mynet:Features makes frequencies of random numbers, and weights.pt does not hold them" in refusal(capsys)
+    assert "mynet:Features fills frequencies with random numbers, and weights.pt does not hold them" in refusal(capsys)

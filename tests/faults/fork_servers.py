@@ -9,17 +9,16 @@ import atexit
 import importlib
 import json
 import os
+import runpy
 import socket
 import sys
 import traceback
-from functools import partial
+from pathlib import Path
 
 from unroll import cli
 from unroll.service.core import failpoints
-from unroll.service.engine.curve import measure
-from unroll.service.models import loading
 
-loading.measure = partial(measure, budget_seconds=0.02)  # type: ignore[assignment] as in serving.py
+runpy.run_path(str(Path(__file__).parents[1] / "quick_servers.py"))["install"]()
 for name in ("unroll.commands.serve", "unroll.commands.program", "unroll.service.serve"):
     importlib.import_module(name)  # what the command itself imports late
 link = socket.socket(fileno=int(sys.argv[1]))

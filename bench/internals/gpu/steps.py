@@ -20,7 +20,7 @@ _TOLERANCE = {"float32": 1e-5, "tf32": 5e-3, "float16": 5e-3}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of the device, per second: bytes copied, float32 operations without and with TF32."""
+    """The device's limits per second: bytes copied, float32 operations without and with TF32."""
 
     copy: float
     float32: float
@@ -33,11 +33,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Microseconds of a step of `rows` rows: medians of the turns.
+    """Microseconds of a step with `rows` rows, as medians of the turns.
 
-    device: launched back to back, all data on the device. graph: the same with transfers from and to the host.
-    call: from array to array, as the server calls it. onnxruntime: `device`, with onnxruntime running the layers.
-    torch: PyTorch's graph. floor: see `Shape.floor`. nodes: number of nodes of the graph.
+    Attributes:
+        device: launched back to back, with all data on the device.
+        graph: the same, with transfers from and to the host.
+        call: from array to array, as the server calls it.
+        onnxruntime: `device`, with onnxruntime running the layers.
+        torch: PyTorch's graph.
+        floor: see `Shape.floor`.
+        nodes: the number of nodes in the graph.
     """
 
     title: str
@@ -59,7 +64,7 @@ class Steps:
 def measure(
     shape: Shape, sizes: Sequence[int], precision: Precision, limits: Limits, repository: Path, turns: int, count: int
 ) -> list[Steps]:
-    """Raises AssertionError if PyTorch's outputs differ."""
+    """Raise AssertionError if PyTorch's outputs differ."""
     tf32 = precision == "tf32"
     pytorch.set_tf32(tf32)
     reference, path = model(shape).cuda(), bundle_of(shape, repository)
@@ -98,7 +103,7 @@ def measure(
 
 
 def resident(shape: Shape, size: int, repository: Path, turns: int, count: int) -> dict[int, float]:
-    """Microseconds of a call for rows scattered over the arena, by its number of sessions."""
+    """Microseconds of a call for rows scattered over the arena, by the arena's number of sessions."""
     found = {}
     for sessions in (_FEW, _MANY):
         with open_engine(bundle_of(shape, repository), sessions + 2 + size, [size]) as engine:

@@ -22,8 +22,13 @@ _SERVER_CORES = {0, 1}
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """steps: per second. p50, p99: milliseconds from a frame to its answer. engine: steps per second of the engine
-    alone, in calls of as many rows, from array to array."""
+    """The figures of one stream.
+
+    Attributes:
+        steps: steps per second.
+        p50, p99: milliseconds from a frame to its answer.
+        engine: steps per second of the engine by itself, in calls with equally many rows.
+    """
 
     title: str
     connections: int

@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Arguments:
-    """folder: empty, for files that the server needs. models: name → model.onnx. strategy: Triton's."""
+    """The arguments: an empty folder for the server's files, model.onnx by name, and Triton's strategy."""
 
     port: int
     folder: Path

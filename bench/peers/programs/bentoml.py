@@ -53,7 +53,7 @@ def _request(step: Step) -> Request:
 
 
 def _end_with_parent() -> None:
-    """End with the parent: the worker has its own process group, which signals to the server's do not reach."""
+    """End with the parent: the worker has its own process group, which the server's signals do not reach."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 @dataclass(frozen=True)
 class Request:
-    """session: None for a whole sequence from a zero state. x: (time, features) float32."""
+    """A request with x (time, features) float32; `session` is None for a whole sequence from a zero state."""
 
     session: str | None
     start: bool
@@ -57,7 +57,7 @@ class Served:
 
 
 def _compatible(waiting: dict[int, Request]) -> list[int]:
-    """Requests that can share a call: as long as the first, and at most one step per session, in order."""
+    """The requests that can share a call: equally long as the first, and at most one step per session, in order."""
     length = len(next(iter(waiting.values())).x)
     chosen: list[int] = []
     met: set[str] = set()

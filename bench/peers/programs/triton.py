@@ -17,7 +17,7 @@ from bench.peers.programs.arguments import Arguments, arguments
 #: Open at the same time. Beyond this number, Triton queues a new sequence silently.
 _SEQUENCES = 1024
 _BATCH = 64
-#: `direct` keeps a place in the batch for each open sequence, and nothing for those beyond.
+#: `direct` reserves a place in the batch for each open sequence, and rejects further ones.
 _PLACES = 256
 
 _MODEL = """\
@@ -36,7 +36,7 @@ sequence_batching {{
   oldest {{ max_candidate_sequences: {_SEQUENCES} max_queue_delay_microseconds: 0 }}
 }}
 """
-#: Only READY is asked for: the rest is in the requests' own flags, which cost less than tensors.
+#: Only READY is requested: the requests' own flags have the rest, at a lower cost than tensors.
 _DIRECT = """\
 sequence_batching {
   max_sequence_idle_microseconds: 600000000
@@ -62,7 +62,7 @@ def _write(folder: Path, batcher: str, path: Path, batch: int) -> None:
 
 
 def copy_backend(triton: Path, folder: Path) -> None:
-    """With the stub for this Python in it, which the wheel keeps elsewhere."""
+    """Copy the Python backend, with the stub for this Python, which the wheel keeps elsewhere."""
     shutil.copytree(triton / "backends" / "python", folder / "python")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = folder / "python" / "triton_python_backend_stub"
@@ -71,7 +71,7 @@ def copy_backend(triton: Path, folder: Path) -> None:
 
 
 def command(triton: Path, given: Arguments, repository: Path, backends: Path, regions: str) -> list[str]:
-    """regions: how the names of its shared memory begin."""
+    """The command line of tritonserver; `regions` is the name prefix of its shared memory."""
     options = {
         "model-repository": repository,
         "backend-directory": backends,
@@ -95,7 +95,7 @@ def main(given: Arguments) -> int:
     copy_backend(triton, backends)
     # The copied stub no longer finds the wheel's libraries in its own folder, and it needs libpython.
     os.environ["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}:{site / 'nvidia_pytriton.libs'}"
-    # The stub ignores PYTHONPATH and does not know of the environment.
+    # The stub ignores PYTHONPATH and the virtual environment.
     os.environ["BENCH_SITE_PACKAGES"] = str(site)
     regions = f"bench-triton-{os.getpid()}-"
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # sent to the group, and so to tritonserver itself

@@ -44,7 +44,6 @@ class Connection:
     Args:
         model: `name` or `name:version`.
         link: The connection, which may not be accepted yet.
-        call_soon: The event loop's.
 
     Raises:
         ModelUnknown: There is no such model.
@@ -129,17 +128,16 @@ class Connection:
             faults = codec.faults(frame)
             if (refused := self._over_quota(frame.total)) is not None:
                 faults = dict.fromkeys(range(len(frame.entries)), refused) | faults
-            apart = self._submitter.submit_frame(frame, faults)
-            if len(apart) > SLICE:
-                self._control.carry_out(self._submit_in_slices(frame, faults, apart))
+            remaining = self._submitter.submit_frame(frame, faults)
+            if len(remaining) > SLICE:
+                self._control.carry_out(self._submit_in_slices(frame, faults, remaining))
             else:
-                self._submitter.submit_apart(frame, faults, apart)
+                self._submitter.submit_chunks(frame, faults, remaining)
         flow.update()
 
     async def _submit_in_slices(self, frame: Frame, faults: dict[int, UnrollError], entries: list[int]) -> None:
-        """Submit the entries, suspending after each slice."""
         for begin in range(0, len(entries), SLICE):
-            self._submitter.submit_apart(frame, faults, entries[begin : begin + SLICE])
+            self._submitter.submit_chunks(frame, faults, entries[begin : begin + SLICE])
             await asyncio.sleep(0)
 
     def _over_quota(self, steps: int) -> UnrollError | None:
@@ -169,7 +167,6 @@ class Connection:
         self._flow.clear()
 
     def _log(self, error: UnrollError, handle: int | None, position: int | None, session_id: str | None) -> None:
-        """Log the refusal of a message, or of an entry or session in a message."""
         found = None if handle is None else self._handles.find(handle)
         session = session_id if found is None else shown(found[1].id)
         name = split_reference(self._model)[0]
@@ -184,7 +181,6 @@ class Connection:
         self._send_goodbyes(iter([*self._handles]))
 
     def _send_goodbyes(self, handles: Iterator[int]) -> None:
-        """Describe a slice of the sessions, and continue in the next turn of the event loop."""
         if self._replies.closed:
             return
         if described := [self._describe(handle) for handle in islice(handles, SLICE)]:

@@ -22,7 +22,6 @@ from unroll.service.core.errors import (
 from unroll.service.core.session_ids import check_id, new_id, owned, shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Life, Session
-from unroll.service.store.record import Record
 
 
 class Handles:
@@ -175,7 +174,6 @@ class Handles:
         return {"handle": handle, "session_id": shown(session.id), "position": session.position}
 
     def _bound(self, handle: int) -> tuple[ServedModel, Session]:
-        """Like `find`, but raises InvalidRequest."""
         found = self.find(handle)
         if found is None:
             raise InvalidRequest(f"no session is bound to handle {handle}")
@@ -217,8 +215,7 @@ class Handles:
     async def _close_durable(self, bound: Session) -> int:
         if await self._sessions.origin(self._name, bound.id) != bound.origin:
             raise replaced(bound)
-        closed = await self._sessions.close(self._name, None, bound.id)
-        return closed.position if isinstance(closed, Record) else closed[1].position
+        return (await self._sessions.close(self._name, None, bound.id))[1]
 
 
 def check_present(served: ServedModel, session: Session) -> None:

@@ -30,7 +30,6 @@ class Replies:
 
     Attributes:
         closed: The connection has ended; nothing more is sent.
-        send_text: Sends an encoded message.
     """
 
     __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "closed", "on_refused", "send_text")
@@ -44,7 +43,6 @@ class Replies:
         self.closed = False
 
     def send(self, document: dict[str, Any]) -> None:
-        """Send a text message."""
         self.send_text(json.dump(document))
 
     def send_frame(self, frame: bytes) -> None:
@@ -85,7 +83,6 @@ class Replies:
         """Answer a group in one frame, and its failed rows separately.
 
         Args:
-            frame: The client's frame.
             rows: The rows of the frame that were submitted; None for all.
             reply: The answer to all or some of these rows.
         """

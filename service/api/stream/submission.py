@@ -1,6 +1,6 @@
 """Submits frames to the scheduler, as cohorts, a group, joined steps or chunks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,6 @@ from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.frames import NO_POSITION, Frame, SingleEntryFrame
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
-from unroll.service.scheduler.joined_steps import StepForm
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import Cohort, Life, Session
 from unroll.service.sessions.attempts import Attempts
@@ -62,36 +61,30 @@ class RecurringFrames:
 
 @dataclass(slots=True, eq=False)
 class RecurringStep:
-    """Single steps of a memory session in separate frames; they join the open group.
+    """Single steps of a session in separate frames; they join the open group.
 
     Attributes:
-        position: Position of the last step, as specified by the client.
-        leave: Cancels the last step.
+        position, values: Position and inputs of the last step, as sent by the client.
     """
 
     submitter: "FrameSubmitter"
     handle: int
     served: ServedModel
     session: Session
-    form: StepForm
     position: int | None = None
-    leave: Callable[[], None] = lambda: None
+    values: bytes = b""
 
+    write = staticmethod(Codec.rows_to_raw)
 
-class JoinedFrames:
-    """Validates and answers steps in separate frames."""
+    def complete(self, outputs: bytes, position: int) -> None:
+        self.submitter.complete_step(self, outputs, position)
 
-    def __init__(self, codec: Codec) -> None:
-        self._rows = codec.rows_to_raw
-        self.faults = codec.faults
+    def fail(self, error: UnrollError) -> None:
+        self.submitter.fail_step(self, error)
 
-    def answer(self, steps: Sequence[RecurringStep], reply: GroupReply) -> None:
-        outputs, positions, errors = self._rows(reply.outputs), reply.positions.tolist(), reply.errors
-        for row, step in enumerate(steps):
-            if row in errors:
-                step.submitter.refuse_step(step, errors[row])
-            else:
-                step.submitter.complete_step(step, positions[row], outputs[row])
+    def leave(self) -> None:
+        """Cancel the step unless it is running."""
+        self.served.loop.leave_joined(self.session, self)
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +92,7 @@ class PendingChunk:
     """An unanswered chunk; called with its outcome.
 
     Attributes:
-        served, session, chunk: The submission, once there is one.
+        served, chunk: The submission, once there is one.
         attempts: Looks the session up in the store and submits the chunk again; None until that is necessary.
     """
 
@@ -107,7 +100,6 @@ class PendingChunk:
     entry: SingleEntryFrame
     answer: Callable[[SingleEntryFrame, Reply], None]
     served: ServedModel | None = None
-    session: Session | None = None
     chunk: Chunk | None = None
     attempts: Attempts | None = None
 
@@ -147,13 +139,16 @@ class FrameSubmitter:
 
     def join(self, handle: int, position: int | None, values: bytes) -> bool:
         """Join a frame of one step to the open group; False if it must be submitted as an ordinary frame."""
+        if self._replies.closed:
+            return False
         step = self._recurring.steps.get(handle)
-        if step is None or self._replies.closed:
+        if step is None:
+            if (found := self._handles.find(handle)) is None:
+                return False
+            step = self._recurring.steps[handle] = RecurringStep(self, handle, *found)
+        if not step.served.loop.join(step.session, position, values, self._timeout, step):
             return False
-        leave = step.served.loop.join(step.session, position, values, self._timeout, step.form, step)
-        if leave is None:
-            return False
-        step.position, step.leave = position, leave
+        step.position, step.values = position, values
         self._pending[step] = None
         return True
 
@@ -165,7 +160,7 @@ class FrameSubmitter:
             faults: Invalid entries, by index. Entries that the scheduler has no room for are added.
 
         Returns:
-            The indexes of the remaining entries, for `submit_apart`.
+            The indexes of the remaining entries, for `submit_chunks`.
         """
         taken: set[int] = set()
         if frame.uniform_inputs is not None:
@@ -182,7 +177,7 @@ class FrameSubmitter:
                 faults.update(dict.fromkeys(range(len(frame.entries)) if rows is None else rows, error))
         return [i for i in range(len(frame.entries)) if i not in taken] if len(taken) < len(frame.entries) else []
 
-    def submit_apart(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
+    def submit_chunks(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
         for i in entries:
             entry = SingleEntryFrame(frame.handles[i], frame.steps[i], frame.positions[i], frame.chunk(i))
             self.submit(entry, faults.get(i), self._replies.coalesce)
@@ -217,12 +212,12 @@ class FrameSubmitter:
             positions = [positions[i] for i in rows]
         on_reply = partial(self._complete_group, frame, None if whole else rows, recurring)
         now, groups = served.loop.clock.now(), served.scheduler.groups
-        declined = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
+        rejected = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
         served.loop.wake()
-        if not declined:
+        if not rejected:
             return rows
-        others = set(declined)
-        return [i for row, i in enumerate(rows) if row not in others]
+        rejected_rows = set(rejected)
+        return [i for row, i in enumerate(rows) if row not in rejected_rows]
 
     def submit(
         self,
@@ -238,7 +233,7 @@ class FrameSubmitter:
         try:
             self._begin(pending)
         except NeedsStoreLookup as needed:
-            self._retry(pending, needed.session_id)
+            self._attempts(pending).look_up(needed.session_id)
 
     def _begin(self, pending: PendingChunk) -> None:
         """Submit the chunk. Raises NeedsStoreLookup; answers the chunk with any other error."""
@@ -252,24 +247,20 @@ class FrameSubmitter:
             if session.own_progress.active is not None or session.life is not Life.OPEN:
                 check_present(served, session)
                 _check_depth(session, entry.position)
-            pending.served, pending.session = served, session
+            pending.served = served
             chunk = Chunk(entry.inputs, session, entry.position)
             chunk.patient = True  # flow control limits the client
             pending.chunk = served.loop.submit(chunk, self._timeout, pending)
             if pending.chunk is not None:
                 self._pending[pending] = None
-            if entry.steps == 1 and session.durable is None and entry.handle not in self._recurring.steps:
-                step = RecurringStep(self, entry.handle, served, session, JoinedFrames(served.codec))
-                self._recurring.steps[entry.handle] = step
         except UnrollError as error:
             self._fail(pending, error)
 
-    def _retry(self, pending: PendingChunk, session_id: str) -> bool:
-        """Submit again after a store lookup, in order with other waiting chunks; False after too many attempts."""
+    def _attempts(self, pending: PendingChunk) -> Attempts:
         if pending.attempts is None:
             begin, fail = partial(self._begin, pending), partial(self._fail, pending)
             pending.attempts = Attempts(self._sessions, self._name, begin, fail)
-        return pending.attempts.again(session_id)
+        return pending.attempts
 
     def _fail(self, pending: PendingChunk, error: UnrollError) -> None:
         if not self._replies.closed:
@@ -281,21 +272,22 @@ class FrameSubmitter:
             return
         self._pending.pop(pending, None)
         if isinstance(outcome, UnrollError):
-            moved = pending.session if isinstance(outcome, SessionContended) else None
-            if moved is None or not self._retry(pending, moved.id):
+            if not (isinstance(outcome, SessionContended) and self._attempts(pending).again()):
                 self._fail(pending, outcome)
         else:
             pending.answer(pending.entry, outcome)
 
-    def complete_step(self, step: RecurringStep, position: int, outputs: bytes) -> None:
+    def complete_step(self, step: RecurringStep, outputs: bytes, position: int) -> None:
         if not self._replies.closed:
-            self._pending.pop(step, None)
+            del self._pending[step]
             self._replies.answer_step(step.handle, position, outputs)
 
-    def refuse_step(self, step: RecurringStep, error: UnrollError) -> None:
-        if not self._replies.closed:
-            self._pending.pop(step, None)
-            self._replies.refuse(step.handle, 1, step.position, error)
+    def fail_step(self, step: RecurringStep, error: UnrollError) -> None:
+        """Answer the step with the error, or submit it again as a chunk."""
+        self._pending.pop(step, None)
+        inputs = step.served.codec.from_raw(step.values, None) if isinstance(error, SessionContended) else ()
+        entry = SingleEntryFrame(step.handle, 1, step.position, inputs)
+        self.complete(PendingChunk(self, entry, self._replies.answer), error)
 
     def _complete_group(
         self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply

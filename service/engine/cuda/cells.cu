@@ -1,5 +1,5 @@
-// One step of a recurrent layer in one launch:  gates = [x, h] · [W, R]ᵀ + b, then the cell, for B sessions whose h and c
-// lie in the arena rows that `slots` names.  LSTM, PARTS, VEC and the tile are set by cells.py.
+// One step of a recurrent layer in one launch:  gates = [x, h] · [W, R]ᵀ + b, then the cell, for B sessions with h and c
+// in the arena rows `slots`.  LSTM, PARTS, VEC and the tile are set by cells.py.
 //
 // The product runs on the tensor cores (m16n8k16): 16 gate rows are operand A, 8 sessions operand B.  A number enters as
 // two halves, v = high + low with 11 bits each, and low·high + high·low + high·high is summed in fp32: fp32's accuracy, at
@@ -86,7 +86,7 @@ __device__ int place(int gate, int session, int unit) {
   return ((gate * (BU / 8) + unit / 8) * BN + (session ^ (session >> 2 & 1))) * 8 + unit % 8;
 }
 
-__device__ void barrier() {  // of the cluster, or of the block that stands alone
+__device__ void barrier() {  // of the cluster, or of a single block
   if (SPLIT) asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
   else __syncthreads();
 }
@@ -141,7 +141,7 @@ step(const float* x,          // (B, I)
   for (int s = 0; s < STAGES - 1; s++) fetch_weights(begin + s, ring + s * STAGE);
   asm volatile("griddepcontrol.wait;" ::: "memory");
   for (int n = threadIdx.x; n < BN; n += THREADS) {
-    const int row = min(first + n, B - 1);  // past the batch: its last row again, of which nothing is written
+    const int row = min(first + n, B - 1);  // past the batch: repeat its last row, without writing results
     source[0][n] = x + (size_t)row * I;
     source[1][n] = arena + slots[row] * S + h_offset;
   }

@@ -187,7 +187,6 @@ class CudaEngine:
         return self._arena.pointer + slot * self._row_bytes
 
     def _capture(self, model: StepModel, lengths: Sequence[int]) -> dict[tuple[int, int], list[StepCall]]:
-        """Return the captured calls by rows and steps."""
         if not self._buckets:
             return {}
         memory = StepMemory(self._device, self._manifest, self._buckets[-1])

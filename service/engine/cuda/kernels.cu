@@ -1,18 +1,18 @@
-// What happens to the rows around a step of the model, in the same graph as the step. One block a row.
+// Gathers and commits the rows around a step of the model, in the same graph as the step. One block per row.
 //
-// `host` is memory of the host, which the device reads and writes directly: some hundred kilobytes at most, each byte
-// once, for which copies would take as long, and be two more nodes. A row of the arena is `width` floats.
+// `host` is host memory that the device accesses directly: at most some hundred kilobytes, each byte once. Copies would
+// take as long and add two nodes. A row of the arena is `width` floats.
 
 typedef long long i64;
 
-// Bytes copied by all blocks together, 16 at a time.
+// Copy bytes with all blocks together, 16 bytes at a time.
 __device__ void copy_block(uint4* to, const uint4* from, i64 bytes) {
   for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < bytes / 16; i += gridDim.x * (i64)blockDim.x)
     to[i] = from[i];
 }
 
-// call = host, the inputs of this step among it; if there is a `state`, state[row] = arena[sources[row]]. No row has
-// failed yet if this is the first of the batch's steps.
+// call = host, which includes the inputs of this step; if there is a `state`, state[row] = arena[sources[row]]. In the
+// first step of a batch, no row has failed yet.
 extern "C" __global__ void gather(const float* arena, i64 width, const i64* sources, float* state, int* failed,
                                   const i64* first, uint4* call, const uint4* host, i64 bytes) {
   copy_block(call, host, bytes);
@@ -22,9 +22,9 @@ extern "C" __global__ void gather(const float* arena, i64 width, const i64* sour
   for (i64 i = threadIdx.x; i < width; i += blockDim.x) state[blockIdx.x * width + i] = from[i];
 }
 
-// arena[targets[row]] = state[row], unless the row has failed, as it does if its new state or one of its outputs is not
-// finite; a row without a target (-1) is left alone. checked: `tensors` pairs (first byte of a float output, floats in a
-// row of it). host = outputs, and host_failed = failed.
+// arena[targets[row]] = state[row], unless the row has failed: its new state or an output is not finite. Rows without a
+// target (-1) are skipped. checked: `tensors` pairs (first byte of a float output, floats per row). host = outputs, and
+// host_failed = failed.
 extern "C" __global__ void commit(float* arena, i64 width, const i64* targets, const float* state, int* failed,
                                   int* host_failed, const char* outputs, const i64* checked, i64 tensors, uint4* host,
                                   i64 bytes) {

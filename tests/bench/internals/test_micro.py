@@ -1,16 +1,13 @@
 """The measured parts do real work, and the lowest run is reported."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE
 
-from bench.internals.micro import Part, Turns, measure, protocol
+from bench.internals.micro import Part, Turns, main, measure, protocol
 
-ROOT = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[3] / "examples" / "repository"
 
 
 class Machine:
@@ -64,21 +61,17 @@ def test_parts_of_the_protocol_take_their_inputs() -> None:
         part.call()
 
 
-def test_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
+def test_command_prints_a_table_and_writes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "figures.json"
-    words = f"-m bench.internals.micro --seconds 0.001 --json {target}"
-    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert run.returncode == 0, run.stderr
-    figures = json.loads(target.read_text())
+    assert main(["--seconds", "0.001", "--repository", str(REPOSITORY), "--json", str(target)]) == 0
+    figures, printed = json.loads(target.read_text()), capsys.readouterr().out
     assert len(figures) > 30
     for figure in figures:
-        assert figure["name"] in run.stdout
+        assert figure["name"] in printed
         assert 0 < figure["least"] <= figure["median"]
     assert {"arena", "protocol", "scheduler", "co2"} <= {figure["name"].partition(":")[0] for figure in figures}
 
 
-def test_unknown_part_is_an_error() -> None:
-    words = "-m bench.internals.micro --only no-such-part"
-    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert run.returncode == 2
-    assert "no-such-part" in run.stderr
+def test_unknown_part_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--repository", str(REPOSITORY), "--only", "no-such-part"]) == 2
+    assert "no-such-part" in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import httpx
 import numpy as np
@@ -13,6 +15,9 @@ import wire as open_inference
 from problems import assert_problem
 from raw_http import STEP, Wire, request
 from serving import RAW, Oracle, Running, Serve, raw_steps
+from waiting import until
+
+from unroll.service.api import content_coding
 
 
 def bare_deflate(content: bytes) -> bytes:
@@ -111,6 +116,33 @@ def test_the_refusal_of_a_coding_names_those_that_are_taken(client: httpx.Client
     answer = client.post(ROUTES[0], content=b"?", headers={**RAW, "Content-Encoding": "br"})
     assert_problem(answer, 415, "unsupported_media_type")
     assert "gzip, deflate" in answer.json()["detail"]
+
+
+def test_long_bodies_are_decompressed_one_at_a_time(
+    server: Running, background: Callable[..., Future], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in memory until they are parsed, however many come at the same time."""
+    decompress, tasks = content_coding._decompressed, server.uvicorn.server_state.tasks
+    all_came, running, most = threading.Event(), [], []
+
+    def watched(body: bytes, coding: bytes, limit: int) -> bytes:
+        if limit <= content_coding._AT_ONCE:
+            return decompress(body, coding, limit)
+        running.append(body)
+        if not all_came.is_set():
+            until(lambda: len(tasks) >= 4, "all of them came")
+            all_came.set()
+        most.append(len(running))
+        running.pop()
+        return decompress(body, coding, limit)
+
+    monkeypatch.setattr(content_coding, "_decompressed", watched)
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    body = gzip.compress(b"{}".ljust(2**19))
+    url = f"{server.url}/v1/models/lstm/sessions/none/fork"
+    answers = [background(httpx.post, url, content=body, headers=headers) for _ in range(4)]
+    assert {answer.result().json()["code"] for answer in answers} == {"session_unknown"}
+    assert most == [1] * 4
 
 
 def test_a_bomb_costs_no_more_than_the_limit(serve: Serve) -> None:

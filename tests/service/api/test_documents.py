@@ -180,7 +180,7 @@ def test_what_the_transport_answers_itself_is_documented(document: dict) -> None
         for method, path, _ in operations(document)
         if method == "post" and (found := inference_routes.find(path.split("/"))) is not None
     }
-    assert names == {"v1/steps", "v1/sequences", "v2/infer"}
+    assert names == {"v1/steps", "v1/sequences", "v1/sessions", "v2/infer"}
 
 
 def test_v1_errors_are_problems(document: dict) -> None:

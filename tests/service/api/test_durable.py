@@ -19,6 +19,7 @@ from wire import infer, outputs
 
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import StoreUnavailable, UnrollError
+from unroll.service.settings import Settings
 from unroll.service.store.interface import Commit, Key
 
 Oracles = Callable[..., Oracle]
@@ -42,11 +43,17 @@ class Replicas:
             client.close()
 
 
-@pytest.fixture
-def replicas(serve: Serve, redis_server: RedisServer) -> Iterator[Replicas]:
-    made = Replicas([serve(store=redis_server.url) for _ in range(3)])
+def _together(few: Path, *settings: dict[str, object]) -> Iterator[Replicas]:
+    made = Replicas([Running(Settings.model_validate({"repository": few, **each})) for each in settings])
     yield made
     made.close()
+    for server in made.servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def replicas(few: Path, redis_process: RedisServer) -> Iterator[Replicas]:
+    yield from _together(few, *[{"store": redis_process.url}] * 3)
 
 
 @pytest.fixture
@@ -277,12 +284,10 @@ def test_a_store_that_is_down(serve: Serve, tmp_path: Path, x: np.ndarray, oracl
 OLD, NEW = "an old key of 16+ bytes", "a new key of 16+ bytes"
 
 
-@pytest.fixture
-def holders(serve: Serve) -> Iterator[Replicas]:
+@pytest.fixture(scope="module")
+def holders(few: Path) -> Iterator[Replicas]:
     """Servers without a store; the second has a new key, and knows the old one."""
-    made = Replicas([serve(snapshot_keys=[OLD]), serve(snapshot_keys=[NEW, OLD])])
-    yield made
-    made.close()
+    yield from _together(few, {"snapshot_keys": [OLD]}, {"snapshot_keys": [NEW, OLD]})
 
 
 def hold(client: httpx.Client) -> tuple[str, str]:

@@ -13,13 +13,18 @@ from serving import RAW, Oracle, Running, Serve
 from streams import Client, frame
 from waiting import PATIENCE, until
 
+from unroll.service.settings import Settings
+
 Oracles = Callable[..., Oracle]
 Dial = Callable[[Running], Client]
 
 
-@pytest.fixture
-def pair(serve: Serve, redis_server: RedisServer) -> list[Running]:
-    return [serve(store=redis_server.url) for _ in range(2)]
+@pytest.fixture(scope="module")
+def pair(few: Path, redis_process: RedisServer) -> Iterator[list[Running]]:
+    pair = [Running(Settings.model_validate({"repository": few, "store": redis_process.url})) for _ in "12"]
+    yield pair
+    for running in pair:
+        running.stop()
 
 
 @pytest.fixture
@@ -113,6 +118,29 @@ def test_a_pipeline_of_chunks_whose_session_moved(pair: list[Running], dial: Dia
             assert [reply.position for reply in good] == [t + 2, t + 3, t + 4]
             whole = oracle("lstm")(x[0, : t + 4])
             assert np.array_equal(np.concatenate([reply.outputs[0] for reply in good]), whole[t + 1 :])
+
+
+def test_steps_in_frames_of_their_own_whose_sessions_moved(
+    pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray
+):
+    """The store refuses what has joined: it is run again, on the state that the other server left."""
+    client, failed = dial(pair[0]), pair[0].model("lstm").scheduler.counters.failed
+    contended = failed["session_contended"]
+    names = client.bind(0, 1)
+    with httpx.Client(base_url=pair[1].url) as rest:
+        for t in range(0, 6, 2):
+            for i, name in enumerate(names):
+                url = f"/v1/models/lstm/sessions/{name}/steps"
+                assert rest.post(url, content=x[i, t : t + 1].tobytes(), headers=RAW).status_code == 200
+            with pair[0].in_one_turn():
+                for i in range(2):
+                    client.socket.send(frame((i, None, x[i, t + 1 : t + 2])))
+            good, bad = client.receive(2)
+            assert not bad
+            for reply in good:
+                assert reply.position == t + 2
+                assert np.array_equal(reply.outputs[0], oracle("lstm")(x[reply.handle, : t + 2])[t + 1 :])
+    assert failed["session_contended"] - contended == 6
 
 
 @pytest.mark.parametrize("durability", ["memory", "redis"])

@@ -9,7 +9,9 @@ import onnxruntime
 import pytest
 from problems import assert_problem
 from served_models import models
-from serving import Oracle, Running, Serve
+from serving import Oracle, Running
+
+from unroll.service.settings import Settings
 
 #: A step that the model takes.
 GOOD = {"token": 8, "kind": 3, "any": 3, "pair": [8, 4], "month": 12}
@@ -20,11 +22,12 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.link(tmp_path_factory.mktemp("tables"), "tables")
 
 
-@pytest.fixture
-def http(serve: Serve, tables: Path) -> Iterator[httpx.Client]:
-    running: Running = serve(repository=tables)
+@pytest.fixture(scope="module")
+def http(tables: Path) -> Iterator[httpx.Client]:
+    running = Running(Settings(repository=tables))
     with httpx.Client(base_url=f"{running.url}/v1/models/tables") as client:
         yield client
+    running.stop()
 
 
 def test_limits_are_found_inside_a_loop(tables: Path) -> None:

@@ -376,6 +376,11 @@ def test_a_set_that_is_refused_says_why(content: bytes | dict, reason: str) -> N
         KeySet.read(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
+def test_keys_of_a_kind_to_come_are_left_out() -> None:
+    later = {"kty": "AKP", "alg": "ML-DSA-44", "kid": "later", "pub": "AAAA"}
+    assert KeySet.read(json.dumps({"keys": [later, public(ELLIPTIC, "ec")]}).encode()).keys() == {"ec"}
+
+
 def test_the_only_key_of_a_set_needs_no_kid(tmp_path: Path) -> None:
     path = tmp_path / "jwks.json"
     path.write_text(json.dumps({"keys": [public(ELLIPTIC, None)]}))

@@ -2,12 +2,15 @@
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from problems import GOOD, assert_problem
 from serving import RAW, Running, Serve, raw_steps
+
+from unroll.service.settings import Settings
 
 JSON = {"Content-Type": "application/json"}
 
@@ -298,11 +301,12 @@ def test_paths(client: httpx.Client, method: str, path: str, status: int, code: 
 # ── sizes ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def small(serve: Serve) -> Iterator[httpx.Client]:
-    running = serve(max_body_bytes=200_000, max_json_bytes=1_000, max_steps=100)
+@pytest.fixture(scope="module")
+def small(few: Path) -> Iterator[httpx.Client]:
+    running = Running(Settings(repository=few, max_body_bytes=200_000, max_json_bytes=1_000, max_steps=100))
     with httpx.Client(base_url=running.url) as client:
         yield client
+    running.stop()
 
 
 def test_a_body_too_large_by_its_declared_length(small: httpx.Client) -> None:
@@ -338,11 +342,11 @@ def test_json_has_a_limit_of_its_own(small: httpx.Client) -> None:
     assert small.post("/v1/models/lstm/sequences", content=raw.tobytes(), headers=raw_steps(raw)).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/models/lstm/sessions", "/v1/models/lstm/sessions/a/fork"])
-def test_every_json_body_has_that_limit(small: httpx.Client, path: str) -> None:
+def test_every_json_body_has_that_limit(small: httpx.Client) -> None:
     small.post("/v1/models/lstm/sessions", json={"session_id": "a"}).raise_for_status()
     body = {"session_id": "b", "state": [[]] * 1_000}
-    assert_problem(small.post(path, json=body), 413, "body_too_large")
+    for path in ("/v1/models/lstm/sessions", "/v1/models/lstm/sessions/a/fork"):
+        assert_problem(small.post(path, json=body), 413, "body_too_large")
 
 
 def test_more_sequences_than_can_ever_wait_are_not_worth_trying_again(serve: Serve) -> None:

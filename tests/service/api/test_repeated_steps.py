@@ -16,6 +16,7 @@ import pytest
 from oracle import Oracle
 from raw_http import STEP, Answer, Wire
 from serving import Running, Serve
+from streams import Client, frame
 from waiting import PATIENCE, until
 
 from unroll.service.core.errors import StoreUnavailable, UnrollError
@@ -217,19 +218,19 @@ def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_
 ) -> None:
     running = serve(store=f"file://{tmp_path}/store")
     store = running.server.sessions._store  # type: ignore[attr-defined]
-    load, looked_up, may_look, second = store.load, threading.Event(), threading.Event(), 2 * STEP
+    load, looked_up, may_look, second = store.load_all, threading.Event(), threading.Event(), 2 * STEP
 
-    async def slow(key: Key) -> Record | Gone | None:
+    async def slow(keys: list[Key]) -> list[Record | Gone | UnrollError | None]:
         looked_up.set()
         await asyncio.to_thread(may_look.wait)
-        return await load(key)
+        return await load(keys)
 
     with httpx.Client(base_url=running.url) as client:
         client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
     wire = Wire(running.port)
     with closing(wire.socket):
         first = step(wire, "stored", STEP, 0)
-        monkeypatch.setattr(store, "load", slow)
+        monkeypatch.setattr(store, "load_all", slow)
         wire.send(head("gru", "stored", position=0) + STEP.tobytes())
         assert looked_up.wait(PATIENCE)
         wire.send(head("gru", "stored", position=1) + second.tobytes())
@@ -239,6 +240,77 @@ def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_
         status, headers, body = wire.answer()
         outputs = oracle("gru", "2")(np.concatenate([STEP, second]))
         assert (status, headers["unroll-position"], body) == (200, "2", outputs[1:].tobytes())
+
+
+def test_a_step_that_comes_after_a_lookup_was_sent_is_not_refused_by_what_that_found(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another replica takes a step between the two, and its client sends the next one here."""
+    running = serve(store=f"file://{tmp_path}/store")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    load, looked_up, may_end = store.load_all, threading.Event(), threading.Event()
+
+    async def late(keys: list[Key]) -> list[Record | Gone | UnrollError | None]:
+        found = await load(keys)
+        looked_up.set()
+        await asyncio.to_thread(may_end.wait)
+        return found
+
+    async def step_elsewhere() -> None:
+        (record,) = await load([("gru", "stored")])
+        new = replace(record, position=2, kept=()).packed()
+        assert await store.commit([Commit(("gru", "stored"), record.token, b"another process.", new)]) == [None]
+
+    with httpx.Client(base_url=running.url) as client:
+        client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
+    here, also_here = Wire(running.port), Wire(running.port)
+    with closing(here.socket), closing(also_here.socket):
+        first = step(here, "stored", STEP, 0)
+        monkeypatch.setattr(store, "load_all", late)
+        here.send(head("gru", "stored", position=0) + STEP.tobytes())
+        assert looked_up.wait(PATIENCE)
+        asyncio.run_coroutine_threadsafe(step_elsewhere(), running.uvicorn.loop).result()
+        also_here.send(head("gru", "stored", position=2) + STEP.tobytes())
+        until(lambda: len(running.server.sessions._waiting.get(("gru", "stored"), ())) == 2)
+        may_end.set()
+        assert here.answer() == first
+        status, headers, _ = also_here.answer()
+        assert (status, headers["unroll-position"]) == (200, "3")
+
+
+def test_a_step_that_is_stored_just_before_its_session_is_closed_is_answered_with_its_own_position(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: Callable
+) -> None:
+    """The store is done with both before the server hears of the first."""
+    running = serve(store=f"file://{tmp_path}/store")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    commit, close = store.commit, store.close
+    closing_begins, committed, closed = threading.Event(), threading.Event(), threading.Event()
+
+    async def late_commit(commits: list[Commit]) -> list[UnrollError | None]:
+        errors = await commit(commits)
+        committed.set()
+        await asyncio.to_thread(closed.wait)
+        return errors
+
+    async def late_close(key: Key) -> int | None:
+        closing_begins.set()
+        await asyncio.to_thread(committed.wait)
+        return await close(key)
+
+    wire = Wire(running.port)
+    with httpx.Client(base_url=running.url) as client, closing(wire.socket):
+        client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
+        step(wire, "stored")
+        monkeypatch.setattr(store, "commit", late_commit)
+        monkeypatch.setattr(store, "close", late_close)
+        deleted = background(client.delete, "/v1/models/gru/sessions/stored")
+        assert closing_begins.wait(PATIENCE)
+        wire.send(head("gru", "stored") + STEP.tobytes())
+        assert deleted.result().json()["position"] == 2
+        closed.set()
+        status, headers, _ = wire.answer()
+        assert (status, headers["unroll-position"]) == (200, "2")
 
 
 def test_durable_steps_share_a_commit_and_each_has_its_own_result(
@@ -296,6 +368,60 @@ def test_durable_steps_share_a_commit_and_each_has_its_own_result(
         result.clear()
         assert step(wires[0], names[0], STEP, 4)[2] == outputs[4].tobytes()
         assert position_of(client, names[2]) == 4
+
+
+@pytest.mark.parametrize("durability", ["memory", "stored"])
+def test_requests_and_frames_that_are_read_at_once_run_in_one_batch(
+    serve: Serve, tmp_path: Path, oracle: Callable[..., Oracle], durability: str
+) -> None:
+    running = serve(store=f"file://{tmp_path}/store", durability=durability)
+    alone, counters = oracle("gru", "2"), running.model("gru").scheduler.counters
+    streams = [Client(running, alone.manifest) for _ in range(2)]
+    names = ["asked-0", "asked-1"]
+    with httpx.Client(base_url=running.url) as client, ExitStack() as stack:
+        for name in names:
+            client.post("/v1/models/gru/sessions", json={"session_id": name}).raise_for_status()
+        wires = [Wire(running.port) for _ in names]
+        for each in (*wires, *streams):
+            stack.enter_context(closing(each.socket))
+        for stream in streams:
+            stream.bind(0)
+        for t in range(ROUNDS):
+            before, expected = counters.batches, alone(np.repeat(STEP, t + 1, axis=0))[t:].tobytes()
+            with running.in_one_turn():
+                for wire, name in zip(wires, names, strict=True):
+                    wire.send(head("gru", name) + STEP.tobytes())
+                for stream in streams:
+                    stream.socket.send(frame((0, t, STEP)))
+            answers = [(int(headers["unroll-position"]), body) for _, headers, body in (w.answer() for w in wires)]
+            answers += [(reply.position, reply.content) for stream in streams for reply in stream.receive(1)[0]]
+            assert answers == [(t + 1, expected)] * 4
+            assert counters.batches == before + 1
+
+
+def test_a_session_is_opened_although_its_client_disconnects(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = serve(store=f"file://{tmp_path}/store", durability="stored")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    commit, reached, may_commit = store.commit, threading.Event(), threading.Event()
+
+    async def slow(commits: list[Commit]) -> list[UnrollError | None]:
+        reached.set()
+        await asyncio.to_thread(may_commit.wait)
+        return await commit(commits)
+
+    monkeypatch.setattr(store, "commit", slow)
+    wire, content = Wire(running.port), b'{"session_id":"left"}'
+    with closing(wire.socket):
+        wire.send(
+            b"POST /v1/models/gru/sessions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(content), content)
+        )
+        assert reached.wait(PATIENCE)
+    may_commit.set()
+    with httpx.Client(base_url=running.url) as client:
+        until(lambda: client.get("/v1/models/gru/sessions/left").status_code == 200)
 
 
 def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:

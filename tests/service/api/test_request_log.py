@@ -69,12 +69,12 @@ def test_a_refused_step_says_session_position_and_what_was_expected(client: http
 
 def test_a_client_that_leaves_amid_its_body(server: Running, lines: Lines):
     with socket.create_connection(("127.0.0.1", server.port)) as leaving:
-        head = "POST /v1/models/lstm/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+        head = "POST /v1/models/lstm/sessions/a/fork HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
         leaving.sendall(f"{head}\r\nContent-Length: 9\r\n\r\n{{".encode())
     until(lambda: len(lines()) == 2, "the end of the request")
     refused, gone = lines()
     assert refused == {"route": "invalid HTTP", "status": 400, "code": "malformed_request"}
-    about = {"route": "POST /v1/models/{model}/sessions", "model": "lstm"}
+    about = {"route": "POST /v1/models/{model}/sessions/{session_id}/fork", "model": "lstm", "session": digest("a")}
     assert gone == {**about, "status": 499, "code": "cancelled"}
 
 

@@ -12,6 +12,8 @@ from serving import RAW, Oracle, Running, Serve, raw_steps
 from streams import Client
 from wire import infer
 
+from unroll.service.settings import Settings
+
 KEY = "a key of at least 16 bytes"
 
 
@@ -20,9 +22,11 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.link(tmp_path_factory.mktemp("static"), "voices")
 
 
-@pytest.fixture
-def running(serve: Serve, voices: Path) -> Running:
-    return serve(repository=voices, snapshot_keys=[KEY])
+@pytest.fixture(scope="module")
+def running(voices: Path) -> Iterator[Running]:
+    running = Running(Settings(repository=voices, snapshot_keys=(KEY,)))  # type: ignore[arg-type]
+    yield running
+    running.stop()
 
 
 @pytest.fixture

@@ -212,3 +212,4 @@ def test_long_bodies_are_parsed_and_read_in_turns_of_their_own(
         assert [wire.answer()[0] for wire, _ in wires] == [200] * 6
     assert sorted(name for name, _ in ran_in) == ["loads"] * 6 + ["read_inputs"] * 3 + ["sequences_from_json"] * 3
     assert len({turn for _, turn in ran_in}) == 12, ran_in
+    assert [name == "loads" for name, _ in ran_in] == [True, False] * 6, "there is one document at a time"

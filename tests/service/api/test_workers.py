@@ -118,10 +118,17 @@ def test_one_port_and_several_processes(
     assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
 
 
-def test_the_workers_end_with_their_supervisor(started: Process, ports: list[int]) -> None:
+def test_the_workers_end_with_their_supervisor(
+    start_process: StartProcess, ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    flags = ("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", f"file://{tmp_path}/store")
+    started = start_process(*flags)
+    [folder] = tmp_path.glob("unroll-*")
     started.popen.kill()
     started.popen.wait()
     until(lambda: not any(version(port) for port in ports), "the end of the workers")
+    until(lambda: not folder.exists(), "they leave nothing behind")
 
 
 def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: RedisServer) -> None:

@@ -8,7 +8,7 @@ from unroll.bundle import TensorSpec
 from unroll.service.core.errors import EngineFailed, NonFiniteInput, UnrollError
 from unroll.service.engine.engine import Rows, Tensors
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Chunk, GroupReply, Opening
+from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.scheduler import Scheduler
@@ -52,28 +52,41 @@ class FoldEngine:
         return (states, last), failed
 
 
-class FoldForm:
-    """Steps that join, each the bytes of its number; a listener is called with the outputs over time, or the error."""
+#: A step that is refused.
+INVALID = 97
 
-    invalid = 97
 
-    def faults(self, inputs: Tensors) -> dict[int, UnrollError]:
-        return {row: NonFiniteInput("as asked") for row in np.flatnonzero(inputs[0][:, 0] == self.invalid).tolist()}
+def invalid_values(inputs: Tensors) -> dict[int, UnrollError]:
+    return {row: NonFiniteInput("as asked") for row in np.flatnonzero(inputs[0][:, 0] == INVALID).tolist()}
 
-    def answer(self, listeners: Sequence[Callable[[list[int] | UnrollError], None]], reply: GroupReply) -> None:
-        for row, listener in enumerate(listeners):
-            listener(reply.errors[row] if row in reply.errors else reply.outputs[0][row].tolist())
+
+class Joiner:
+    """Whose step joins; `then` is called with the outputs over time, or the error."""
+
+    def __init__(self, then: Callable[[list[int] | UnrollError], object]) -> None:
+        self.then = then
+
+    @staticmethod
+    def write(outputs: Tensors) -> list[list[int]]:
+        return outputs[0].tolist()
+
+    def complete(self, written: list[int], position: int) -> None:
+        self.then(written)
+
+    def fail(self, error: UnrollError) -> None:
+        self.then(error)
 
 
 def join(
     scheduler: Scheduler,
     session: Session,
     step: int,
-    listener: Callable[[list[int] | UnrollError], None],
+    joiner: Joiner,
     now: float = 0.0,
     position: int | None = None,
+    patience: float = 50,
 ) -> bool:
-    return scheduler.joined.join(session, position, np.int64(step).tobytes(), now, now + 50, FoldForm(), listener)
+    return scheduler.joined.join(session, position, np.int64(step).tobytes(), now, now + patience, joiner)
 
 
 def scheduler(
@@ -96,6 +109,7 @@ def scheduler(
             (TensorSpec("states", "int64", (), True), TensorSpec("last", "int64", (), False)),
             cuttable,
             ragged,
+            invalid_values,
         ),
         SessionLimits(capacity, idle_timeout, tombstone_life, tombstones=20, reply_bytes=reply_bytes),
         SchedulerLimits(max_batch, max_batch_steps, piece_steps, max_queue, overload_wait),

@@ -104,7 +104,7 @@ class CohortMachine(RuleBasedStateMachine):
 
         def act(served: Served) -> None:
             def jump(session: Session) -> None:
-                session.position += 7
+                session.own_progress.position += 7
                 served.scheduler.replay.forget(session)
 
             served.scheduler.submit_action(find(served.scheduler, session_id, self.now), jump, self.now)

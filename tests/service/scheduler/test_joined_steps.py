@@ -1,10 +1,13 @@
 """Steps that arrive one by one while nothing else waits run as one group, and until then can leave it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fold import (
+    INVALID,
     LATER,
-    FoldForm,
+    Joiner,
     answer,
     failure,
     find,
@@ -17,18 +20,19 @@ from fold import (
     turn,
 )
 
-from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionContended, SessionExpired, UnrollError
+from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionContended, SessionExpired
 from unroll.service.core.session_ids import owned
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Durable
-from unroll.service.store.record import STORED, Origin, Record
+from unroll.service.store.interface import refused_commit
+from unroll.service.store.record import STORED, Kept, Origin, Record
 
 
 @pytest.fixture
 def settled(s: Scheduler, engine) -> Scheduler:
-    """Sessions a, b, c and d, each after one step: a step that joins must be preceded by one."""
+    """Sessions a, b, c and d, each after one step."""
     for name in "abcd":
         s.open(name, 0)
         submit(s, name, inputs(1), 0, LATER)
@@ -39,8 +43,8 @@ def settled(s: Scheduler, engine) -> Scheduler:
 class Log(dict):
     """What was answered, by session."""
 
-    def of(self, name: str):
-        return lambda outcome: self.update({name: outcome.code if isinstance(outcome, UnrollError) else outcome})
+    def of(self, name: str) -> Joiner:
+        return Joiner(lambda outcome: self.update({name: getattr(outcome, "code", outcome)}))
 
 
 def joined(s: Scheduler, names: str, log: Log, step: int = 2) -> list[bool]:
@@ -65,7 +69,7 @@ def test_a_step_joins_only_its_session_at_its_position_and_at_rest(settled, engi
     assert not join(settled, a, 3, log.of("a"))
     settled.close(b, 0)
     assert not join(settled, b, 2, log.of("b"))
-    assert not join(settled, settled.open("e", 0), 2, log.of("e"))  # its reply to a retry is not in the table yet
+    assert join(settled, settled.open("e", 0), 2, log.of("e"))
     run_until_idle(settled, engine)
 
 
@@ -131,7 +135,7 @@ def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(s
     assert {name: (record.position, record.row) for name, record in records.items()} == {
         session.id: (2, np.float32(session.slot).tobytes()) for session in (sessions[0], sessions[2])
     }
-    settled.commits.complete(pending, commits, [None, SessionContended("moved on", 0.1)], 3, 0)
+    settled.commits.complete(pending, commits, [None, SessionContended("moved on", 0.1)], 3, 0, lambda slot, row: None)
     assert log == {"a": fold([1, 2])[-1:], "b": "engine_failed", "c": "session_contended"}
     assert failure(behind) == "session_contended"
     assert [session.position for session in sessions] == [2, 1, 1]
@@ -139,6 +143,48 @@ def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(s
     settled.joined.refuse(sessions[0], SessionExpired("as asked"), 0)
     settled.joined.refuse(sessions[1], SessionExpired("as asked"), 0)
     settled.next_turn(0)
+    settled.check_invariants()
+
+
+def test_a_refused_step_joins_again_on_the_record_that_came_with_the_refusal(settled, engine):
+    """Of `a`. The record of `b` is of another session, opened under its id; a call waits for a lookup of `c`."""
+    log, sessions = Log(), [find(settled, name) for name in "abc"]
+    origin = Origin("ab" * 32, STORED, b"born" * 4)
+    for session in sessions:
+        session.origin, session.durable = origin, Durable(origin.to_bytes(), b"token")
+
+    def again(name: str) -> Joiner:
+        def take(outcome: object) -> None:
+            if not isinstance(outcome, SessionContended) or not join(settled, find(settled, name), 2, joiner):
+                log[name] = getattr(outcome, "code", outcome)
+
+        joiner = Joiner(take)
+        return joiner
+
+    def write(slot: int, row: np.ndarray) -> None:
+        engine.rows[slot] = int(row[0])
+
+    assert [join(settled, session, 2, again(session.id)) for session in sessions] == [True] * 3
+    behind = submit(settled, "a", inputs(3), 0, LATER)
+    _, batch = settled.next_turn(0)
+    pending = settled.complete(batch, *engine.run(batch), 0)
+    commits = settled.commits.of("model", pending, lambda slots: np.float32(slots)[:, None])
+    sessions[2].durable.stale = True
+    kept = Kept(4, 1, b"digest" + bytes(10), np.int64([5, 5]).tobytes())
+    records = [Record(each, 5, np.float32([9]).tobytes(), (kept,), token=b"new") for each in (origin,) * 3]
+    records[1] = replace(records[1], origin=replace(origin, born=b"anew" * 4))
+    refusals = [refused_commit(commit.key, record) for commit, record in zip(commits, records, strict=True)]
+    settled.commits.complete(pending, commits, refusals, 3, 0, write)
+    assert log == {"b": "session_contended", "c": "session_contended"}
+    assert failure(behind) == "session_contended"
+    assert [session.durable.stale for session in sessions] == [False, True, True]
+    assert (sessions[0].durable.token, sessions[0].position, sessions[0].expected) == (b"new", 5, 6)
+    _, batch = settled.next_turn(0)
+    pending = settled.complete(batch, *engine.run(batch), 0)
+    (commit,) = settled.commits.of("model", pending, lambda slots: np.float32(slots)[:, None])
+    assert (commit.expected, Record.unpack(commit.content).position) == (b"new", 6)
+    settled.commits.complete(pending, [commit], [None], 1, 0, write)
+    assert log["a"] == fold([2], 9)
     settled.check_invariants()
 
 
@@ -169,7 +215,7 @@ def test_a_step_whose_retry_waits_is_not_cancelled(settled, engine):
 
 def test_only_the_step_with_invalid_values_fails_and_those_behind_it_move_up(settled, engine):
     log = Log()
-    joined(settled, "b", log, FoldForm.invalid)
+    joined(settled, "b", log, INVALID)
     joined(settled, "ac", log)
     again = submit(settled, "c", inputs(2), 0, LATER, position=1)
     behind = submit(settled, "b", inputs(3), 0, LATER)
@@ -181,7 +227,7 @@ def test_only_the_step_with_invalid_values_fails_and_those_behind_it_move_up(set
 
 def test_a_group_of_invalid_steps_only_runs_nothing(settled, engine):
     log = Log()
-    joined(settled, "ab", log, FoldForm.invalid)
+    joined(settled, "ab", log, INVALID)
     assert turn(settled, engine).rows == 0
     assert log == dict.fromkeys("ab", "non_finite_input")
     assert settled.idle
@@ -207,19 +253,33 @@ def test_steps_that_are_late_fail(settled, engine):
     assert find(settled, "a", 51).position == 1
 
 
-def test_a_step_does_not_join_a_group_that_would_be_late_long_before_it(settled, engine):
+def test_the_first_step_of_a_session_joins_and_its_retry_is_answered(s, engine):
+    log, session = Log(), s.open("new", 0)
+    assert join(s, session, 1, log.of("new"), position=0)
+    run_until_idle(s, engine)
+    assert log == {"new": fold([1])}
+    assert answer(submit(s, "new", inputs(1), 0, LATER, position=0)) == fold([1])
+    assert join(s, session, 2, log.of("new"), position=1)
+    run_until_idle(s, engine)
+    assert log == {"new": fold([1, 2])[-1:]}
+
+
+def test_a_step_that_joined_is_late_by_its_own_deadline(settled, engine):
     log = Log()
-    took = [join(settled, find(settled, name), 2, log.of(name), now) for name, now in (("a", 0), ("b", 5), ("c", 6))]
-    assert took == [True, True, False]
-    alone = submit(settled, "c", inputs(2), 6, 56)
+    for now, name in enumerate("abc"):
+        assert join(settled, find(settled, name), 2, log.of(name), now)
+    behind = submit(settled, "a", inputs(3), 2, LATER)
+    again = submit(settled, "b", inputs(2), 2, LATER, position=1)
     run_until_idle(settled, engine, now=51)
-    assert log == dict.fromkeys("ab", "deadline_exceeded")
-    assert answer(alone) == fold([1, 2])[-1:]
+    assert log == {"a": "deadline_exceeded", "b": "deadline_exceeded", "c": fold([1, 2])[-1:]}
+    assert (answer(behind), failure(again)) == (fold([1, 3])[-1:], "deadline_exceeded")
+    assert settled.counters.failed["deadline_exceeded"] == 2
+    assert [find(settled, name, 51).position for name in "abc"] == [2, 1, 2]
 
 
 def test_an_invalid_step_does_not_take_the_position_of_a_valid_one(settled, engine):
     log = Log()
-    joined(settled, "ab", log, FoldForm.invalid)
+    joined(settled, "ab", log, INVALID)
     valid = submit(settled, "a", inputs(3), 0, LATER, position=1)
     assert log == {"a": "non_finite_input"}
     run_until_idle(settled, engine)
@@ -227,7 +287,7 @@ def test_an_invalid_step_does_not_take_the_position_of_a_valid_one(settled, engi
 
 
 def test_an_invalid_step_is_no_use_of_its_session(settled, engine):
-    join(settled, find(settled, "a"), FoldForm.invalid, Log().of("a"), now=60)
+    join(settled, find(settled, "a"), INVALID, Log().of("a"), now=60)
     run_until_idle(settled, engine, now=60)
     with pytest.raises(SessionExpired):
         find(settled, "a", 101)
@@ -239,7 +299,7 @@ def test_a_full_queue_takes_no_step(settled):
     sessions = [scheduler.open(name, 0) for name in "abc"]
     for session in sessions:
         session.applied = None
-    assert [join(scheduler, session, 2, print) for session in sessions] == [True, True, False]
+    assert [join(scheduler, session, 2, Joiner(print)) for session in sessions] == [True, True, False]
     assert scheduler.in_flight == 2
     assert [session.expected for session in sessions] == [1, 1, 0]
 
@@ -251,9 +311,10 @@ def test_a_full_queue_has_a_place_for_another_tenant_than_those_that_wait(settle
     theirs = scheduler.open(owned("theirs", "0"), 0)
     for session in (*mine, theirs):
         session.applied = None
-    assert join(scheduler, mine[0], 2, print)
+    joiner = Joiner(print)
+    assert join(scheduler, mine[0], 2, joiner)
     if joined == "left":
-        scheduler.joined.cancel(mine[0], print, 0)
+        scheduler.joined.cancel(mine[0], joiner, 0)
     for session in mine[1 : 4 if joined == "other" else 5]:
         scheduler.submit(Chunk(inputs(2), session), 0, LATER)
     scheduler.submit(Chunk(inputs(2), theirs), 0, LATER)

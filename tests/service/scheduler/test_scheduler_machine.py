@@ -1,11 +1,10 @@
 """Any order of events: every reply is the fold over what its session was given, and nothing is lost or mixed."""
 
 import os
-from collections.abc import Callable
 
 import hypothesis.strategies as st
 import numpy as np
-from fold import START, FoldEngine, FoldForm, find, fold, inputs, join, scheduler, submit, submit_sequence
+from fold import INVALID, START, FoldEngine, Joiner, find, fold, inputs, join, scheduler, submit, submit_sequence
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -22,9 +21,6 @@ IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)
 BAD = 99
 
-#: Of a step that joined.
-Listener = Callable[[list[int] | UnrollError], None]
-
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(ragged=st.booleans(), cuttable=st.booleans())
@@ -32,13 +28,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = scheduler(ragged=ragged, cuttable=cuttable, capacity=3, max_queue=1000)
         self.engine = FoldEngine(self.scheduler.rows)
         self.engine.failing = {BAD}
-        self.now = 0.0
+        self.now = self.begun = 0.0
         self.running = Batch()
         self.histories: dict[Session, list[int]] = {}
         self.open_chunks: list[Chunk] = []
         self.accepted = self.answered = self.grouped = 0
         self.cohorts: list[Cohort] = []
-        self.joined: dict[Listener, Session] = {}
+        self.joined: dict[Joiner, Session] = {}
 
     # ── the oracle ───────────────────────────────────────────────────────────────────────────────
 
@@ -131,45 +127,51 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         session_id=IDS,
-        step=st.sampled_from([0, 1, 2, 3, BAD, FoldForm.invalid]),
+        step=st.sampled_from([0, 1, 2, 3, BAD, INVALID]),
         ahead=st.sampled_from([None, 0, 0, 1]),
+        patience=st.sampled_from([5.0, 50.0]),
     )
-    def join(self, session_id: str, step: int, ahead: int | None) -> None:
+    def join(self, session_id: str, step: int, ahead: int | None, patience: float) -> None:
         """A step that runs with others if nothing waits."""
         if session_id not in self.scheduler.sessions:
             return
         session = self.scheduler.sessions.find_detached(session_id, self.now)
         position = None if ahead is None else session.position + ahead
+        deadline = self.now + patience
 
-        def listener(outcome: list[int] | UnrollError) -> None:
-            self.leave(listener)
+        def then(outcome: list[int] | UnrollError) -> None:
+            self.leave(joiner)
             history = self.histories[session]
-            if isinstance(outcome, UnrollError):
-                code = {BAD: "engine_failed", FoldForm.invalid: "non_finite_input"}.get(step)
-                assert outcome.code in (code, "deadline_exceeded", "session_closed")
-            else:
+            if not isinstance(outcome, UnrollError):
+                assert self.begun < deadline
                 history.append(step)
                 assert outcome == fold(history)[-1:]
+            elif outcome.code == "deadline_exceeded":
+                assert self.now >= deadline
+            else:
+                code = {BAD: "engine_failed", INVALID: "non_finite_input"}.get(step)
+                assert outcome.code in (code, "session_closed")
 
-        if join(self.scheduler, session, step, listener, self.now, position):
+        joiner = Joiner(then)
+        if join(self.scheduler, session, step, joiner, self.now, position, patience):
             assert ahead != 1
-            self.joined[listener] = session
+            self.joined[joiner] = session
             self.accepted += 1
             self.grouped += 1
 
-    def leave(self, listener: Listener) -> None:
-        del self.joined[listener]
+    def leave(self, joiner: Joiner) -> None:
+        del self.joined[joiner]
         self.answered += 1
         self.grouped -= 1
 
     @rule(index=st.integers(0, 50))
     def cancel_joined(self, index: int) -> None:
         if self.joined:
-            listener, session = [*self.joined.items()][index % len(self.joined)]
+            joiner, session = [*self.joined.items()][index % len(self.joined)]
             before = self.scheduler.in_flight
-            self.scheduler.joined.cancel(session, listener, self.now)
+            self.scheduler.joined.cancel(session, joiner, self.now)
             if self.scheduler.in_flight < before:
-                self.leave(listener)
+                self.leave(joiner)
 
     @rule(data=st.data(), said=st.sampled_from([None, 0, 0, 1]))
     def cohort(self, data: st.DataObject, said: int | None) -> None:
@@ -270,6 +272,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def begin_batch(self) -> None:
         """The batch runs while other things happen, as it does in a thread."""
         if not self.running.rows:
+            self.begun = self.now
             actions, self.running = self.scheduler.next_turn(self.now)
             for action in actions:
                 self.scheduler.complete_action(action, action.run(), self.now)

@@ -56,7 +56,7 @@ def test_action_that_moves_the_session_fails_pinned_followers(s, engine):
     s.open("a", 0)
 
     def jump(session: Session) -> None:
-        session.position = 40
+        session.own_progress.position = 40
 
     s.submit_action(find(s, "a"), jump, 0)
     pinned = submit(s, "a", inputs(1), 0, LATER, position=0)

@@ -1,6 +1,7 @@
 """The contract of every store: a commit is applied once, and only after the commit it names."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
@@ -93,6 +94,32 @@ async def test_a_commit_that_follows_an_older_state_is_refused(store: Store, tok
     record = await store.load(KEY)
     assert isinstance(record, Record)
     assert record.token == second
+
+
+async def test_a_refused_commit_brings_along_what_the_store_has(store: Store, tokens: Tokens):
+    first, second = tokens.next(), tokens.next()
+    await put(store, commit(first), commit(second, first, 3))
+    (refused,) = await store.commit([commit(tokens.next(), first, 4)])
+    assert isinstance(refused, SessionContended)
+    assert refused.record == Record(ORIGIN, 3, b"3" * 8, KEPT, 1, second)
+    await store.close(KEY)
+    for key in (KEY, ("lstm", "never")):
+        (refused,) = await store.commit([replace(commit(tokens.next(), second, 4), key=key)])
+        assert isinstance(refused, SessionContended)
+        assert refused.record is None
+
+
+async def test_many_are_looked_up_at_once_each_for_itself(store: Store, tokens: Tokens):
+    keys = [("lstm", name) for name in "abc"]
+    await put(store, *(replace(commit(tokens.next(), position=2 + n), key=key) for n, key in enumerate(keys)))
+    await store.close(keys[1])
+    found = await store.load_all([*keys, ("lstm", "never")])
+    assert [each.position if isinstance(each, Record) else each for each in found] == [
+        2,
+        Gone("session_closed", ORIGIN),
+        4,
+        None,
+    ]
 
 
 async def test_the_same_commit_twice_counts_once(store: Store, tokens: Tokens):
@@ -241,6 +268,30 @@ async def test_a_record_whose_taker_gets_no_answer_is_taken_once(redis_server: R
         assert not await store.take(KEY, first)
         assert await store.load(KEY) is None
         assert await put(store, commit(tokens.next())) == [None]
+        await store.stop()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_commit_that_is_refused_when_it_is_sent_again_may_have_been_stored(
+    redis_server: RedisServer, tokens: Tokens, ends: bool
+):
+    """Redis runs it, the connection breaks, and another replica goes on before it is sent again."""
+    calls = itertools.count()
+
+    def draw() -> Fault:
+        if next(calls) == 0:
+            return Fault.LOSE_REPLY
+        redis_server.client.set("unroll:{lstm/a}", b"another replica.")
+        redis_server.client.delete("unroll:{lstm/a}:gone")
+        return Fault.NONE
+
+    async with FaultProxy(redis_server.port) as proxy:
+        store = RedisStore(RedisStoreConfig(f"redis://127.0.0.1:{proxy.port}/0", timeout=5.0))
+        first = tokens.next()
+        await put(store, commit(first))
+        proxy.draw = draw
+        assert await put(store, commit(tokens.next(), first, 3, ends=ends)) == [StoreUnavailable]
+        assert await put(store, commit(tokens.next(), first, 3, ends=ends)) == [SessionContended]
         await store.stop()
 
 

@@ -82,7 +82,7 @@ def server_app(running: Running) -> Callable:
     return running.uvicorn.config.loaded_app
 
 
-@pytest.mark.parametrize("kind", [Running, Plain])
+@pytest.mark.parametrize("kind", [Running, pytest.param(Plain, marks=pytest.mark.long)])
 def test_a_client_that_does_not_read(
     repository: Path,
     dial: Dial,

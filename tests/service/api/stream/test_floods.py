@@ -48,7 +48,7 @@ def test_a_flood_ends_the_connection_with_the_limit_as_the_reason(
     connection._errors = Allowance(*_FEW)  # type: ignore[attr-defined]  # answers that fit in the socket's buffers
     stream.send(message * (2 * int(PINGS[1]) if why == "pings" else 20))
     code, reason = stream.ending()
-    assert (code, why in reason, "a second" in reason) == (1008, True, True)
+    assert (code, why in reason, "per second" in reason) == (1008, True, True)
 
 
 def test_a_message_in_more_fragments_than_a_client_has_reason_for(stream: RawStream) -> None:
