@@ -29,6 +29,7 @@ from unroll.service.api.request import (
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
 from unroll.service.core.turns import LONG_BYTES
+from unroll.service.protocol.open_inference import RepeatedText
 from unroll.service.transport.head import (
     Refused,
     check_head,
@@ -172,7 +173,7 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
-        exchange.repeats, exchange.repeat, exchange.text = False, None, None
+        exchange.repeat = exchange.text = None
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
@@ -215,7 +216,7 @@ class HttpProtocol(LimitedProtocol):
                 return
             if exchange.keep_alive and self._misses < _MOST_MISSES:
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
-                exchange.repeats = self._known is not None
+                exchange.text = None if self._known is None else RepeatedText()
             if CONTENT_ENCODING in exchange.headers:
                 self._long_body.decode(exchange)
             elif size > LONG_BYTES:
@@ -228,7 +229,7 @@ class HttpProtocol(LimitedProtocol):
         exchange, route = self._exchange, self._route
         assert route is not None
         exchange.begin(route, 0, not self.unroll.draining)
-        exchange.repeats, self._misses = True, 0
+        self._misses = 0
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(known.headers, INFER, changes=True)
