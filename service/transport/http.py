@@ -92,7 +92,7 @@ class HttpProtocol(LimitedProtocol):
         self._respond = self._answer
         self._route: Route | None = None
         self._path: inference_routes.Path = []
-        self._route_url = b""
+        self._asked = b"", b""  # method and URL of the last request
         self._known: KnownHead | None = None  # the last request's head, if that was for `_route`
         self._misses = 0  # consecutive requests with a new head
         self._data = b""  # the segment being parsed, if no request was open before it
@@ -266,13 +266,14 @@ class HttpProtocol(LimitedProtocol):
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""
-        if self._busy() or self.expect_100_continue or self.parser.get_method() != b"POST":
+        asked = self.parser.get_method(), self.url
+        if self._busy() or self.expect_100_continue or asked[0] not in (b"POST", b"DELETE"):
             return None
-        if self.url != self._route_url:  # most clients repeat their last route
+        if asked != self._asked:  # most clients repeat their last route
             path = self.url.partition(b"?")[0].decode("ascii", "replace")
             self._path = split(path)
-            self._route = inference_routes.find(self._path)
-            self._route_url = self.url
+            self._route = inference_routes.find(asked[0].decode(), self._path)
+            self._asked = asked
         return self._route
 
     def _consider_offer(self, version: str, headers: Headers) -> None:
