@@ -36,7 +36,7 @@ CONTENT_ENCODING = b"content-encoding"
 HEADER_LENGTH = b"inference-header-content-length"
 #: Key in an ASGI scope: the tenant of an admitted request.
 TENANT = "unroll.tenant"
-#: Key in an ASGI scope: the lock under which long bodies are decompressed. They do not count as held, so one exists.
+#: Key in an ASGI scope: the lock that admits one long decompressed body at a time, because these are not held bytes.
 LONG_BODIES = "unroll.long_bodies"
 
 #: Header of a reply that was too large to keep, so that a retry of its chunk is refused.
@@ -262,6 +262,6 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
         if isinstance(made, bytes):
             body = made
         else:
-            async with scope[LONG_BODIES]:  # the caller parses it before others can run
+            async with scope[LONG_BODIES]:  # the caller parses it before another task can run
                 body = await asyncio.to_thread(made)
     return Request(headers, body, scope.get(TENANT, ""))

@@ -101,7 +101,7 @@ class Completion:
             self.close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
 
     def adopt(self, session: Session, record: Record) -> None:
-        """The session goes on from a record; the caller writes its state row, if it has one."""
+        """Continue the session from a record. The caller writes the record's state row, if it has one."""
         if session.durable is not None:
             session.durable.token, session.durable.stale = record.token, False
         progress = session.own_progress

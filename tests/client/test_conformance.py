@@ -124,7 +124,7 @@ def test_a_report_says_what_was_expected_and_what_was_seen(capsys: pytest.Captur
     assert suite.main(["--client", client, "--only", "stream-outputs-*e", "--jobs", "1", "--json", str(results)]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "failed      stream-outputs-twice",
-        "            Outputs that come twice are not taken for those of the next step.",
+        "            Duplicate outputs are not mistaken for those of the next step.",
         '            - command 3, {"do": "step", "session": "a", "values": [3, 4]}: '
         "expected outputs [53.5], saw [21.0]",
         "passed      stream-outputs-lost-thrice",

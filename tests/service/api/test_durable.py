@@ -43,13 +43,17 @@ class Replicas:
             client.close()
 
 
-@pytest.fixture(scope="module")
-def replicas(few: Path, redis_process: RedisServer) -> Iterator[Replicas]:
-    made = Replicas([Running(Settings.model_validate({"repository": few, "store": redis_process.url})) for _ in "123"])
+def _together(few: Path, *settings: dict[str, object]) -> Iterator[Replicas]:
+    made = Replicas([Running(Settings.model_validate({"repository": few, **each})) for each in settings])
     yield made
     made.close()
     for server in made.servers:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def replicas(few: Path, redis_process: RedisServer) -> Iterator[Replicas]:
+    yield from _together(few, *[{"store": redis_process.url}] * 3)
 
 
 @pytest.fixture
@@ -280,12 +284,10 @@ def test_a_store_that_is_down(serve: Serve, tmp_path: Path, x: np.ndarray, oracl
 OLD, NEW = "an old key of 16+ bytes", "a new key of 16+ bytes"
 
 
-@pytest.fixture
-def holders(serve: Serve) -> Iterator[Replicas]:
+@pytest.fixture(scope="module")
+def holders(few: Path) -> Iterator[Replicas]:
     """Servers without a store; the second has a new key, and knows the old one."""
-    made = Replicas([serve(snapshot_keys=[OLD]), serve(snapshot_keys=[NEW, OLD])])
-    yield made
-    made.close()
+    yield from _together(few, {"snapshot_keys": [OLD]}, {"snapshot_keys": [NEW, OLD]})
 
 
 def hold(client: httpx.Client) -> tuple[str, str]:
