@@ -36,12 +36,12 @@ SCRIPT = """
 import sys
 from unroll import cli
 from unroll.service.store.redis_store import RedisStore
-load = RedisStore.load
-async def broken(self, key):
-    if "broken" in key[1]:
+load = RedisStore.load_all
+async def broken(self, keys):
+    if any("broken" in session_id for _, session_id in keys):
         raise RuntimeError("unexpected")
-    return await load(self, key)
-RedisStore.load = broken
+    return await load(self, keys)
+RedisStore.load_all = broken
 sys.exit(cli.main(["serve", *sys.argv[1:]]))
 """
 PROVIDER = ec.generate_private_key(ec.SECP256R1())

@@ -137,3 +137,17 @@ def test_recurring_frames_among_other_work(any_server: Running, dial: Dial, orac
         crew.took(0, x, other.step((9, crew.position(0), x))[9])
         crew.together()
         right()
+
+
+def test_a_frame_that_runs_with_longer_work_gets_its_own_steps(
+    server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator
+):
+    client = dial()
+    client.bind(0, 1, 2)
+    long, *short = [rng.standard_normal((length, 3)).astype("<f4") for length in (4, 3, 3)]
+    with server.in_one_turn():
+        client.socket.send(frame((2, None, long)))
+        client.socket.send(frame((0, None, short[0]), (1, None, short[1])))
+    found = {reply.handle: reply.outputs[0] for reply in client.receive(3)[0]}
+    for handle, x in enumerate([*short, long]):
+        assert np.array_equal(found[handle], oracle("lstm")(x))
