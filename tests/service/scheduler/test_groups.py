@@ -51,6 +51,18 @@ def test_group_larger_than_a_batch_is_answered_in_parts(s, engine):
     assert [reply.rows for reply in replies] == [[0, 1, 2], [3]]
 
 
+def test_a_group_that_runs_with_a_longer_chunk_is_answered_and_kept_without_padding(s, engine):
+    for name in "abc":
+        s.open(name, 0)
+    longer = submit(s, "c", inputs(1, 2, 3, 4), 0, LATER)
+    _, _, replies = grouped(s, "ab", [[1, 2, 3], [4, 5, 6]])
+    (batch,) = run_until_idle(s, engine)
+    assert (batch.rows, answer(longer)) == (3, fold([1, 2, 3, 4]))
+    assert replies[0].outputs[0].tolist() == [fold([1, 2, 3]), fold([4, 5, 6])]
+    assert all(output.flags.c_contiguous for output in replies[0].outputs), "frames are written from its memory"
+    assert answer(submit(s, "b", inputs(4, 5, 6), 0, LATER, position=0)) == fold([4, 5, 6])
+
+
 def test_a_step_of_a_group_can_be_retried_while_it_runs_and_after(s, engine):
     s.open("a", 0)
     _, _, replies = grouped(s, "a", [[1]])

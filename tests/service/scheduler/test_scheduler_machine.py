@@ -98,7 +98,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert isinstance(work, Reply)
                 self.accept(work, steps)
 
-    @rule(ids=st.lists(IDS, min_size=1, max_size=6), data=st.data(), length=st.sampled_from([1, 1, 1, 2, 5]))
+    @rule(ids=st.lists(IDS, min_size=1, max_size=6), data=st.data(), length=st.sampled_from([1, 1, 1, 2, 3, 5]))
     def group(self, ids: list[str], data: st.DataObject, length: int) -> None:
         """Send a frame for several sessions. A session may be busy, at another position, or listed twice."""
         sessions = [self.scheduler.sessions.find_detached(i, self.now) for i in ids if i in self.scheduler.sessions]
