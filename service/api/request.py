@@ -69,24 +69,11 @@ class Request:
         session, position: Id of the session and the specified position, if any, for the log.
         again: Handles the request again after another replica updated its session; None without a store.
         cancel: Cancels the work.
-        repeats: The next request on the connection may have the same headers, except for numbers.
-        repeat: Handles such a request; see `repeated_steps.py`.
-        text: The text of the last small Open Inference request on the connection.
+        repeat: Handles the next request with the same headers, except for numbers; see `repeated_steps.py`.
+        text: The text that such requests repeat, if the connection can have any.
     """
 
-    __slots__ = (
-        "again",
-        "body",
-        "cancel",
-        "document",
-        "headers",
-        "position",
-        "repeat",
-        "repeats",
-        "session",
-        "tenant",
-        "text",
-    )
+    __slots__ = ("again", "body", "cancel", "document", "headers", "position", "repeat", "session", "tenant", "text")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
@@ -95,7 +82,6 @@ class Request:
         self.tenant = tenant
         self.again: Callable[[], bool] | None = None
         self.cancel: Cancel = nothing_to_cancel
-        self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.text: RepeatedText | None = None
         self.session: str | None = None
