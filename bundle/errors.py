@@ -30,7 +30,6 @@ class BundleError(Exception):
 
     Attributes:
         code: A key of `REMEDIES`.
-        message: The problem.
     """
 
     def __init__(self, code: str, message: str) -> None:

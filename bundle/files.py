@@ -32,8 +32,6 @@ class Content:
     """The bytes of a bundle's files.
 
     Attributes:
-        path: The folder.
-        manifest, model, golden: Content of the files.
         signature: Content of `signature.json`, if there is one.
     """
 
@@ -53,11 +51,9 @@ class Bundle:
     """A bundle that was read and checked.
 
     Attributes:
-        path: The folder.
         model: Content of `model.onnx`; empty once it is loaded.
         identity: SHA-256 of `manifest.json`, which contains the other files' digests, so that it changes with any file.
         nbytes: Total size of the files.
-        golden_bytes: Size of `golden.safetensors`.
     """
 
     path: Path
@@ -125,9 +121,6 @@ def read_content(path: Path) -> Content:
     Links in the path to the folder are trusted. Links within the folder must not leave it; Kubernetes mounts ConfigMaps
     with such links.
 
-    Args:
-        path: The folder.
-
     Raises:
         BundleError: `bundle_file`, `bundle_too_large`.
     """
@@ -157,8 +150,6 @@ def read_regular(path: Path, most: int, *, follow: bool) -> bytes:
     """Read an untrusted file: refuses devices, pipes and the like, and never reads more than `most` bytes.
 
     Args:
-        path: The file.
-        most: Maximum size in bytes.
         follow: Permit a symbolic link.
 
     Raises:
@@ -232,10 +223,7 @@ def write(
     """Write the folder `<repository>/<name>/<version>/` in one rename.
 
     Args:
-        repository: The folder of bundles.
         manifest: Its `files` are filled in here.
-        model: Content of `model.onnx`.
-        golden: The golden vectors.
         replace_existing: Replace a folder that exists.
         sign: Signs the manifest, as `signature.Signer` does.
 

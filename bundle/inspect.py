@@ -13,7 +13,6 @@ def describe(bundle: Bundle, signed_by: str | None) -> dict[str, Any]:
     """Return the manifest's fields, plus `path`, `signed_by`, `operators`, and `bytes` of the files and of a state row.
 
     Args:
-        bundle: The bundle.
         signed_by: The signer's public key, or None.
     """
     manifest = bundle.manifest

@@ -201,11 +201,8 @@ class Manifest:
     def initial_row(self, static: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """Return the state row that a sequence starts from: (state_size,) float32.
 
-        Args:
-            static: The static inputs by name.
-
         Raises:
-            ValueError: One is missing, unknown, of another shape, or out of range.
+            ValueError: A static input is missing, unknown, of another shape, or out of range.
         """
         row, given = self.blank_row(), static or {}
         names = sorted(spec.name for spec in self.static)

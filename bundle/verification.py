@@ -88,7 +88,6 @@ class Verifier:
         """Run the golden sequences and return the largest differences from PyTorch in float64.
 
         Args:
-            golden: The bundle's golden vectors.
             slack: Factor on the manifest's tolerance.
 
         Raises:
@@ -105,7 +104,6 @@ def check_golden(found: Arrays, golden: Golden, manifest: Manifest, how: str, sl
 
     Args:
         found: The answers to the golden sequences.
-        golden: The golden vectors.
         manifest: The model's tolerances.
         how: How the sequences were run, for the message.
         slack: As for `Verifier.replay`.

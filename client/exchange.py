@@ -67,7 +67,9 @@ class Response:
     def foreign(self) -> ServerError:
         """The error for an answer that did not come from Unroll."""
         text = self.body[:200].decode(errors="replace").strip()
-        return ServerError(f"this is no answer of Unroll: {text or 'it is empty'}", "unexpected_answer", self.status)
+        return ServerError(
+            f"this answer did not come from Unroll: {text or 'it is empty'}", "unexpected_answer", self.status
+        )
 
     def error(self) -> ServerError | None:
         """The error that this response carries, if any."""

@@ -248,9 +248,9 @@ def report(plan: Plan, measured: Measured, processes: int) -> str:
         f"load average {measured.load:.1f}.",
     ]
     if urlsplit(plan.url).hostname in _LOCAL:
-        lines.append("  The server is on the same machine, and has the other cores: alone it would do more.")
+        lines.append("  The server shares this machine's cores with the load generator: by itself it would be faster.")
     if measured.cores > 0.9 * processes:
-        lines.append(f"  A core was full: the load generator may be the limit; try --processes {processes + 1}.")
+        lines.append(f"  The load generator saturated a core and may be the limit; try --processes {processes + 1}.")
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if not self.retry_for >= 0:
-            raise InvalidInput(f"retry_for is {self.retry_for}: give the seconds, 0 for not at all, inf for ever")
+            raise InvalidInput(f"retry_for is {self.retry_for}: give seconds, 0 for no retries, or inf for ever")
 
 
 def check_timeout(timeout: float) -> float:

@@ -120,7 +120,7 @@ class RolloutCall(Rollout):
 
     def __init__(self, session: SessionCalls, wish: RolloutWish) -> None:
         if wish.on == "session" and session.sealed is not None:
-            raise InvalidInput("a state that the client holds is rolled out on a fork")
+            raise InvalidInput("a client-held state can only be rolled out on a fork")
         super().__init__(session.model, session.position, wish, session.last_outputs())
         self._session = session
         snapshot = None if session.sealed is None else base64.b64encode(session.sealed).decode()

@@ -74,7 +74,7 @@ def _parsed(spec: Tensor, cells: Sequence[str], where: str) -> np.ndarray:
     if spec.nan:
         cells = [cell if cell.strip() else "nan" for cell in cells]
     if not all(map(str.strip, cells)):
-        raise InvalidInput(f"{where}: a value of {spec.name!r} is missing: fill the gap, or leave the row out")
+        raise InvalidInput(f"{where}: a value of {spec.name!r} is missing: fill the gap, or omit the row")
     try:
         read = _PARSERS[spec.numpy.kind]
         return np.array([read(cell.strip().lower()) for cell in cells], spec.numpy).reshape(spec.shape)
@@ -157,7 +157,7 @@ def _line(out: BinaryIO, text: str) -> None:
 def check_takes_bytes(model: Model) -> None:
     """Raise InvalidInput unless the model takes one byte per time step."""
     if len(model.inputs) != 1 or model.inputs[0].shape or model.inputs[0].numpy.kind != "i":
-        raise InvalidInput(f"{model.name!r} is no model of bytes: lines need one integer as input")
+        raise InvalidInput(f"{model.name!r} is not a model of bytes: lines need one integer as input")
 
 
 def _read_lines(model: Model, source: BinaryIO, columns: str | None) -> Iterator[Row]:
@@ -171,7 +171,7 @@ def _read_lines(model: Model, source: BinaryIO, columns: str | None) -> Iterator
 def _write_lines(model: Model, out: BinaryIO) -> Write:
     """Write the most probable next byte of each time step."""
     if len(model.outputs) != 1 or len(model.outputs[0].shape) != 1 or model.outputs[0].size > 256:
-        raise InvalidInput(f"{model.name!r} is no model of bytes: lines need one output of at most 256 values")
+        raise InvalidInput(f"{model.name!r} is not a model of bytes: lines need one output of at most 256 values")
 
     def write(arrays: Sequence[np.ndarray]) -> None:
         out.write(bytes([int(arrays[0].argmax())]))

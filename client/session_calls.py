@@ -63,7 +63,7 @@ class SessionCalls:
             raise InvalidInput(f"mode {mode!r} needs a session_id")
         if mode == "resume" and (given := [name for name, value in start.items() if value is not None]):
             raise InvalidInput(
-                f"a session that is open already takes no {given[0]}: leave it out, or use mode 'either'"
+                f"a session that is already open does not take {given[0]}: omit it, or use mode 'either'"
             )
         try:
             return (yield from cls.attach(catalogue, model, session_id))

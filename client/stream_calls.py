@@ -164,7 +164,7 @@ class StepsCall(Call):
         self.handles = np.array([place.handle for place in places], np.uint32)
         self._rows = {place.handle: row for row, place in enumerate(places)}
         if len(self._rows) != len(places):
-            raise InvalidInput("each session may be stepped once in a call: use `steps` for several time steps")
+            raise InvalidInput("a call may step each session only once: use `steps` for several time steps")
         self._outputs = [
             np.zeros((len(places), *((self.steps,) if spec.time else ()), *spec.shape), spec.numpy)
             for spec in model.outputs
@@ -252,7 +252,7 @@ class StreamCalls:
                 raise InvalidInput(f"mode {mode!r} needs session ids")
             sessions = [secrets.token_urlsafe(16) for _ in range(sessions)]
         if durability == "client":
-            raise InvalidInput("a state that the client holds is not sent over a stream: use `Client.session`")
+            raise InvalidInput("a stream does not carry client-held states: use `Client.session`")
         first = None if mode == "resume" and static is None else self.model.static_of(static)
         begin = {"mode": mode, "durability": durability, "static": first}
         begin = {name: value for name, value in begin.items() if value is not None}
@@ -301,7 +301,7 @@ class StreamCalls:
 
     def _check(self, places: Sequence[Place]) -> None:
         if any(place.lost is None and self._places.get(place.handle) is not place for place in places):
-            raise InvalidInput("a session is not of this stream")
+            raise InvalidInput("a session belongs to another stream")
 
     def end(self, op: Literal["close", "detach"], places: Sequence[Place]) -> ControlCall:
         return ControlCall(op, {place.handle: {} for place in places})
@@ -345,7 +345,7 @@ class StreamCalls:
         if place.lost is not None:
             raise place.lost
         if place.rollout not in (None, rollout):
-            raise InvalidInput(f"session {place.id!r} is rolled out already: end that rollout first")
+            raise InvalidInput(f"session {place.id!r} already has a rollout: end that one first")
         place.rollout = rollout
         self._controls.append((rollout, [place.handle]))
         return rollout.message()
@@ -396,7 +396,7 @@ class StreamCalls:
             tensors = (*self.model.inputs, *self.model.outputs) if rolled else self.model.outputs
             entries, columns = unpack_outputs(message, tensors)
         except (ValueError, struct.error) as error:
-            raise UnrollError(f"the server sent a frame that is none of {self.model.name!r}: {error}") from error
+            raise UnrollError(f"the server sent an invalid frame for {self.model.name!r}: {error}") from error
         for (handle, _, end), *outputs in zip(entries.tolist(), *columns, strict=True):
             if rolled:
                 if (rollout := self._running(handle)) is not None:

@@ -68,13 +68,13 @@ def _stream(options: "Stream") -> int:
         samples = wav.Reader(model, source) if kind == _WAV else None
         rows = iter(samples) if samples else READERS[kind](model, source, options.columns)
         if session.position:
-            print(f"session {session.id!r} has had {session.position} steps: as many rows are skipped", file=sys.stderr)
+            print(f"session {session.id!r} is at step {session.position}: skipping as many rows", file=sys.stderr)
             rows = islice(rows, session.position, None)
         write: Write
         if (options.to or kind) != _WAV:
             write = WRITERS[options.to or kind](model, sys.stdout.buffer)
         elif samples is None:
-            raise InvalidInput("--to wav needs a WAV file to read, whose rate it takes")
+            raise InvalidInput("--to wav needs a WAV file as input, to take its rate")
         else:
             write = wav.Writer(model, sys.stdout.buffer, samples, samples.steps - session.position)
         plot = Plot(sys.stderr, output_names(model)) if options.plot else None

@@ -12,15 +12,15 @@ export type Mode = "new" | "resume" | "either";
 export interface Tensor {
   name: string;
   dtype: "float32" | "int32" | "int64" | "bool";
-  /** Of one time step. */
+  /** The shape of one time step. */
   shape: number[];
-  /** One value per time step; false: only the last. */
+  /** True for one value per time step, false for a single value after the last. */
   time: boolean;
-  /** Values per second of an input whose time steps are pieces of a signal. */
+  /** Values per second, for an input that carries a signal. */
   rate?: number | null;
 }
 
-/** A version of a model, as its server describes it. */
+/** A version of a model, as described by its server. */
 export interface Model {
   name: string;
   version: string;
@@ -38,9 +38,9 @@ export interface ClientOptions {
   apiKey?: string;
   /** Sent with every request; browsers cannot send them with streams. */
   headers?: Record<string, string>;
-  /** Milliseconds for one attempt, more than 0; 60,000. */
+  /** Milliseconds per attempt, above 0; 60,000 by default. */
   timeout?: number;
-  /** Milliseconds for which a request is repeated; 60,000. 0: not at all. */
+  /** Milliseconds to keep retrying a request; 60,000 by default. 0 disables retries. */
   retryFor?: number;
   fetch?: typeof globalThis.fetch;
   WebSocket?: typeof globalThis.WebSocket;
@@ -54,7 +54,7 @@ export interface SessionOptions {
   snapshot?: Uint8Array;
 }
 
-/** How the values of one input are made of an output, see docs/rollout.md. */
+/** How to compute an input from an output, see docs/rollout.md. */
 export type InputMap =
   | { kind: "identity" | "argmax"; output?: string }
   | { kind: "sample"; output?: string; seed: number; temperature?: number; top_k?: number }
@@ -69,13 +69,13 @@ export type InputMap =
     };
 
 export interface RolloutOptions {
-  /** Of a model with several inputs, one by name. */
+  /** One map, or one per input by name. */
   map: "identity" | "argmax" | InputMap | Record<string, InputMap>;
-  /** fork: on a copy of the state, the default. session: on the session, applied as a whole at the end. */
+  /** fork, the default, runs on a copy of the state; session runs on the session, which advances at the end. */
   on?: "fork" | "session";
-  /** Given time steps that come first. */
+  /** Time steps to run first. */
   inputs?: Inputs;
-  /** Outputs of the last time step, in place of inputs. */
+  /** Outputs of the last time step, instead of inputs. */
   outputs?: Inputs;
 }
 
@@ -86,29 +86,29 @@ export interface RolledStep {
   outputs: Outputs;
 }
 
-/** A client of one server, or of several behind one address. */
+/** A client for one server, or for several behind one address. */
 export class Client {
   constructor(url: string | URL, options?: ClientOptions);
   models(): Promise<Model[]>;
   model(reference: string): Promise<Model>;
-  /** Whole sequences, each from the model's initial state. */
+  /** Run whole sequences, each from the model's initial state. */
   sequences(model: string, inputs: Inputs[], options?: { static?: Record<string, unknown>[] }): Promise<Outputs[]>;
   session(model: string, options?: SessionOptions): Promise<Session>;
-  /** One WebSocket for the steps of many sessions. */
+  /** A WebSocket for the steps of many sessions. */
   stream(model: string): Promise<Stream>;
 }
 
-/** One session. Its steps are applied once and in order; calls wait for each other. */
+/** One session. Its steps are applied exactly once and in order; calls are serialised. */
 export class Session {
   readonly id: string;
   readonly model: Model;
   readonly durability: Durability;
-  /** Time steps consumed, as far as this client knows. */
+  /** The number of time steps consumed, as far as this client knows. */
   readonly position: number;
   step(values: Inputs): Promise<Outputs>;
   steps(values: Inputs): Promise<Outputs>;
   stream(items: Iterable<Inputs> | AsyncIterable<Inputs>): AsyncGenerator<Outputs>;
-  /** Feed outputs back as inputs on the server. Whoever stops early ends it there. */
+  /** Feed outputs back as inputs on the server. Stopping early ends the rollout there, too. */
   rollout(steps: number, options: RolloutOptions): AsyncGenerator<RolledStep>;
   refresh(): Promise<number>;
   fork(id?: string): Promise<Session>;
@@ -126,11 +126,11 @@ export class Stream {
       mode?: Mode;
       durability?: "memory" | "stored";
       static?: Record<string, unknown>;
-      /** Their `batchRows` says in how large a batch the last steps ran. Their steps then go in JSON. */
+      /** Set the sessions' `batchRows` to the batch size of their last steps, which are then sent as JSON. */
       batchRows?: boolean;
     },
   ): Promise<StreamSession[]>;
-  /** One time step for each session, in one message. Raises SomeFailed. */
+  /** Apply one time step to each session, in one message. Raises SomeFailed. */
   step(sessions: StreamSession[], inputs: Inputs[]): Promise<Outputs[]>;
   steps(sessions: StreamSession[], inputs: Inputs[]): Promise<Outputs[]>;
   closeSessions(sessions: StreamSession[]): Promise<void>;
@@ -145,35 +145,35 @@ export class StreamSession {
   readonly id: string;
   readonly durability: "memory" | "stored";
   readonly position: number;
-  /** Rows of the batch of the last steps, if it was asked for; null: their answer was kept from before. */
+  /** The batch size of the last steps, if requested; null if their answer came from the replay cache. */
   readonly batchRows?: number | null;
   step(values: Inputs): Promise<Outputs>;
   steps(values: Inputs): Promise<Outputs>;
   stream(items: Iterable<Inputs> | AsyncIterable<Inputs>): AsyncGenerator<Outputs>;
-  /** As of a Session. Other sessions of the stream may be stepped in between. */
+  /** As `Session.rollout`. Other sessions of the stream may be stepped in between. */
   rollout(steps: number, options: RolloutOptions): AsyncGenerator<RolledStep>;
   close(): Promise<void>;
 }
 
 /** The server refused a request, or failed on it. */
 export class ServerError extends Error {
-  /** Stable, such as "position_gap". */
+  /** The stable error code, such as "position_gap". */
   readonly code: string;
-  /** HTTP status; 0 over a stream. */
+  /** The HTTP status; 0 over a stream. */
   readonly status: number;
   readonly detail: string;
-  /** Of errors about positions: what the session would apply next. */
+  /** For errors about positions, the position of the next step. */
   readonly expected?: number;
   readonly [member: string]: unknown;
 }
 
-/** No server answered for as long as the client repeats. Send the same step again. */
+/** No server answered before the client gave up. Send the same step again. */
 export class ConnectionFailed extends Error {}
 
 /** An array does not fit the model; nothing was sent. */
 export class InvalidInput extends TypeError {}
 
-/** Some of the sessions of one call failed; the steps of the others were applied. */
+/** Some sessions of one call failed; the steps of the rest were applied. */
 export class SomeFailed extends Error {
   readonly errors: Map<number, ServerError>;
   readonly outputs: (Outputs | undefined)[];

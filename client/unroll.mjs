@@ -1,30 +1,30 @@
-// A client of Unroll servers, for browsers and Node 20 or newer, without dependencies. Types: unroll.d.mts.
+// A client for Unroll servers, for browsers and Node 20 or newer, without dependencies. Types: unroll.d.mts.
 //
 //   import { Client } from "./unroll.mjs";
 //   const client = new Client("http://127.0.0.1:8000");
 //   const session = await client.session("co2");
 //   const forecast = await session.step([371.2]);
 //
-// Every step carries the position of its session, so the server applies it once, however often it is sent. Requests
-// that may succeed later are repeated, and sessions are resumed after a broken connection.
+// Every step carries its session's position, so the server applies it once, however often it is sent. The client
+// retries requests that may succeed later, and resumes sessions after a broken connection.
 
 const RAW = "application/octet-stream";
 const STEPS = 1, OUTPUTS = 2, ROLLED = 3;
-// The longest time that a timer can wait, in milliseconds.
+// The longest delay of a timer, in milliseconds.
 const LONGEST_WAIT = 2 ** 31 - 1;
-// Close code of a stream that pages of this origin may not open.
+// The close code for a stream that pages of this origin may not open.
 const FORBIDDEN = 4403;
 const HEADER_BYTES = 8, ENTRY_BYTES = 16;
-// Most entries and bytes of a frame.
+// Limits on the entries and bytes of a frame.
 const MOST_ENTRIES = 2048, MOST_BYTES = 4 * 2 ** 20;
-// Most sessions and characters of a control message.
+// Limits on the sessions and characters of a control message.
 const MOST_SPECS = 1000, MOST_CHARACTERS = 2 ** 18;
-// Milliseconds before the first repetition, and the longest pause.
+// Milliseconds before the first retry, and the longest pause.
 const FIRST_PAUSE = 50, LONGEST_PAUSE = 2000;
 
 const ARRAYS = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array, bool: Uint8Array };
 
-// The server refused a request, or failed on it. `code` is stable; `expected` accompanies errors about positions.
+// The server refused a request, or failed on it. `code` is stable; errors about positions have `expected`.
 export class ServerError extends Error {
   constructor({ code = "unknown", detail, error, ...members }, status = 0) {
     const text = detail ?? error ?? "no explanation was given";
@@ -33,7 +33,7 @@ export class ServerError extends Error {
     Object.assign(this, members, { code, detail: text, status, retryAfter: members.retry_after });
   }
 
-  // Whether the same may succeed later. A stream says so by `retry_after`.
+  // Whether a retry may succeed. A stream signals it with `retry_after`.
   get isForNow() {
     const { code, status, retry_after: after } = this;
     if (status === 0) return after !== undefined || code === "deadline_exceeded";
@@ -41,7 +41,7 @@ export class ServerError extends Error {
   }
 }
 
-// No server answered for as long as the client repeats. Whether the step was applied is unknown: send it again.
+// No server answered before the client gave up. The step may have been applied: send it again.
 export class ConnectionFailed extends Error {
   name = "ConnectionFailed";
   isForNow = true;
@@ -52,7 +52,7 @@ export class InvalidInput extends TypeError {
   name = "InvalidInput";
 }
 
-// Some of the sessions of one call failed; the steps of the others were applied. `errors`: a Map by index.
+// Some sessions of one call failed; the steps of the rest were applied. `errors` is a Map by index.
 export class SomeFailed extends Error {
   name = "SomeFailed";
   constructor(errors, outputs) {
@@ -62,22 +62,22 @@ export class SomeFailed extends Error {
   }
 }
 
-// Something else than a server of ours has answered.
-const foreign = (status) => new ServerError({ code: "unexpected_answer", detail: "this is no answer of Unroll" }, status);
+// The error for an answer that did not come from Unroll.
+const foreign = (status) => new ServerError({ code: "unexpected_answer", detail: "this answer did not come from Unroll" }, status);
 
-// The pauses between the repetitions of one request, in milliseconds.
+// The pauses between retries of one request, in milliseconds.
 class Retries {
   constructor(retryFor) {
     this.count = 0;
     this.retryFor = retryFor;
   }
 
-  // Waits until the same may be asked again. Raises the error if that is of no use, or it is time to give up.
+  // Wait until the next retry. Raises the error if a retry would fail again, or it is time to give up.
   async after(error) {
     if (!error.isForNow || !(await this.pause(error.retryAfter))) throw error;
   }
 
-  // Returns false, at once, if it is time to give up.
+  // Wait; returns false immediately if it is time to give up.
   async pause(retryAfter) {
     const now = performance.now();
     this.deadline ??= now + this.retryFor;
@@ -90,7 +90,7 @@ class Retries {
   }
 }
 
-// The result of a promise. Raises ConnectionFailed if that takes longer.
+// Await a promise with a time limit. Raises ConnectionFailed if it takes longer.
 function within(milliseconds, promise, address) {
   let timer;
   const late = new Promise((_, reject) => {
@@ -101,7 +101,7 @@ function within(milliseconds, promise, address) {
 
 export class Client {
   // url: http:// or https://. apiKey: sent as a Bearer token. headers: sent with every request. timeout: milliseconds
-  // for one attempt. retryFor: milliseconds for which a request is repeated. fetch, WebSocket: in place of the global ones.
+  // per attempt. retryFor: milliseconds to keep retrying. fetch, WebSocket: replacements for the global ones.
   constructor(url, { apiKey, headers = {}, timeout = 60_000, retryFor = 60_000, ...own } = {}) {
     if (!(timeout > 0 && timeout <= LONGEST_WAIT)) {
       throw new InvalidInput(`timeout must be a number of milliseconds, more than 0 and at most ${LONGEST_WAIT}, not ${timeout}`);
@@ -118,12 +118,12 @@ export class Client {
     this.versions = new Map();
   }
 
-  // The models that the server has, the newest version of each.
+  // The server's models, in the newest version of each.
   async models() {
     return (await this.ask("GET", "/v1/models")).json;
   }
 
-  // The description of one model: `name` or `name:version`. A version is asked for once.
+  // The description of one model, `name` or `name:version`, cached by version.
   async model(reference) {
     if (this.versions.has(reference)) return this.versions.get(reference);
     const { json } = await this.ask("GET", modelPath(reference));
@@ -131,7 +131,7 @@ export class Client {
     return json;
   }
 
-  // Whole sequences, each from the model's initial state: arrays of T time steps, or {input: array}.
+  // Run whole sequences, each from the model's initial state: arrays of T time steps, or {input: array}.
   async sequences(model, inputs, { static: fixed } = {}) {
     const served = await this.model(model);
     const path = `${modelPath(`${served.name}:${served.version}`)}/sequences`;
@@ -154,7 +154,7 @@ export class Client {
     });
   }
 
-  // Open a session, or attach to one. mode: new, resume or either. snapshot: a Uint8Array to begin from.
+  // Open a session, or attach to one. mode: new, resume or either. snapshot: a Uint8Array to start from.
   async session(model, { id, mode = "new", durability, static: fixed, snapshot } = {}) {
     if (mode !== "new") {
       if (id === undefined) throw new InvalidInput(`mode ${mode} needs an id`);
@@ -186,7 +186,7 @@ export class Client {
     return new Session(this, model, info, info.durability === "client" ? fromBase64(info.snapshot) : undefined);
   }
 
-  // One WebSocket for the steps of many sessions.
+  // A WebSocket for the steps of many sessions.
   async stream(model) {
     const served = await this.model(model);
     if (served.streamable) return new Stream(this, model, served);
@@ -210,7 +210,7 @@ export class Client {
     }
   }
 
-  // Send a request once. Returns the answer, unless it is a refusal. Raises ServerError or ConnectionFailed.
+  // Send a request once. Returns a successful answer. Raises ServerError or ConnectionFailed.
   async send(method, path, body, headers, signal) {
     const json = body !== undefined && !(body instanceof Uint8Array);
     const options = {
@@ -235,7 +235,7 @@ export class Client {
     throw refusal;
   }
 
-  // What a request brings. Raises ConnectionFailed.
+  // The response to a request. Raises ConnectionFailed.
   async receive(promise) {
     try {
       return await promise;
@@ -244,7 +244,7 @@ export class Client {
     }
   }
 
-  // The server-sent events of a POST as they come: [name, document]. Raises ServerError or ConnectionFailed.
+  // Yield the server-sent events of a POST as [name, document]. Raises ServerError or ConnectionFailed.
   async *events(path, body) {
     const stop = new AbortController();
     const inTime = (promise) => within(this.timeout, promise, this.url);
@@ -263,12 +263,12 @@ export class Client {
       }
       throw new ConnectionFailed(`the answer of ${this.url} was cut off`);
     } finally {
-      stop.abort(); // whoever stops early ends it on the server
+      stop.abort(); // stopping early also ends it on the server
     }
   }
 }
 
-// One session. Its steps are applied once and in order, whatever breaks between; calls wait for each other.
+// One session. Its steps are applied exactly once and in order, whatever fails in between; calls are serialised.
 export class Session {
   constructor(client, model, info, sealed) {
     this.client = client;
@@ -277,41 +277,41 @@ export class Session {
     this.position = info.position;
     this.durability = info.durability;
     this.path = sessionPath(`${model.name}:${model.version}`, this.id);
-    this.sealed = sealed; // the state, if this client holds it
-    this.last = Promise.resolve(); // what was asked before
-    this.lastOutputs = undefined; // of the last time step, if they are known
+    this.sealed = sealed; // the sealed snapshot, if this client holds the state
+    this.last = Promise.resolve(); // the previous call
+    this.lastOutputs = undefined; // the outputs of the last time step, if known
   }
 
-  // What is asked of a session waits for what was asked before.
+  // Run an operation after the previous ones.
   run(task) {
     const result = this.last.then(task);
     this.last = result.catch(() => {});
     return result;
   }
 
-  // One time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
+  // Apply one time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
   async step(values) {
     const inputs = flatInputs(this.model, values, 1);
     return this.run(() => this.send(inputs));
   }
 
-  // T time steps.
+  // Apply T time steps.
   async steps(values) {
     const inputs = flatInputs(this.model, values, null);
     return this.run(() => this.send(inputs));
   }
 
-  // A step for each item, which may come from an asynchronous iterator; yields its outputs.
+  // Apply a step for each item of a synchronous or asynchronous iterator; yields its outputs.
   async *stream(items) {
     for await (const values of items) yield await this.step(values);
   }
 
   // Feed outputs back as inputs on the server: yields {position, inputs, outputs} for each time step, see
-  // docs/rollout.md. on: fork, a copy of the state, or session. inputs: time steps that come first; the last of them is
-  // yielded, too. outputs: those of the last time step, in place of inputs; else those that the session gave last.
+  // docs/rollout.md. on: fork, which runs on a copy of the state, or session. inputs: time steps to run first; the last
+  // one is yielded, too. outputs: the last time step's outputs, instead of inputs; by default the session's last ones.
   async *rollout(steps, options) {
     const { sealed } = this;
-    if (options?.on === "session" && sealed) throw new InvalidInput("a state that the client holds is rolled out on a fork");
+    if (options?.on === "session" && sealed) throw new InvalidInput("a client-held state can only be rolled out on a fork");
     const rollout = await this.run(async () => new Rollout(this, this.model, steps, options));
     const body = { ...rollout.members, snapshot: this.sealed && base64(this.sealed) };
     let retries = new Retries(this.client.retryFor);
@@ -336,7 +336,7 @@ export class Session {
     }
   }
 
-  // Ask the server for the position, and continue from there.
+  // Adopt the session's position on the server.
   refresh() {
     return this.run(async () => {
       if (this.sealed) return this.position;
@@ -346,7 +346,7 @@ export class Session {
     });
   }
 
-  // A second session in the same state.
+  // Open a second session in the same state.
   fork(id = randomId()) {
     return this.run(async () => {
       const forked = await this.copy(id);
@@ -365,14 +365,14 @@ export class Session {
     }
   }
 
-  // The state and position, as a Uint8Array.
+  // Get state and position as a Uint8Array.
   snapshot() {
     return this.run(async () =>
       this.sealed ? unsealed(this.sealed) : (await this.client.ask("GET", `${this.path}/state`)).bytes,
     );
   }
 
-  // Return to the state of a snapshot. Returns the position.
+  // Restore the state of a snapshot. Returns the position.
   rewind(snapshot) {
     return this.run(async () => {
       if (this.sealed) {
@@ -387,7 +387,7 @@ export class Session {
     });
   }
 
-  // End the session on the server. One that is closed already is no error.
+  // End the session on the server. A session that is already closed is not an error.
   close() {
     return this.run(async () => {
       if (this.sealed) return;
@@ -419,9 +419,9 @@ export class Session {
   }
 }
 
-// A rollout without I/O: its request, and which of its time steps the caller has.
+// A rollout without I/O: its request, and how many of its time steps were yielded.
 class Rollout {
-  // session: of HTTP or of a stream, whose position advances when a rollout on it has ended.
+  // session: an HTTP or stream session, which advances when a rollout on it has ended.
   constructor(session, model, steps, { map, on = "fork", inputs, outputs } = {}) {
     const given = inputs === undefined ? undefined : flatInputs(model, inputs, null);
     const fed = outputs === undefined ? session.lastOutputs : tensorsOf(outputs, model.outputs);
@@ -437,17 +437,17 @@ class Rollout {
     };
   }
 
-  // It is sent, for the first time or again.
+  // Start over, before the request is sent for the first time or again.
   restart() {
     this.reached = this.members.position;
   }
 
-  // The steps of an event that were not yielded yet; of the given ones only the last is. end: the position after them.
+  // Yield the new steps of an event, which ends at position `end`; of the given ones, only the last.
   *steps(end, fed, made) {
     const { model, reached: begin } = this;
     this.reached = end;
     this.last = outputsAt(model, made, end - begin - 1);
-    const timed = model.outputs.every(({ time }) => time); // other outputs have one value for all steps of an event
+    const timed = model.outputs.every(({ time }) => time); // an output without time has one value per event
     for (let position = Math.max(timed ? begin : end - 1, this.yielded) + 1; position <= end; position++) {
       this.yielded = position;
       const row = position - begin - 1;
@@ -465,7 +465,7 @@ class Rollout {
   }
 }
 
-// Many sessions of one model over one WebSocket. After a broken connection they are resumed on a new one.
+// Many sessions of one model over one WebSocket. After a broken connection, a new one resumes them.
 export class Stream {
   constructor(client, reference, model) {
     if (!client.WebSocket) throw new Error("there is no WebSocket: use Node 22, or pass { WebSocket } to the client");
@@ -473,13 +473,13 @@ export class Stream {
     this.model = model;
     this.url = `ws${client.url.slice(4)}${modelPath(reference)}/stream`;
     this.places = new Map(); // handle -> StreamSession
-    this.controls = []; // control messages that are unanswered, in order: [call, handles]
-    this.opening = new Set(); // calls that open sessions and have not ended
+    this.controls = []; // unanswered control messages, in order: [call, handles]
+    this.opening = new Set(); // unfinished calls that open sessions
     this.nextHandle = 0;
   }
 
-  // Open sessions, or attach to open ones: how many, or their ids. Raises the first refusal. batchRows: their `batchRows`
-  // says in how large a batch their last steps ran; these then go in JSON.
+  // Open sessions or attach to open ones, given by number or ids. Raises the first refusal. With batchRows, a session's
+  // `batchRows` is the batch size of its last steps; steps are then sent as JSON.
   async open(sessions = 1, { mode = "new", durability, static: fixed, batchRows = false } = {}) {
     const ids = typeof sessions === "number" ? Array.from({ length: sessions }, randomId) : sessions;
     const specs = ids.map((id) => ({ handle: this.nextHandle++, session_id: id, mode, durability, static: fixed }));
@@ -502,7 +502,7 @@ export class Stream {
       }
       const session = new StreamSession(this, item, batchRows);
       this.places.set(handle, session);
-      const foreign = mode === "new" && item.position; // the message was repeated, and found it
+      const foreign = mode === "new" && item.position; // the repeated message attached to an existing session
       (foreign ? others : opened).push(session);
       if (foreign) refused ??= new ServerError({ code: "session_exists", detail: `session ${session.id} is open` });
     }
@@ -514,12 +514,12 @@ export class Stream {
     return opened;
   }
 
-  // One time step for each session, in one message: an array per session. Returns an array of outputs per session.
+  // Apply one time step to each session, in one message: an array per session. Returns an array of outputs per session.
   step(sessions, inputs) {
     return this.apply(sessions, inputs, 1);
   }
 
-  // T time steps for each session; T may differ.
+  // Apply T time steps to each session; T may differ.
   steps(sessions, inputs) {
     return this.apply(sessions, inputs, null);
   }
@@ -560,7 +560,7 @@ export class Stream {
     if (sessions.length !== inputs.length) throw new InvalidInput("give inputs for each session");
     if (new Set(sessions).size !== sessions.length) throw new InvalidInput("each session may be stepped once in a call");
     const foreign = sessions.some((session) => !session.lost && this.places.get(session.handle) !== session);
-    if (foreign) throw new InvalidInput("a session is not of this stream");
+    if (foreign) throw new InvalidInput("a session belongs to another stream");
     const given = inputs.map((values) => flatInputs(this.model, values, wanted));
     const before = sessions.map((session) => session.last);
     let end;
@@ -570,26 +570,26 @@ export class Stream {
     const call = new StepsCall(this.model, sessions, given);
     try {
       await this.exchange(call);
-      call.advance(); // a caller that does not get the outputs sends the steps again
+      call.advance(); // only here: a caller that never gets the outputs must send the steps again
     } finally {
       for (const session of sessions) if (session.call === call) session.call = undefined;
-      if (call.unanswered.size) this.disconnect(); // late answers must not be taken for those of the next call
+      if (call.unanswered.size) this.disconnect(); // late answers must not be mistaken for those of the next call
       end();
     }
     return call.result();
   }
 
-  // Yield the steps of a rollout, which is sent again after a broken connection.
+  // Yield the steps of a rollout, retrying after a broken connection.
   async *rollOut(rollout) {
     const { session } = rollout;
-    if (session.underway) throw new InvalidInput(`session ${session.id} is rolled out already: end that rollout first`);
+    if (session.underway) throw new InvalidInput(`session ${session.id} already has a rollout: end that one first`);
     session.underway = rollout;
     let retries = new Retries(this.client.retryFor);
     try {
       while (!rollout.complete) {
         let failure;
         try {
-          await this.attempt(rollout, session); // until there is something for its caller
+          await this.attempt(rollout, session); // returns once there is something for the caller
         } catch (error) {
           failure = error;
         }
@@ -607,14 +607,14 @@ export class Stream {
     }
   }
 
-  // No more of it is wanted.
+  // End a rollout early.
   stop({ complete, socket, session: { handle } }) {
     if (complete || !socket || socket.broken || socket !== this.connected) return;
     this.controls.push([new ControlCall("stop", [{ handle }]), [handle]]);
     socket.send(JSON.stringify({ op: "stop", handle }));
   }
 
-  // The rollout that an answer is about, if it is not about one that was stopped.
+  // The rollout that an answer belongs to, unless that was stopped.
   rolling(handle) {
     if (this.controls.some(([call, handles]) => call.op === "stop" && handles.includes(handle))) return undefined;
     this.controls = this.controls.filter(([call, handles]) => !(call instanceof Rollout && handles.includes(handle)));
@@ -630,12 +630,12 @@ export class Stream {
       await this.send(socket, call);
     } catch (error) {
       const isMine = socket === undefined || (await this.socket?.catch(() => undefined)) === socket;
-      if (error instanceof ConnectionFailed && isMine) this.disconnect(); // others may have a new one already
+      if (error instanceof ConnectionFailed && isMine) this.disconnect(); // another call may have reconnected already
       throw error;
     }
   }
 
-  // Send, wait until all is answered, and send again what is refused for now or was cut off.
+  // Send and wait for all answers; retry temporary refusals and broken connections.
   async exchange(call) {
     const retries = new Retries(this.client.retryFor);
     while (!call.complete) {
@@ -648,11 +648,11 @@ export class Stream {
       }
       if (call.complete) return;
       if (!(await retries.pause(call.retryAfter))) return call.giveUp();
-      if (call.op === "close") this.disconnect(); // the server has unbound the handle: first it is bound again
+      if (call.op === "close") this.disconnect(); // the server has unbound the handle: reconnecting binds it again
     }
   }
 
-  // A new connection, on which the sessions are resumed.
+  // Connect, and resume the sessions.
   async connect() {
     // Browsers send no headers with a WebSocket; Node does.
     const { headers } = this.client;
@@ -685,7 +685,7 @@ export class Stream {
     return socket;
   }
 
-  // With an API key, a browser offers a ticket in place of the header.
+  // With an API key, a browser sends a ticket instead of the header.
   async protocols() {
     if (!this.client.headers.authorization) return [];
     const { json } = await this.client.ask("POST", "/v1/tickets");
@@ -729,7 +729,7 @@ export class Stream {
     if (typeof data !== "string") return this.receiveOutputs(data);
     const message = JSON.parse(data);
     if (["opened", "closed", "detached", "stopped"].includes(message.op)) {
-      while (this.controls[0]?.[0] instanceof Rollout) this.controls.shift(); // those before it have begun
+      while (this.controls[0]?.[0] instanceof Rollout) this.controls.shift(); // rollouts sent before it have started
       const [call, handles] = this.controls.shift() ?? [];
       const items = message.sessions ?? handles.map((handle) => ({ handle }));
       call?.receive(items.map((item) => (item.error ? { ...item, error: new ServerError(item.error) } : item)));
@@ -747,7 +747,7 @@ export class Stream {
     const [call, handles] = this.controls.shift() ?? [];
     if (call instanceof Rollout) return call.fail(error);
     if (call) return call.receive(handles.map((handle) => ({ handle, error })));
-    for (const each of this.places.values()) each.call?.fail(each, error); // about a frame, none of which was applied
+    for (const each of this.places.values()) each.call?.fail(each, error); // a refused frame, none of it was applied
   }
 
   receiveOutputs(buffer) {
@@ -778,7 +778,7 @@ export class StreamSession {
     Object.assign(this, { handle, position, durability, id: session_id });
     this.streamOf = stream;
     this.inJson = inJson;
-    this.last = Promise.resolve(); // its call before
+    this.last = Promise.resolve(); // the previous call
   }
 
   async step(values) {
@@ -818,7 +818,7 @@ export class StreamSession {
   }
 }
 
-// A rollout on a stream. ready: steps that its caller has not had. socket: on which it is under way.
+// A rollout on a stream. ready: steps that the caller has not taken yet. socket: the connection it runs on.
 class StreamRollout extends Rollout {
   ready = [];
 
@@ -839,7 +839,7 @@ class StreamRollout extends Rollout {
     if (this.settled) this.onSettled?.();
   }
 
-  // The next step that is ready. The session advances with the last: whoever stops before does not know of it.
+  // Take the next step. The session advances with the last one; a caller that stops earlier does not see it.
   take() {
     const step = this.ready.shift();
     this.advance();
@@ -863,9 +863,9 @@ class StreamRollout extends Rollout {
   }
 }
 
-// Something that is asked for several sessions, each of which is answered by itself.
+// A request about several sessions, each with its own answer.
 class Call {
-  again = new Map(); // keys that are refused for now, and why
+  again = new Map(); // the temporary refusals, by key
 
   constructor(keys) {
     this.unanswered = new Set(keys);
@@ -888,7 +888,7 @@ class Call {
     this.again.clear();
   }
 
-  // A refusal for now is not final: it is asked again.
+  // Record a refusal; a temporary one is retried.
   refuse(key, error) {
     if (error.isForNow) this.again.set(key, error);
     else this.refused(key, error);
@@ -907,14 +907,14 @@ class Call {
 }
 
 class ControlCall extends Call {
-  items = new Map(); // what the server answered, by handle
+  items = new Map(); // the server's answers, by handle
 
   constructor(op, specs) {
     super(specs.map(({ handle }) => handle));
     Object.assign(this, { op, specs, sent: false });
   }
 
-  // A message that is sent a second time may have been handled the first time.
+  // A repeated message may already have been processed.
   *messages() {
     const specs = this.specs.filter(({ handle }) => this.unanswered.has(handle));
     const texts = specs.map((spec) => {
@@ -929,7 +929,7 @@ class ControlCall extends Call {
     }
   }
 
-  // The connection that has these sessions is gone: what is answered already must be asked again.
+  // Count opened sessions as unanswered again, because their connection is gone.
   askAgain() {
     for (const [handle, { error }] of this.items) {
       if (error) continue;
@@ -955,7 +955,7 @@ class ControlCall extends Call {
 }
 
 class StepsCall extends Call {
-  errors = new Map(); // by index
+  errors = new Map(); // errors by index
 
   constructor(model, sessions, given) {
     super(sessions);
@@ -969,7 +969,7 @@ class StepsCall extends Call {
     }
   }
 
-  // The steps that have no outputs yet, in frames or in JSON.
+  // The unanswered steps, in frames or as JSON.
   *messages() {
     const sessions = [...this.unanswered];
     for (const session of sessions.filter(({ inJson }) => inJson)) yield [this.text(this.entries.get(session))];
@@ -999,7 +999,7 @@ class StepsCall extends Call {
   receive(session, end, outputs) {
     const entry = this.entries.get(session);
     if (!this.unanswered.has(session) || end !== entry.position + entry.steps) return;
-    const lastOutputs = outputsAt(this.model, outputs, entry.steps - 1); // the caller may change the outputs
+    const lastOutputs = outputsAt(this.model, outputs, entry.steps - 1); // a copy: the caller may modify the outputs
     entry.reached = { position: end, lastOutputs };
     this.outputs[entry.index] = named(outputs, this.model.outputs);
     this.answer(session);
@@ -1023,7 +1023,7 @@ class StepsCall extends Call {
   }
 }
 
-// Lists of at most `most` items, and of so much in all unless one alone has more.
+// Split into lists of at most `most` items and a limited total size, unless a single item exceeds it.
 function* parts(items, most, room, sizeOfItem) {
   let part = [], used = 0;
   for (const item of items) {
@@ -1040,7 +1040,7 @@ function* parts(items, most, room, sizeOfItem) {
 
 // ── arrays ───────────────────────────────────────────────────────────────────────────────────────
 
-// The inputs as flat typed arrays, one per tensor of the model. wanted: time steps; null: as many as there are.
+// Convert inputs to flat typed arrays, one per tensor. wanted: the number of time steps; null for any number.
 function flatInputs(model, values, wanted) {
   const several = model.inputs.length > 1;
   const byName = !Array.isArray(values) && !ArrayBuffer.isView(values) && typeof values === "object" && values !== null;
@@ -1067,10 +1067,10 @@ function flatInputs(model, values, wanted) {
 
 const names = (model) => model.inputs.map(({ name }) => name).join(", ");
 
-// A typed array of the tensor's dtype, from an array that may be nested, or from a typed array.
+// Convert a nested, flat or typed array to a typed array of the tensor's dtype.
 function flat(values, spec) {
   const Kind = ARRAYS[spec.dtype];
-  if (values instanceof Kind) return values.slice(); // the caller may fill it again
+  if (values instanceof Kind) return values.slice(); // the caller may reuse its array
   const list = ArrayBuffer.isView(values) ? [...values] : [values].flat(Infinity);
   for (const value of list) {
     const fits = {
@@ -1084,7 +1084,7 @@ function flat(values, spec) {
   return Kind.from(spec.dtype === "int64" ? list.map(BigInt) : list);
 }
 
-// The tensors of a JSON value, flat: one value, or {name: value}.
+// Flatten the tensors of a JSON value: one value, or {name: value}.
 const tensorsOf = (value, specs) => specs.map((spec) => flat(specs.length === 1 ? value : value[spec.name], spec));
 
 // The outputs of one time step.
@@ -1093,12 +1093,12 @@ const outputsAt = (model, arrays, row) => model.outputs.map((spec, i) => rowOf(a
 // One time step of a flat tensor.
 const rowOf = (array, spec, row) => array.slice(row * sizeOf(spec), (row + 1) * sizeOf(spec));
 
-// A flat tensor as JSON has it. leading: the axes before its shape.
+// Convert a flat tensor to JSON. leading: the axes in front of its shape.
 function listOf(array, spec, leading) {
   return nested(spec.dtype === "bool" ? Array.from(array, Boolean) : array, [...leading, ...spec.shape]);
 }
 
-// Tensors as JSON has them: one value, or {name: value}.
+// Convert tensors to JSON: one value, or {name: value}.
 const listsOf = (arrays, specs, leading) => named(arrays.map((array, i) => listOf(array, specs[i], leading)), specs);
 
 function nested(array, [length, ...shape]) {
@@ -1107,7 +1107,7 @@ function nested(array, [length, ...shape]) {
   return Array.from({ length }, (_, i) => nested(array.slice(i * size, (i + 1) * size), shape));
 }
 
-// A value as JSON has it.
+// Convert a value to JSON.
 function plain(value) {
   if (typeof value !== "bigint") return value;
   if (!Number.isSafeInteger(Number(value))) throw new InvalidInput(`${value} is too large for JSON: use a session`);
@@ -1118,7 +1118,7 @@ const sizeOf = (spec) => spec.shape.reduce((product, length) => product * length
 
 const bytesOf = (spec, steps) => (spec.time ? steps : 1) * sizeOf(spec) * ARRAYS[spec.dtype].BYTES_PER_ELEMENT;
 
-// Reads flat tensors that follow each other.
+// Reads consecutive flat tensors.
 function reader(buffer, begin) {
   return (spec, steps) => {
     const end = begin + bytesOf(spec, steps);
@@ -1141,7 +1141,7 @@ function number({ headers }, name) {
   return Number(value);
 }
 
-// One array, or {output: array} of several.
+// A single array, or {output: array} for several.
 function named(arrays, specs) {
   return specs.length === 1 ? arrays[0] : Object.fromEntries(specs.map((spec, i) => [spec.name, arrays[i]]));
 }
@@ -1165,5 +1165,5 @@ const view = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteL
 const base64 = (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
 const fromBase64 = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 
-// The snapshot inside a sealed one: after a header of 12 bytes and the id, whose length is byte 6, before 32 of signature.
+// The snapshot within a sealed one: between a 12-byte header with the id (its length is byte 6) and the signature.
 const unsealed = (sealed) => sealed.slice(12 + sealed[6], -32);

@@ -27,7 +27,7 @@ class Reader:
         try:
             self._file = wave.Wave_read(source)
         except (wave.Error, EOFError) as error:
-            raise InvalidInput(f"this is no WAV file that can be read: {error}") from error
+            raise InvalidInput(f"this is not a readable WAV file: {error}") from error
         if self._input.size % self._file.getnchannels():
             raise InvalidInput(
                 f"{self._file.getnchannels()} channels do not divide the {self._input.size} values of a time step"
@@ -45,7 +45,7 @@ class Reader:
         while content := self._file.readframes(self.frames):
             samples = _decoded(content, self._file.getsampwidth())
             if missing := self._input.size - len(samples):
-                print(f"the last time step is filled with {missing} zeros", file=sys.stderr)
+                print(f"the last time step is padded with {missing} zeros", file=sys.stderr)
                 samples = np.pad(samples, (0, missing))
             yield (samples.astype(self._input.numpy).reshape(self._input.shape),)
 
@@ -64,7 +64,7 @@ class Writer:
         size = _samples(model, model.outputs, "output").size
         rate, rest = divmod(source.rate * size, source.frames)
         if rest or rate == 0:
-            raise InvalidInput(f"{size} values per time step are no whole number of samples a second: add --to csv")
+            raise InvalidInput(f"{size} values per time step are not a whole number of samples a second: add --to csv")
         self._file = wave.Wave_write(out)
         self._file.setnchannels(1)
         self._file.setsampwidth(2)

@@ -11,7 +11,7 @@ export class Session {
     this.address = `${url}/v1/models/${model}/stream`;
   }
 
-  // values: Float32Array of `steps` steps, one after another. Returns the outputs likewise.
+  // values: a Float32Array with the values of `steps` consecutive steps. Returns the outputs likewise.
   async steps(values, steps) {
     const frame = new ArrayBuffer(24 + values.byteLength);
     const head = new DataView(frame);
@@ -31,7 +31,7 @@ export class Session {
     await this.exchange(JSON.stringify({ op: "close", handles: [0] }));
   }
 
-  // Send and wait for the reply; resend if the connection breaks: the position shows whether it was applied.
+  // Send and wait for the reply; resend if the connection breaks. The position prevents a second application.
   async exchange(message, end) {
     for (;;) {
       if (this.socket?.readyState === WebSocket.OPEN) {
@@ -50,14 +50,14 @@ export class Session {
       this.socket.onopen = resolve;
       this.socket.onerror = () => reject(new Error(`no connection to ${this.address}`));
     });
-    const mode = this.position ? "resume" : "either"; // the answer to the first try may have been lost
+    const mode = this.position ? "resume" : "either"; // the answer to the first attempt may have been lost
     const wanted = { handle: 0, session_id: this.id, mode };
     const reply = await this.ask(JSON.stringify({ op: "open", sessions: [wanted] }));
     const error = reply && JSON.parse(reply).sessions[0].error;
     if (error) throw new Error(JSON.stringify(error));
   }
 
-  // The reply: outputs up to the position `end`, or text; null if the connection broke, as after a `closing` message.
+  // Wait for the reply: outputs up to the position `end`, or text; null if the connection broke.
   ask(message, end) {
     return new Promise((resolve, reject) => {
       this.socket.onmessage = ({ data }) => {

@@ -73,7 +73,6 @@ def build(
     """Load every bundle, and create the application and the state that it shares with the transport.
 
     Args:
-        clock: A clock for tests.
         workers: All worker processes, if there are several.
         ticket_secret: Secret shared by all workers.
 

@@ -15,7 +15,6 @@ class Description:
 
     Attributes:
         metavar: Form of the value; empty for a switch, `no` for a switch that --no-… turns off.
-        about: The meaning.
         default: The default as shown in help; empty if `about` states it or there is none.
         several: The flag may be repeated.
     """

@@ -37,7 +37,6 @@ class Check:
 
     Attributes:
         output: The output, or `state_out`.
-        what: The check.
         difference: The largest absolute difference over all values; NaN if an answer was not finite.
         allowed: The largest difference that passes.
     """

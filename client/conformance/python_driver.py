@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from unroll.client import AsyncClient, Client, errors
+import unroll
+from unroll.client import errors
 from unroll.client.async_stream import as_async
 
 Command = dict[str, Any]
@@ -168,4 +169,4 @@ async def drive(driver: PythonDriver) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(drive(PythonDriver(AsyncClient if "--asynchronous" in sys.argv else Client)))
+    asyncio.run(drive(PythonDriver(unroll.AsyncClient if "--asynchronous" in sys.argv else unroll.Client)))

@@ -251,6 +251,8 @@ def _asked(func: Any, name: str, args: Any, kwargs: Any) -> Pair:
     if name.removeprefix("new_").removesuffix("_like") not in {"zeros", "ones", "full", "empty", "to", "type"}:
         raise _refusal(name)
     args, kwargs = pytree.tree_map_only(torch.dtype, lambda dtype: dtype.to_real(), (args, kwargs))
+    if name in {"to", "type"} and any(leaf is args[0].dtype for leaf in pytree.tree_leaves((args[1:], kwargs))):
+        return Pair.of(args[0])  # torch.vmap cannot be traced with a cast in it
     return Pair.of(func(*args, **kwargs))
 
 

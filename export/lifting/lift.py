@@ -15,6 +15,7 @@ from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting import module_state, packed
 from unroll.export.lifting.carried_state import Carried, handed_on
 from unroll.export.lifting.float64 import converted, double_precision
+from unroll.export.lifting.folding import fold_weights
 from unroll.export.lifting.functional_layers import lift_functions
 from unroll.export.lifting.layers import lift_layers, recognise_layers, split_time_steps, take_weights
 from unroll.export.lifting.lifted_model import LiftedModel
@@ -42,7 +43,9 @@ def lift(model: nn.Module, exact: nn.Module, example: dict[str, Any], declared: 
     attempt("the example", lambda: model(**example))  # computes normalised weights
     lifter = _Lifter(model, example, declared)
     single, samples = lifter.lift()
-    return LiftedModel(single, _in_float64(single, exact, samples), samples)
+    double = _in_float64(single, exact, samples)
+    fold_weights(single, double)
+    return LiftedModel(single, double, samples)
 
 
 class _Lifter:

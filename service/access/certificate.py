@@ -18,7 +18,6 @@ class TlsFiles:
     """PEM files.
 
     Attributes:
-        cert: The server's certificate chain.
         key: The certificate's private key; None if it is in the same file.
         password: File with the password of the key.
         client_ca: CAs that must have issued the clients' certificates.

@@ -138,7 +138,6 @@ class Gate:
 
         Args:
             headers: By lower-case name.
-            scope: The scope that it needs.
             changes: Whether the request may change anything.
 
         Raises:

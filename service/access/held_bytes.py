@@ -14,12 +14,7 @@ _RETRY_SECONDS = 1.0
 
 
 class HeldBytes:
-    """Counts all held bytes.
-
-    Attributes:
-        by_kind: Held bytes per kind.
-        of_tenants: Held bytes per tenant.
-    """
+    """Counts all held bytes."""
 
     def __init__(self, limit: int, quota_of: Callable[[str], Quota | None]) -> None:
         self._limit = limit

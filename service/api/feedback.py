@@ -124,7 +124,6 @@ class Feedback:
     """A map bound to a model.
 
     Args:
-        spec: The map.
         steps: Number of steps that are fed back.
         begin: Position of the first of these steps.
 

@@ -30,7 +30,7 @@ from unroll.service.core.session_ids import check_id, shown
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import open_inference
-from unroll.service.protocol.open_inference import InferRequest, RepeatedText, SequenceParameters
+from unroll.service.protocol.open_inference import InferRequest, SequenceParameters
 from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import Session
@@ -54,7 +54,7 @@ class RepeatedInferStep(RepeatedStep):
         self._id = shown(session.id)
 
     def read(self, request: Request) -> bytes | None:
-        assert request.text is not None  # it was read when this was made
+        assert request.text is not None  # the first request had it
         try:
             parsed = request.text.parse(
                 request.body, request.whole_number(HEADER_LENGTH), self._app.limits.max_json_bytes
@@ -109,11 +109,8 @@ def _parse(app: AppState, request: Request) -> InferRequest:
     if request.document is not None:
         return open_inference.read(request.document, memoryview(b""))
     length, limit = request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes
-    if not request.repeats:
-        return open_inference.parse(request.body, length, limit)
-    if request.text is None:
-        request.text = RepeatedText()
-    return request.text.parse(request.body, length, limit)
+    parse = open_inference.parse if request.text is None else request.text.parse
+    return parse(request.body, length, limit)
 
 
 def _timeout(app: AppState, parsed: InferRequest) -> float:
@@ -173,7 +170,7 @@ def _sequence_steps(
     if session is None:
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     accepted = served.loop.submit(chunk, timeout, settled)
-    if request.repeats and chunk.length == 1 and chunk.session is not None:
+    if request.text is not None and chunk.length == 1 and chunk.session is not None:
         request.repeat = RepeatedInferStep(name, app, served, chunk.session, request, respond, timeout)
     return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 

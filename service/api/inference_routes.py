@@ -1,10 +1,11 @@
 """The inference routes: the handler and the error format of each path. Called by the transport and by FastAPI."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import structlog
 from fastapi import Request as HttpRequest
@@ -14,10 +15,10 @@ from unroll.service.api.answer_log import ERROR, log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem
 from unroll.service.api.infer import infer
-from unroll.service.api.opening import open_session
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel, read_request
+from unroll.service.api.session_requests import close_session, open_session
 from unroll.service.api.steps import sequences, steps
 from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, UnrollError
 from unroll.service.sessions.attempts import Attempts
@@ -45,6 +46,7 @@ class Route:
     fixed: dict[int, str]
     begin: Callable[[AppState, Path, Request, Respond], Cancel]
     failure: Callable[[UnrollError], Answer]
+    method: str = "POST"
 
     def matches(self, path: Path) -> bool:
         return len(path) == self.parts and all(path[i] == part for i, part in self.fixed.items())
@@ -129,18 +131,18 @@ def _handle_again(route: Route, app: AppState, path: Path, request: Request, res
     return _DurableCall(route, app, path, request, respond).attempts().again()
 
 
-def _open(app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
-    opening = open_session(app, path[3], request)
+def _finish(route: Route, answer: Coroutine[Any, Any, Answer], respond: Respond) -> Cancel:
+    """Answer in a task, because the store may have to be waited for."""
 
     async def finish() -> None:
         try:
-            answer = await opening
+            found = await answer
         except Exception as error:  # noqa: BLE001 every request must be answered
-            answer = _SESSIONS.answer_to(error)
-        respond(answer)
+            found = route.answer_to(error)
+        respond(found)
 
-    task = asyncio.create_task(finish(), name="open a session")
-    return lambda: task  # which keeps it alive: a session is opened although its client disconnects
+    task = asyncio.create_task(finish(), name=route.name)
+    return lambda: task  # which keeps it alive: it is not cancelled when its client disconnects
 
 
 _STEPS = Route(
@@ -157,7 +159,21 @@ _SEQUENCES = Route(
     lambda app, path, request, respond: sequences(app, path[3], request, respond),
     problem,
 )
-_SESSIONS = Route("v1/sessions", 5, {1: "v1", 2: "models"}, _open, problem)
+_OPEN: Route = Route(
+    "v1/sessions",
+    5,
+    {1: "v1", 2: "models"},
+    lambda app, path, request, respond: _finish(_OPEN, open_session(app, path[3], request), respond),
+    problem,
+)
+_CLOSE: Route = Route(
+    "v1/sessions",
+    6,
+    {1: "v1", 2: "models", 4: "sessions"},
+    lambda app, path, request, respond: _finish(_CLOSE, close_session(app, path[3], request.own(path[5])), respond),
+    problem,
+    "DELETE",
+)
 _INFER = Route(
     "v2/infer",
     5,
@@ -177,21 +193,21 @@ _INFER_VERSION = Route(
 _ROUTES = {
     "steps": (_STEPS,),
     "sequences": (_SEQUENCES,),
-    "sessions": (_SESSIONS,),
+    "sessions": (_OPEN,),
     "infer": (_INFER, _INFER_VERSION),
 }
 
 
-def find(path: Path) -> Route | None:
-    """The inference route for a POST to this path, if there is one."""
-    for route in _ROUTES.get(path[-1], ()):
-        if route.matches(path):
+def find(method: str, path: Path) -> Route | None:
+    """The inference route of a request, if it is for one."""
+    for route in (_CLOSE,) if method == _CLOSE.method else _ROUTES.get(path[-1], ()):
+        if route.method == method and route.matches(path):
             return route
     return None
 
 
 def log(app: AppState, route: Route, path: Path, request: Request, answer: Answer) -> None:
-    session = path[5] if route is _STEPS else request.session
+    session = path[5] if route in (_STEPS, _CLOSE) else request.session
     known = {"model": split_reference(path[3])[0], "session": session, "position": request.position}
     log_answer(app.request_log, route.name, answer.status, answer.error, **known)
 
@@ -201,7 +217,7 @@ async def respond(app: AppState, http: HttpRequest) -> Response:
     request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
     http.scope[ERROR] = None  # logged below, not by the middleware
     parts = split(http.url.path)
-    route = find(parts)
+    route = find(http.method, parts)
     assert route is not None, parts
     started = perf_counter()
 

@@ -152,10 +152,11 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
     @api.delete(
         "/models/{model}/sessions/{session_id:segment}",
         summary="Close a session; running steps finish, waiting steps fail",
+        response_model=SessionInfo,
         responses=problems(404, 409, 410, 503),
     )
-    async def close(model: str, own_id: OwnId) -> SessionInfo:
-        return SessionInfo(**await session_operations.close_session(app, model, own_id))
+    async def close(model: str, session_id: str, http: HttpRequest) -> Response:
+        return await inference_routes.respond(app, http)
 
     @api.post(
         "/models/{model}/sessions/{session_id:segment}/fork",

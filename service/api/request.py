@@ -36,7 +36,7 @@ CONTENT_ENCODING = b"content-encoding"
 HEADER_LENGTH = b"inference-header-content-length"
 #: Key in an ASGI scope: the tenant of an admitted request.
 TENANT = "unroll.tenant"
-#: Key in an ASGI scope: the lock under which long bodies are decompressed. They do not count as held, so one exists.
+#: Key in an ASGI scope: the lock that admits one long decompressed body at a time, because these are not held bytes.
 LONG_BODIES = "unroll.long_bodies"
 
 #: Header of a reply that was too large to keep, so that a retry of its chunk is refused.
@@ -69,24 +69,11 @@ class Request:
         session, position: Id of the session and the specified position, if any, for the log.
         again: Handles the request again after another replica updated its session; None without a store.
         cancel: Cancels the work.
-        repeats: The next request on the connection may have the same headers, except for numbers.
-        repeat: Handles such a request; see `repeated_steps.py`.
-        text: The text of the last small Open Inference request on the connection.
+        repeat: Handles the next request with the same headers, except for numbers; see `repeated_steps.py`.
+        text: The text that such requests repeat, if the connection can have any.
     """
 
-    __slots__ = (
-        "again",
-        "body",
-        "cancel",
-        "document",
-        "headers",
-        "position",
-        "repeat",
-        "repeats",
-        "session",
-        "tenant",
-        "text",
-    )
+    __slots__ = ("again", "body", "cancel", "document", "headers", "position", "repeat", "session", "tenant", "text")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
@@ -95,7 +82,6 @@ class Request:
         self.tenant = tenant
         self.again: Callable[[], bool] | None = None
         self.cancel: Cancel = nothing_to_cancel
-        self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.text: RepeatedText | None = None
         self.session: str | None = None
@@ -276,6 +262,6 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
         if isinstance(made, bytes):
             body = made
         else:
-            async with scope[LONG_BODIES]:  # the caller parses it before others can run
+            async with scope[LONG_BODIES]:  # the caller parses it before another task can run
                 body = await asyncio.to_thread(made)
     return Request(headers, body, scope.get(TENANT, ""))

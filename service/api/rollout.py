@@ -95,8 +95,6 @@ class RolloutCall:
     """One rollout, from its request to its end.
 
     Args:
-        name, version, session_id: The session to start from.
-        wanted: The parameters.
         timeout: Seconds within which it must start.
         sink: Receives the outputs, then the end or an error.
     """

@@ -53,7 +53,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
-    if request.repeats and len(inputs[0]) == 1 and (document is not None or has_fixed_length(request.headers)):
+    if request.text is not None and len(inputs[0]) == 1 and (document is not None or has_fixed_length(request.headers)):
         kind = RepeatedStep if document is None else RepeatedJsonStep
         request.repeat = kind(app, served, session, request, respond, timeout)
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)

@@ -236,7 +236,7 @@ class SessionContended(Overloaded):
     """Another replica updated the session first. The API retries on the new state before a client sees this error.
 
     Attributes:
-        record: What the store has instead; None if it has no session, or that is not known.
+        record: The store's record; None if it has none, or if it is unknown.
     """
 
     code = "session_contended"

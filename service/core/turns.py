@@ -22,7 +22,7 @@ class Turns:
         self._scheduled = False
 
     def call(self, run: Callable[[], None], *, first: bool = False) -> None:
-        """Run a slice in a later turn, after the waiting ones, or before them (`first`)."""
+        """Run a slice in a later turn, after the waiting slices, or before them if `first`."""
         (self._waiting.appendleft if first else self._waiting.append)(run)
         if not self._scheduled:
             self._scheduled = True

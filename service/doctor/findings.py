@@ -165,7 +165,9 @@ def _sessions(facts: Facts, wanted: tuple[str, ...]) -> Iterator[Finding]:
         if problem is None:
             yield Finding(name, Status.OK, "loaded and run, with correct outputs")
         else:
-            yield Finding(name, Status.BROKEN, problem, needed=needed)
+            has_gpu = device != "cpu" and facts.driver and facts.driver.gpus
+            mend = f"if a library is missing: {_with_cuda(facts.machine)}" if has_gpu else None
+            yield Finding(name, Status.BROKEN, problem, mend, needed)
 
 
 def _verdict(facts: Facts, device: str, wanted: tuple[str, ...]) -> Finding:

@@ -1,33 +1,28 @@
 """The NVIDIA driver and its GPUs, through the driver's own library; nothing else needs to be installed."""
 
-import os
-from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buffer
+from ctypes import CDLL, byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buffer
+from pathlib import Path
 from typing import Any
 
 from unroll.service.doctor.facts import Driver, Gpu
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
-_RTLD_DI_LINKMAP = 2
-
-
-class _LinkMap(Structure):
-    _fields_ = (("address", c_void_p), ("name", c_char_p))
+_LIBRARY = "libcuda.so.1"
 
 
 def find() -> Driver | None:
     """Return the driver, or None if its library is missing."""
     try:
-        library = CDLL("libcuda.so.1")
+        library = CDLL(_LIBRARY)
     except OSError:
         return None
-    return ask(library, path_of(library))
+    return ask(library, path_of("libcuda.so") or _LIBRARY)
 
 
-def path_of(library: CDLL) -> str:
-    """Return the file of a loaded library, with links followed."""
-    found = POINTER(_LinkMap)()
-    CDLL(None).dlinfo(c_void_p(library._handle), _RTLD_DI_LINKMAP, byref(found))
-    return os.path.realpath(os.fsdecode(found.contents.name))
+def path_of(name: str) -> str | None:
+    """Return the file, with links followed, of a library that this process has loaded and whose name begins so."""
+    paths = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    return next((path for path in paths if Path(path).name.startswith(name)), None)
 
 
 def ask(cuda: Any, path: str) -> Driver:

@@ -196,7 +196,6 @@ class ModelRepository:
         """Serve a bundle, unless it is served already.
 
         Args:
-            key: Name and version.
             refused: Receives the reason if the bundle is refused.
             seconds: Processor time for its trial; None for the limit.
 

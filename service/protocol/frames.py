@@ -48,7 +48,6 @@ class SingleEntryFrame(NamedTuple):
     """A frame of one chunk.
 
     Attributes:
-        handle: Handle of the session.
         steps: T, its time steps.
         position: Position of the first step; None if the client did not specify it.
         inputs: Each (T, *shape).
@@ -116,7 +115,6 @@ class FrameCodec:
     """Decodes the frames of steps for a model.
 
     Args:
-        inputs: The model's inputs.
         max_steps: Maximum number of time steps per chunk.
 
     Attributes:

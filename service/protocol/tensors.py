@@ -37,7 +37,6 @@ class Codec:
     """Encodes and decodes the tensors of one model: (time, *shape) each, and (*shape) for outputs without time.
 
     Args:
-        manifest: The model's manifest.
         max_steps: Maximum number of time steps per request.
         max_sequences: Maximum number of sequences per request.
     """

@@ -56,13 +56,16 @@ class Batch:
         self._targets.append(targets)
         self._blocks.append(block)
 
-    def outputs_of(self, row: int, outputs: Tensors, traits: ModelTraits) -> Tensors:
-        """One row of the batch's `outputs`, without padding."""
-        own = tuple([array[row, ...] for array in outputs])
-        steps = self.lens[row]
+    def outputs_of(self, rows: int | slice, steps: int, outputs: Tensors, traits: ModelTraits) -> Tensors:
+        """The batch's `outputs` of one row or of adjacent rows of `steps` steps each, without padding."""
         if steps == self.longest:
-            return own
-        return tuple([array[:steps] if spec.time else array for spec, array in zip(traits.outputs, own, strict=True)])
+            return tuple([array[rows, ...] for array in outputs])
+        return tuple(
+            [
+                np.ascontiguousarray(array[rows, :steps]) if spec.time else array[rows, ...]
+                for spec, array in zip(traits.outputs, outputs, strict=True)
+            ]
+        )
 
     def seal(self, now: float) -> Self:
         """Build the arrays; the batch can then run."""

@@ -1,7 +1,7 @@
 """Commits: work of durable sessions is written to the store after it runs, and counts as applied afterwards.
 
 The store refuses a commit if another replica has updated the session. Then all accepted work of the session fails, and
-starts again on the record that the refusal brought.
+is submitted again, based on the record that came with the refusal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,6 @@ class Commits:
         """One commit per chunk, and one per successful row of a group.
 
         Args:
-            model: The model's name.
             pending: Returned by `Scheduler.complete`.
             read_rows: Reads the states in the given slots.
         """
@@ -162,7 +161,7 @@ class Commits:
         progress = session.own_progress
         behind, progress.pending = progress.pending or [], None
         record = error.record if isinstance(error, SessionContended) else None
-        # A copy that was stale before remains stale: calls are waiting for its lookup, and precede what starts again.
+        # A copy that was already stale stays so: calls that wait for its lookup precede the work that fails here.
         if record is None or record.origin != session.origin or session.life is not OPEN or durable.stale:
             durable.stale = True
         else:

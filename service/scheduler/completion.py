@@ -93,14 +93,15 @@ class Completion:
             assert progress is not None  # a session with a chunk is not in a cohort
             progress.position = reply.position
             session.source = session.slot
-            if session.applied is not None or len(chunk.inputs[0]) > 1 or chunk.final:
+            # A chunk that ends its session is retried by its position.
+            if chunk.pinned if chunk.final else session.applied is not None or len(chunk.inputs[0]) > 1:
                 reply.kept = self.replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         self._answer(chunk, reply, now)
         if chunk.final and session is not None and session.life is OPEN:
             self.close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
 
     def adopt(self, session: Session, record: Record) -> None:
-        """The session goes on from a record; the caller writes its state row, if it has one."""
+        """Continue the session from a record. The caller writes the record's state row, if it has one."""
         if session.durable is not None:
             session.durable.token, session.durable.stale = record.token, False
         progress = session.own_progress

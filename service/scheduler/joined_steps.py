@@ -97,7 +97,6 @@ class JoinedSteps:
             position: The position that the client specified, or None.
             step: The step's inputs, concatenated, of the right length.
             deadline: The time by which the step must start.
-            listener: Receives the outcome.
 
         Returns:
             False if nothing was changed, and the step must be submitted as a chunk.

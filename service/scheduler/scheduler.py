@@ -263,20 +263,21 @@ class Scheduler:
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
         if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
             self.replay.write_steps(batch.targets, batch.inputs, outputs, failed)
-        take_in = self._completion.take_in
+        take_in, outputs_of = self._completion.take_in, batch.outputs_of
         row = 0
         for work in batch.work:
             if isinstance(work, Group):
                 end = row + len(work.sessions)
                 errors = {i - row: failed[i] for i in range(row, end) if i in failed} if failed else {}
-                self.groups.take_in(work, tuple([array[row:end] for array in outputs]), errors, now)
+                self.groups.take_in(work, outputs_of(slice(row, end), work.length, outputs, self.traits), errors, now)
                 row = end
                 continue
             if row in failed:
                 work.running = False
                 self._completion.fail(work, failed[row], now)
             else:
-                take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
+                ran = batch.lens[row]
+                take_in(work, outputs_of(row, ran, outputs, self.traits), ran, now)
             row += 1
         self._completion.batch_rows = 0
         if self._admission.begins_overload(batch.rows, now):

@@ -59,7 +59,6 @@ class Durable:
     """The link between a session and its record in the store.
 
     Attributes:
-        origin: The session's serialised origin.
         token: Token of the last commit, which the next commit must name; empty before the first.
         stale: The store may have another state, so the session must be looked up before its next use.
     """
@@ -98,7 +97,6 @@ class Session(Used):
     """One client's session.
 
     Attributes:
-        slot: Its row in the arena.
         source: The row that its next chunk reads: the initial row until the first chunk is applied, then `slot`.
         progress: None while the session is in a `cohort`, which tracks progress for all its sessions.
         depth: How many chunks a stream may have in flight for the session, and so how many are kept for retries.
@@ -164,7 +162,6 @@ class Cohort(Used):
     The sessions' other fields stay as they were when the cohort was formed.
 
     Attributes:
-        slots: Their rows in the arena.
         positions: Steps consumed by each, uint64.
         active: The step that is running or waiting; the sessions have no other work.
         last: Inputs and outputs of the last step, which go to the step table when the cohort is dissolved; None if they

@@ -6,7 +6,7 @@ from unroll.service.core.errors import NeedsStoreLookup, SessionContended, Unrol
 from unroll.service.core.session_ids import shown
 from unroll.service.sessions.in_memory import MemorySessions
 
-#: Times that a call starts again, and store lookups per call, before it fails with `session_contended`.
+#: Maximum number of restarts, and of store lookups, per call before it fails with `session_contended`.
 ATTEMPTS = 8
 
 
@@ -47,7 +47,7 @@ class Attempts:
         return True
 
     def look_up(self, session_id: str) -> None:
-        """Begin when the session was looked up, after what waits for that already."""
+        """Begin after a lookup of the session, and after the calls that already wait for one."""
         if self._lookups:
             self._lookups -= 1
             self._sessions.verify(self._name, session_id, self._verified)

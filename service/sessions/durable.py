@@ -1,10 +1,10 @@
 """Durable sessions: loads them from the store on demand, and writes all changes other than steps to the store.
 
-A request for a session that is not here, or has a copy here that may be stale, waits for a store lookup and is then
-handled again. The lookups of one turn of the event loop share an exchange. Requests for one session keep their order.
+A request for a session without a local copy, or with one that may be stale, waits for a store lookup and is then
+handled again. Lookups from one turn of the event loop share an exchange. Requests for one session keep their order.
 While such a request is handled, its session is verified (`is_verified`): the local copy, or its absence, matches the
-store. A request that arrived after its lookup was sent is handled too, but unverified: the store may have answered
-before another replica updated the session.
+store. A request that arrives after the lookup was sent is handled too, but unverified: another replica may have updated
+the session after the store answered.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ class DurableSessions(MemorySessions):
         self._store = store
         self._tokens = Tokens()
         self._waiting: dict[Key, list[OnVerified]] = {}
-        self._looked_up: list[Key] = []  # of them, those whose lookups leave together
+        self._looked_up: list[Key] = []  # keys whose lookups will be sent together
         self._verified: Key | None = None
         #: Records whose `take` got no answer from the store, with the attempt's token.
         self._in_doubt: dict[Key, tuple[Record, bytes]] = {}
@@ -99,7 +99,7 @@ class DurableSessions(MemorySessions):
         self._waiting[key] = [then]
         found = self.directory.living(*key)
         durable = None if found is None else found[1].durable
-        if not self.directory.versions.of(name) or (found is not None and durable is None):  # the store has no other
+        if not self.directory.versions.of(name) or (found is not None and durable is None):  # nothing to look up
             asyncio.get_running_loop().call_soon(self._call_waiting, key, None)
         elif found is None or durable is None:
             self._look_up(key)
@@ -125,14 +125,14 @@ class DurableSessions(MemorySessions):
                 if error is not None:
                     raise error
                 future.set_result(call())
-            except Exception as reason:  # noqa: BLE001 it belongs to the caller
+            except Exception as reason:  # noqa: BLE001 raised in the caller
                 future.set_exception(reason)
 
         self.verify(name, session_id, then)
         return await future
 
     def _look_up(self, key: Key) -> None:
-        """Look up a session without accepted work, together with the others of this turn of the event loop."""
+        """Look up a session without accepted work. Lookups from one turn of the event loop are sent together."""
         if key in self._in_doubt:
             self._run(self._bring_in(key, *self._in_doubt[key]))
             return
@@ -150,7 +150,7 @@ class DurableSessions(MemorySessions):
         task.add_done_callback(self._tasks.discard)
 
     async def _look_up_busy(self, key: Key, served: ServedModel, session: Session) -> None:
-        with suppress(UnrollError):  # it ended, or the work before it failed: either way none is left
+        with suppress(UnrollError):  # the session ended or its work failed; either way, no work is left
             await served.loop.act(session, lambda session: None)
         self._look_up(key)
 
@@ -162,11 +162,11 @@ class DurableSessions(MemorySessions):
         except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
             found = [_unreadable(key, reason) for key in keys]
         for each in zip(keys, found, counts, strict=True):
-            # In a call of its own, so that whatever goes wrong with one leaves the others alone.
+            # Separate calls, so that an error in one does not affect the rest.
             asyncio.get_running_loop().call_soon(self._settle, *each)
 
     def _settle(self, key: Key, found: Found, count: int) -> None:
-        """Make the copy here what was found, and call what waits for it; `count` came before the lookup was sent."""
+        """Update the local copy from a lookup, and call the waiting calls; `count` arrived before it was sent."""
         left: Found = None
         here = self.directory.living(*key)
         if here is not None and here[1].durable is not None and here[1].active is not None:  # opened here since
@@ -189,7 +189,7 @@ class DurableSessions(MemorySessions):
         self._call_waiting(key, left, count)
 
     async def _bring_in(self, key: Key, record: Record, attempt: bytes) -> None:
-        """Take a memory session's record from the store. If there is no answer, the next lookup finds out."""
+        """Take a memory session's record from the store. If the store does not answer, the next lookup tries again."""
         error = None
         try:
             self._in_doubt[key] = record, attempt
@@ -206,9 +206,9 @@ class DurableSessions(MemorySessions):
         self._call_waiting(key, error)
 
     def _call_waiting(self, key: Key, left: Found, count: int | None = None) -> None:
-        """Call what waits, verified or, after `count` of them, in its turn.
+        """Call the waiting calls in order: the first `count` (None: all) verified, the rest not.
 
-        left: what the store has of a session whose version is not here; or why the lookup failed.
+        left: what the store has for a session whose version is not served here, or why the lookup failed.
         """
         error = left if isinstance(left, UnrollError) else None
         waiting = self._waiting.pop(key)

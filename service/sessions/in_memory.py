@@ -65,7 +65,7 @@ class MemorySessions:
         """Raises NeedsStoreLookup unless the session is verified."""
 
     def verify(self, name: str, session_id: str, then: OnVerified) -> None:
-        """Call `then` while the session is verified; it is not if others had it looked up before this call."""
+        """Call `then` while the session is verified, or unverified if an earlier call's lookup was already sent."""
         then(None)
 
     async def verified(self, name: str, session_id: str | None, call: Callable[[], T]) -> T:

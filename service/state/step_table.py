@@ -30,7 +30,6 @@ class StepTable:
         """Write one step per session.
 
         Args:
-            slots: The sessions' arena rows.
             inputs: Each (len(slots), 1, *shape).
             outputs: Each (len(slots), 1, *shape), or (len(slots), *shape) without time.
         """

@@ -57,9 +57,7 @@ class Report:
 
     Attributes:
         result: `unreadable` if the file as a whole is damaged or cannot be opened.
-        reason: Why it is unreadable.
         sessions, closed, expired: Number of sound entries: open sessions, and traces of ended ones.
-        damaged: Damaged entries.
         removed: Number of damaged entries that were removed.
         file_bytes, used_bytes: Size of the file, and of the pages in use.
     """
@@ -76,10 +74,7 @@ class Report:
 
 
 def check(folder: Path, *, repair: bool = False) -> Report:
-    """Check the store in a folder in a child process.
-
-    repair: Remove the damaged entries.
-    """
+    """Check the store in a folder in a child process; `repair` removes damaged entries."""
     # -P: modules in the current directory must not shadow ours.
     command = [sys.executable, "-P", "-m", __name__, str(folder), *(["repair"] if repair else [])]
     ran = subprocess.run(command, capture_output=True, text=True)

@@ -287,7 +287,7 @@ class EmbeddedStore:
 
 
 def _intact(content: Any) -> Record | None:
-    """The record of a session's entry; None if it is damaged."""
+    """The record in an entry; None if it is damaged."""
     try:
         return Entry.read(bytes(content)).record()
     except SnapshotInvalid:

@@ -29,7 +29,6 @@ class Commit:
 
     Attributes:
         expected: The token of the previous record; empty if the session must not exist.
-        token: The token of this record.
         content: The record, from `pack`.
         begins: This is the session's first commit.
         ends: The commit closes the session. Its last chunk stays available for retries; the row is removed.
@@ -44,7 +43,7 @@ class Commit:
 
 
 def refused_commit(key: Key, record: Record | None) -> SessionContended:
-    """The result of a commit that does not follow what the store has. record: None if it has no session."""
+    """The result of a commit whose `expected` token is not the store's. record: the store's, if it has the session."""
     error = SessionContended(f"session {shown(key[1])!r} was updated by another replica; retry", 0.1)
     error.record = record
     return error
@@ -122,7 +121,7 @@ class Store(Pages, Protocol):
         """The record, or how the session ended, or None if it is unknown. Does not extend the session's life."""
 
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
-        """The same of many sessions, in one exchange; in place of a record that cannot be read, the error."""
+        """`load` for many sessions in one exchange. A record that cannot be read is replaced by its error."""
 
     async def close(self, key: Key) -> int | None:
         """Close a session, whatever its token. Returns its position, or None if there is none."""

@@ -151,11 +151,9 @@ def pack_steps(
     """`pack` for many sessions at once, each of depth 1 with its last chunk.
 
     Args:
-        origins: Serialised origins.
         positions: Positions after the chunk, uint64.
         steps: Time steps of the chunk.
         rows: (sessions, state_size), float32.
-        digests: Payload digests.
         outputs: (sessions, bytes), uint8.
     """
     row, kept = rows[0].nbytes, outputs.shape[1]

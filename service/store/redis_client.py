@@ -40,7 +40,7 @@ from unroll.service.store.interface import StoreRefused
 
 #: Exceptions of redis-py if there is no reply.
 FAILURES = (RedisError, RedisClusterException, OSError)
-#: After which another connection may help: this one is dead, or leads to a server that is no longer the primary.
+#: Exceptions after which a new connection may help: this one is dead, or its server is no longer the primary.
 LOST = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, MasterDownError)
 _SENTINEL_PORT = 26379
 #: Options that name files.
@@ -82,7 +82,7 @@ class _SentinelConnection(_Packing, SentinelManagedConnection):
 
 
 def connect(url: str, timeout: float) -> Any:
-    """Create a client, which connects on first use, and sends nothing twice.
+    """Create a client, which connects on first use and never retries.
 
     Args:
         url: See `SCHEMES`. For Sentinels: `redis+sentinel://[user:password@]host:port,host:port/service[/db]`, or

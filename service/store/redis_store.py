@@ -12,8 +12,9 @@ Every access to a session is one call of a function on these two keys, so it is 
 of a script, which executes them in order; each succeeds or fails by itself. How many writes a crash of Redis loses
 depends on its `appendfsync`.
 
-If the connection breaks, its calls are sent once more. The script recognises a call that it has executed, unless
-another replica has written since: then it refuses the call. So a refusal of the second attempt counts as no answer.
+If the connection breaks, its calls are sent once more. The script recognises a call that it has already executed,
+unless another replica has written since; then it refuses the call. So if the second attempt is refused, the outcome is
+unknown.
 """
 
 import asyncio
@@ -271,12 +272,12 @@ class RedisStore:
         return [lost if _is_refused(call[1][0], reply) else reply for call, reply in zip(calls, replies, strict=True)]
 
     async def _ask(self, ask: Callable[[], Awaitable[T]]) -> tuple[T, RedisError | None]:
-        """The answer; and why there was none the first time, if it had to be asked for twice."""
+        """Return the answer, and the first attempt's error if a second was needed."""
         try:
             return await ask(), None
         except LOST as lost:
             if isinstance(self._client, RedisCluster):
-                await self._client.aclose()  # then it looks for the nodes again
+                await self._client.aclose()  # so that it discovers the nodes again
             return await ask(), lost
 
     async def _execute_together(self, calls: Sequence[_Call]) -> list[Any]:
@@ -356,7 +357,7 @@ def _function_of(commit: Commit) -> bytes:
 
 
 def _is_refused(function: bytes, reply: Any) -> bool:
-    """Does the reply mean that the session had another token?"""
+    """Whether the store had another token for the session."""
     if isinstance(reply, RedisError):
         return False
     return reply != 1 if function == b"write" else not reply

@@ -36,10 +36,8 @@ class Statistics:
 
         Args:
             now: Time on the server's clock.
-            rows: Rows of the batch.
             steps, queue_seconds: Totals over all rows.
             answered, failed: Requests that ended with this batch; other rows have more pieces to run.
-            run_seconds: Duration of the batch.
         """
         self._last = now
         self._steps += steps

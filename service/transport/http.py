@@ -29,6 +29,7 @@ from unroll.service.api.request import (
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
 from unroll.service.core.turns import LONG_BYTES
+from unroll.service.protocol.open_inference import RepeatedText
 from unroll.service.transport.head import (
     Refused,
     check_head,
@@ -91,7 +92,7 @@ class HttpProtocol(LimitedProtocol):
         self._respond = self._answer
         self._route: Route | None = None
         self._path: inference_routes.Path = []
-        self._route_url = b""
+        self._asked = b"", b""  # method and URL of the last request
         self._known: KnownHead | None = None  # the last request's head, if that was for `_route`
         self._misses = 0  # consecutive requests with a new head
         self._data = b""  # the segment being parsed, if no request was open before it
@@ -172,7 +173,7 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
-        exchange.repeats, exchange.repeat, exchange.text = False, None, None
+        exchange.repeat = exchange.text = None
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
@@ -215,7 +216,7 @@ class HttpProtocol(LimitedProtocol):
                 return
             if exchange.keep_alive and self._misses < _MOST_MISSES:
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
-                exchange.repeats = self._known is not None
+                exchange.text = None if self._known is None else RepeatedText()
             if CONTENT_ENCODING in exchange.headers:
                 self._long_body.decode(exchange)
             elif size > LONG_BYTES:
@@ -228,7 +229,7 @@ class HttpProtocol(LimitedProtocol):
         exchange, route = self._exchange, self._route
         assert route is not None
         exchange.begin(route, 0, not self.unroll.draining)
-        exchange.repeats, self._misses = True, 0
+        self._misses = 0
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(known.headers, INFER, changes=True)
@@ -265,13 +266,14 @@ class HttpProtocol(LimitedProtocol):
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""
-        if self._busy() or self.expect_100_continue or self.parser.get_method() != b"POST":
+        asked = self.parser.get_method(), self.url
+        if self._busy() or self.expect_100_continue or asked[0] not in (b"POST", b"DELETE"):
             return None
-        if self.url != self._route_url:  # most clients repeat their last route
+        if asked != self._asked:  # most clients repeat their last route
             path = self.url.partition(b"?")[0].decode("ascii", "replace")
             self._path = split(path)
-            self._route = inference_routes.find(self._path)
-            self._route_url = self.url
+            self._route = inference_routes.find(asked[0].decode(), self._path)
+            self._asked = asked
         return self._route
 
     def _consider_offer(self, version: str, headers: Headers) -> None:

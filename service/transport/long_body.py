@@ -74,7 +74,7 @@ class LongBody:
         except UnrollError as error:
             self._fail(error)
         else:
-            self._turns.call(lambda: self._finish(request), first=True)  # a document is several times its text
+            self._turns.call(lambda: self._finish(request), first=True)  # frees the parsed document, which is large
 
     def _finish(self, request: Request) -> None:
         if not self._is_lost():

@@ -161,13 +161,6 @@ const scenarios = {
     await session.close();
     return found;
   },
-  async faults() {
-    const stream = await client.stream("lstm");
-    const [streamed] = await stream.open();
-    const session = await client.session("lstm");
-    const found = await Promise.all([live(session), live(streamed)]);
-    return { found, positions: [session.position, streamed.position] };
-  },
 };
 
 const result = {};

@@ -61,7 +61,7 @@ def test_several_processes_share_the_clients(bench: Any) -> None:
 def test_the_report_says_who_had_the_cores(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "lstm", "--url", server.url, "--seconds", "0.2", "--clients", "2"]) == 0
     printed = capsys.readouterr().out
-    for words in ("closed loop", "refused    none", "p50 ", "p99 ", "▁", "█", "cores busy", "on the same machine"):
+    for words in ("closed loop", "refused    none", "p50 ", "p99 ", "▁", "█", "cores busy", "shares this machine"):
         assert words in printed
 
 

@@ -29,6 +29,9 @@ OF_EXAMPLES = (
     *("stream-payload-mismatch", "stream-wrong-values", "stream-message-refused", "stream-message-too-large"),
 )
 
+#: Wrong as another one is, or slow, since it waits.
+LONG = {"never_stops", "rolls_out_the_rest", "yields_at_the_end"}
+
 #: What finds each wrong client, and what it masters.
 CAUGHT = {
     "never_retries": (["rest-retry-after", "stream-outputs-lost", "stream-closing"], ["rest-steps-and-chunks"]),
@@ -104,7 +107,7 @@ async def test_the_javascript_example_goes_as_far_as_it_says(node: list[str]) ->
 
 @pytest.mark.parametrize(
     "wrong",
-    [pytest.param(each, marks=pytest.mark.long) if each == "yields_at_the_end" else each for each in WRONGS],  # waits
+    [pytest.param(each, marks=[pytest.mark.long] if each in LONG else []) for each in WRONGS],
 )
 async def test_wrong_clients_are_caught(wrong: str) -> None:
     by, masters = CAUGHT[wrong]
@@ -121,7 +124,7 @@ def test_a_report_says_what_was_expected_and_what_was_seen(capsys: pytest.Captur
     assert suite.main(["--client", client, "--only", "stream-outputs-*e", "--jobs", "1", "--json", str(results)]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "failed      stream-outputs-twice",
-        "            Outputs that come twice are not taken for those of the next step.",
+        "            Duplicate outputs are not mistaken for those of the next step.",
         '            - command 3, {"do": "step", "session": "a", "values": [3, 4]}: '
         "expected outputs [53.5], saw [21.0]",
         "passed      stream-outputs-lost-thrice",

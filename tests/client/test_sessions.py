@@ -252,7 +252,7 @@ def test_seconds_that_are_none(kind: Any) -> None:
         with pytest.raises(errors.InvalidInput, match=r"timeout is .*: give the seconds for one attempt"):
             kind("http://127.0.0.1", timeout=seconds)
     for seconds in (math.nan, -1):
-        with pytest.raises(errors.InvalidInput, match=r"retry_for is .*: give the seconds"):
+        with pytest.raises(errors.InvalidInput, match=r"retry_for is .*: give seconds"):
             kind("http://127.0.0.1", retry_for=seconds)
 
 
@@ -303,9 +303,9 @@ def test_an_answer_of_something_else() -> None:
         serving.start()
         try:
             with Client(f"http://127.0.0.1:{other.server_port}", retry_for=0) as client:
-                with pytest.raises(errors.ServerError, match="no answer of Unroll"):
+                with pytest.raises(errors.ServerError, match="did not come from Unroll"):
                     client.model("co2")
-                with pytest.raises(errors.ServerError, match="no answer of Unroll"):
+                with pytest.raises(errors.ServerError, match="did not come from Unroll"):
                     client.models()
                 with pytest.raises(errors.ServerError, match="redirected to https://elsewhere"):
                     client.model("moved")

@@ -93,7 +93,7 @@ def test_outputs_of_other_positions_and_handles_are_none_of_the_call() -> None:
         calls.receive(frame)
     assert not call.settled
     for frame in (b"\x02", b"\x05" + bytes(23), outputs(one.handle, 1, 1.0)[:-1]):
-        with pytest.raises(errors.UnrollError, match="none of 'm'"):
+        with pytest.raises(errors.UnrollError, match="an invalid frame for 'm'"):
             calls.receive(frame)
 
 

@@ -105,7 +105,7 @@ def test_a_second_run_continues_the_session(run: Run, oracle: Oracles, x: np.nda
     _, out, _ = run("lstm", "--session", "kept", "--durability", "stored", stdin=as_csv(x[:40]))
     assert np.array_equal(from_csv(out), right[:40])
     status, out, err = run("lstm", "--session", "kept", stdin=as_csv(x))
-    assert (status, err) == (0, "session 'kept' has had 40 steps: as many rows are skipped\n110 steps\n")
+    assert (status, err) == (0, "session 'kept' is at step 40: skipping as many rows\n110 steps\n")
     assert np.array_equal(from_csv(out), right[40:])
 
 
@@ -114,16 +114,20 @@ def test_a_second_run_continues_the_session(run: Run, oracle: Oracles, x: np.nda
     [
         (("lstm",), b"1,2\n", "row 1 has 2 values, and a time step of 'lstm' has 3; --columns chooses some"),
         (("lstm",), b"a,b,c\n1,2,x\n", "row 2: 'x' takes float32: could not convert"),
-        (("lstm",), b"a,b,c\n1,,3\n", "row 2: a value of 'x' is missing: fill the gap, or leave the row out"),
+        (("lstm",), b"a,b,c\n1,,3\n", "row 2: a value of 'x' is missing: fill the gap, or omit the row"),
         (("lstm", "--columns", "d"), b"a,b,c\n1,2,3\n", "there is no column 'd'; there are ['a', 'b', 'c']"),
         (("lstm", "--columns", "a"), b"1,2,3\n", "--columns needs a first row that names the columns"),
         (("lstm",), b"1,2,nan\n", "non_finite_input"),
         (("lstm", "--format", "jsonl"), b"[1,2,3]\n[1,2\n", "line 2 is not JSON"),
         (("lstm", "--format", "jsonl"), b"[1,2]\n", "line 1: 'x' has the shape (2,)"),
-        (("lstm", "--format", "wav"), b"RIFF", "no WAV file"),
-        (("lstm", "--format", "wav"), as_wav(np.zeros(3), 8_000), "no whole number of samples a second: add --to csv"),
-        (("lstm", "--to", "wav"), b"1,2,3\n", "--to wav needs a WAV file to read"),
-        (("lstm", "--format", "lines"), b"a", "no model of bytes"),
+        (("lstm", "--format", "wav"), b"RIFF", "not a readable WAV file"),
+        (
+            ("lstm", "--format", "wav"),
+            as_wav(np.zeros(3), 8_000),
+            "not a whole number of samples a second: add --to csv",
+        ),
+        (("lstm", "--to", "wav"), b"1,2,3\n", "--to wav needs a WAV file as input"),
+        (("lstm", "--format", "lines"), b"a", "not a model of bytes"),
         (("lstm", "--format", "raw"), bytes(13), "the last time step has 1 of 12 bytes"),
         (("last",), b"1,2,3\n", "output without a time axis"),
         (("nothing",), b"", "model_unknown"),
@@ -162,7 +166,7 @@ def test_a_wav_that_ends_within_a_time_step_is_filled_with_zeros(run: Run, oracl
     x = np.array([0.5, 0.25, -0.5, 0.125], np.float32)
     _, out, err = run("lstm", "--format", "wav", "--to", "raw", stdin=as_wav(x, 8_000))
     assert out == oracle("lstm")(np.pad(x, (0, 2)).reshape(2, 3)).tobytes()
-    assert err == "the last time step is filled with 2 zeros\n2 steps\n"
+    assert err == "the last time step is padded with 2 zeros\n2 steps\n"
 
 
 def test_bytes_of_text_and_those_that_follow(run: Run, oracle: Oracles) -> None:
@@ -228,4 +232,4 @@ def test_a_rollout_writes_bytes_of_a_model_that_takes_bytes_only(roll: Run, serv
         words = ("--format", "lines", "--map", mapped, "--session", session.id)
         status, out, err = roll("lstm", "--steps", "2", *words)
     assert (status, out) == (1, b"")
-    assert "'lstm' is no model of bytes" in err
+    assert "'lstm' is not a model of bytes" in err

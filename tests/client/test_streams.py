@@ -101,7 +101,7 @@ def test_sessions_that_are_closed_or_of_another_stream_are_refused_at_once(clien
         one.close()
         with pytest.raises(errors.SessionClosed):
             one.step([1.0, 2.0, 3.0])
-        with pytest.raises(errors.InvalidInput, match="not of this stream"):
+        with pytest.raises(errors.InvalidInput, match="belongs to another stream"):
             stream.step([three], np.ones((1, 3), np.float32))
         assert two.step([1.0, 2.0, 3.0]).shape == (2,)
         assert (two.position, three.position) == (1, 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from oracle import Oracle
@@ -276,6 +277,21 @@ def state_space(s: Any, x: Tensor) -> Tensor:
 def test_complex_states_are_pairs_of_real_numbers(few_steps: None, tmp_path: Path, module: Any) -> None:
     parts = {"r": nn.Parameter(torch.rand(4) / 2), "head": nn.Linear(4, 4)}
     answers_step_by_step(made(module, **parts) if module is state_space else module(), tmp_path)
+
+
+def decaying(s: Any, x: Tensor) -> Tensor:
+    h, outs = zeros(x), []
+    for step in x.unbind(1):
+        h = h * torch.exp(-s.r.exp()) + step
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+def test_what_a_step_makes_of_weights_alone_is_a_constant(few_steps: None, tmp_path: Path) -> None:
+    answers_step_by_step(made(decaying, r=nn.Parameter(torch.rand(4))), tmp_path)
+    graph = onnx.ModelProto.FromString((tmp_path / "m" / "1" / "model.onnx").read_bytes()).graph
+    (scan,) = (node for node in graph.node if node.op_type == "Scan")
+    assert "Exp" not in {node.op_type for node in [*graph.node, *scan.attribute[0].g.node]}
 
 
 def numbered(s: Any, x: Tensor) -> Tensor:

@@ -2,43 +2,54 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.conftest import Servers
+from faults.conftest import Servers, start_server
 from faults.crowd import Crowd
 from faults.proxy import CUTS, Fault, FaultProxy
 from faults.wires import WAYS, Broken, Reply, Stream, Wires
 from oracle import Oracle
 from redis_server import RedisServer
+from serving import Running
 
 X = np.array([[0.25, -0.5], [1.5, 0.75]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: Path, redis_process: RedisServer) -> Iterator[list[Running]]:
+    redis_process.flush()
+    pair = [start_server(tiny, store=redis_process.url) for _ in range(2)]
+    yield pair
+    for server in pair:
+        server.stop()
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fault", CUTS)
 async def test_a_cut_is_answered_by_the_retry(
-    servers: Servers, wires: Wires, oracle: Oracle, redis_server: RedisServer, fault: Fault, way: str
+    pair: list[Running], wires: Wires, oracle: Oracle, fault: Fault, way: str
 ) -> None:
     """At another replica: a cut connection does not show whether the chunk was applied."""
-    server, other = servers(2, store=redis_server.url)
-    await wires.call("POST", server.port, "/sessions", {"session_id": "a"})
+    (server, other), session = pair, f"{fault}-{way}"
+    await wires.call("POST", server.port, "/sessions", {"session_id": session})
     async with FaultProxy(server.port) as proxy:
-        stream = Stream(wires, proxy.port, "a")
+        stream = Stream(wires, proxy.port, session)
 
         def send(x: np.ndarray, position: int) -> Awaitable[Reply]:
-            return stream.send(x, position) if way == "stream" else wires.send(way, proxy.port, "a", x, position)
+            return stream.send(x, position) if way == "stream" else wires.send(way, proxy.port, session, x, position)
 
         await send(X[:1], 0)
         proxy.draw = lambda: fault
         with pytest.raises(Broken):
             await send(X[1:], 1)
         stream.close()
-        retry = await wires.send("raw", other.port, "a", X[1:], 1)
+        retry = await wires.send("raw", other.port, session, X[1:], 1)
     assert (retry.outputs, retry.position) == (oracle(X)[1:].tobytes(), 2)
-    assert (await wires.call("GET", server.port, "/sessions/a")).position == 2
+    assert (await wires.call("GET", server.port, f"/sessions/{session}")).position == 2
 
 
 async def test_bad_networks_everywhere(servers: Servers, oracle: Oracle, redis_server: RedisServer) -> None:

@@ -18,7 +18,7 @@ from unroll.service.core.failpoints import NAMES
 X = np.random.default_rng(6).standard_normal((4, 2)).astype(np.float32)
 
 
-@pytest.fixture(params=["redis", "embedded"])
+@pytest.fixture
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a store that replicas share."""
     if request.param == "embedded":
@@ -49,6 +49,7 @@ class Session:
         assert b"".join(reply.outputs for reply in self.replies) == oracle(X).tobytes()
 
 
+@pytest.mark.parametrize("store", ["redis", pytest.param("embedded", marks=pytest.mark.long)], indirect=True)
 async def test_the_owner_wakes_up(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
     """Stopped with an unread step of the session: another replica ran that step and the next."""
     owner, other = cluster = replicas(2, "--store", store)
@@ -68,6 +69,7 @@ async def test_the_owner_wakes_up(store: str, replicas: Replicas, wires: Wires, 
         session.check(oracle)
 
 
+@pytest.mark.parametrize("store", [pytest.param("redis", marks=pytest.mark.long), "embedded"], indirect=True)
 async def test_the_owner_is_stopped_at_its_commit(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
     """Stopped at its second commit: it computed the step, and so did another replica, which may have advanced since."""
     owner, other = replicas(2, "--store", store)

@@ -41,46 +41,8 @@ def dilated_gru() -> nn.Module:
     return First(DRNN(4, 8, 2, [1, 2], cell_type="GRU"))
 
 
-@entry(
-    "gluonts", "the LSTM of DeepAR and the parameters that it forecasts", "x:float32:7", alone=True, needs=("toolz",)
-)
-def gluonts_deepar() -> nn.Module:
-    from gluonts.torch.model.deepar.module import DeepARModel
-
-    sizes: Any = {"num_feat_dynamic_real": 1, "num_feat_static_real": 1, "num_feat_static_cat": 1, "cardinality": [1]}
-
-    class Network(nn.Module):
-        """What training and forecasting run: the features of each step come from the series and its lags."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = DeepARModel("D", 8, 4, **sizes, hidden_size=8, lags_seq=[1, 2, 3])
-
-        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            parameters: tuple[Tensor, ...] = self.model.param_proj(self.model.rnn(x)[0])
-            return parameters
-
-    return Network()
-
-
 @entry("pytorch-forecasting", "its LSTM, which takes lengths", "x:float32:4")
 def forecasting_lstm() -> nn.Module:
     from pytorch_forecasting.models.nn.rnn import LSTM
 
     return First(LSTM(4, 8, num_layers=2, batch_first=True))
-
-
-@entry("tsai", "LSTM_FCN", "x:float32:3")
-def tsai_lstm() -> nn.Module:
-    from tsai.models.RNN_FCN import LSTM_FCN
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = LSTM_FCN(3, 2, hidden_size=8, conv_layers=[8, 8, 8])
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.model(x.transpose(1, 2))
-            return y
-
-    return Model()

@@ -1,7 +1,5 @@
 """Layers from toolkits for speech and sound."""
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -95,37 +93,3 @@ def speechbrain_qrnn() -> nn.Module:
             return y
 
     return Layers()
-
-
-@entry("speechbrain", "SLiGRU, 2 layers", "x:float32:4")
-def speechbrain_sligru() -> nn.Module:
-    from speechbrain.nnet.RNN import SLiGRU
-
-    return First(SLiGRU(8, (None, None, 4), num_layers=2))
-
-
-@entry("speechbrain", "CRDNN without convolutions, in one direction", "x:float32:4")
-def speechbrain_crdnn() -> nn.Module:
-    from speechbrain.lobes.models.CRDNN import CRDNN
-
-    sizes: Any = {"cnn_blocks": 0, "rnn_layers": 2, "rnn_neurons": 8, "dnn_blocks": 1, "dnn_neurons": 6}
-    crdnn: nn.Module = CRDNN(input_shape=[None, None, 4], **sizes, rnn_bidirectional=False)
-    return crdnn
-
-
-@entry(
-    "torchaudio", "step of Emformer: a segment of 4 frames", "x:float32:4x8", options=("--step", "--state", "states=y1")
-)
-def torchaudio_emformer() -> nn.Module:
-    from torchaudio.models import Emformer
-
-    class Segment(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = Emformer(8, 2, 16, 2, segment_length=4, left_context_length=8)
-
-        def forward(self, x: Tensor, states: Any = None) -> tuple[Tensor, Any]:
-            y, _, states = self.layers.infer(x, x.new_full((x.shape[0],), 4).long(), states)
-            return y, states
-
-    return Segment()

@@ -263,27 +263,3 @@ def min_gru_scans_step() -> nn.Module:
             return y, y - 0.5
 
     return Step()
-
-
-@entry(
-    "s5-pytorch",
-    "step of S5, with its complex state",
-    "x:float32:4",
-    options=("--step", "--state", "state:float32:8x2=y1"),
-    own=with_states,
-    alone=True,
-)
-def s5_step() -> nn.Module:
-    from s5 import S5
-
-    class Step(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.s5 = S5(4, 8)
-
-        def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
-            state = x.new_zeros(x.shape[0], 8, 2) if state is None else state
-            y, state = torch.vmap(self.s5.seq.forward_rnn)(x, torch.view_as_complex(state))
-            return y, torch.view_as_real(state)
-
-    return Step()

@@ -44,7 +44,6 @@ class Connection:
     Args:
         model: `name` or `name:version`.
         link: The connection, which may not be accepted yet.
-        call_soon: The event loop's.
 
     Raises:
         ModelUnknown: There is no such model.

@@ -30,7 +30,6 @@ class Replies:
 
     Attributes:
         closed: The connection has ended; nothing more is sent.
-        send_text: Sends an encoded message.
     """
 
     __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "closed", "on_refused", "send_text")
@@ -84,7 +83,6 @@ class Replies:
         """Answer a group in one frame, and its failed rows separately.
 
         Args:
-            frame: The client's frame.
             rows: The rows of the frame that were submitted; None for all.
             reply: The answer to all or some of these rows.
         """

@@ -1,4 +1,4 @@
-"""Health, metrics, and the OpenAPI document: what tools read."""
+"""Health, metrics and the OpenAPI document."""
 
 import re
 from collections.abc import Iterator
@@ -178,7 +178,7 @@ def test_what_the_transport_answers_itself_is_documented(document: dict) -> None
     names = {
         found.name
         for method, path, _ in operations(document)
-        if method == "post" and (found := inference_routes.find(path.split("/"))) is not None
+        if (found := inference_routes.find(method.upper(), path.split("/"))) is not None
     }
     assert names == {"v1/steps", "v1/sequences", "v1/sessions", "v2/infer"}
 

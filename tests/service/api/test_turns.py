@@ -1,4 +1,4 @@
-"""No legal request holds the event loop for long: whatever its size, others get their turn in between.
+"""No legal request blocks the event loop for long: whatever its size, other requests get turns in between.
 
 The server is a real one, whose loop says how much processor time its longest turn took. The limit is a multiple of what
 this machine needs to parse the largest JSON body that is allowed, which cannot be done in parts.
@@ -11,6 +11,7 @@ import selectors
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from time import thread_time
 
@@ -30,7 +31,7 @@ from unroll.service.api.stream.messages import MAX_HANDLES
 from unroll.service.protocol.frames import MAX_ENTRIES
 from unroll.service.settings import Settings
 
-# It measures time, if only as a ratio: not for a run in which other tests compute beside it.
+# Measures time, if only as a ratio, so it must not share the CPU with other tests.
 pytestmark = pytest.mark.long
 
 #: Of what parsing the largest body takes, which is about 20 ms; its values become arrays in another turn.
@@ -40,11 +41,14 @@ _TRIES = 5
 _AT_ONCE = 32
 _JSON = {"Content-Type": "application/json"}
 _X = np.random.default_rng(1).standard_normal((65_536, 3)).astype("<f4")
-#: Steps in JSON, as many as its limit of values allows.
-_ROWS = [f"[{a:.3f},{b:.3f},{c:.3f}]" for a, b, c in _X[:65_000].tolist()]
-_STEPS = ",".join(_ROWS)
 _STRINGS = ",".join(['["a","b",1]'] * 60_000)
 _HANDLES = range(MAX_ENTRIES)
+
+
+@cache
+def rows(count: int = 65_000) -> str:
+    """Steps as JSON; 65,000 is the most its limit of values allows."""
+    return ",".join(f"[{a:.3f},{b:.3f},{c:.3f}]" for a, b, c in _X[:count].tolist())
 
 
 class Stopwatch(selectors.DefaultSelector):
@@ -86,7 +90,7 @@ def watched(few: Path, stopwatch: Stopwatch) -> Iterator[Running]:
 
 def parsing() -> float:
     """What the largest body takes now, in seconds: a machine under load is slower than an idle one."""
-    body, began = f'{{"inputs":[{_STEPS}]}}', thread_time()
+    body, began = f'{{"inputs":[{rows()}]}}', thread_time()
     orjson.loads(body)
     return thread_time() - began
 
@@ -94,13 +98,13 @@ def parsing() -> float:
 @pytest.fixture
 def holds_briefly(watched: Running, stopwatch: Stopwatch) -> Callable[[Callable[[], object]], None]:
     def turns(act: Callable[[], object]) -> float:
-        """The longest turn, in multiples of what parsing takes."""
+        """Return the longest turn as a multiple of the parsing time."""
         for stream in watched.server.streams:
             stream._errors = Allowance(1.0, 1e9)  # type: ignore[attr-defined]
         httpx.get(f"{watched.url}/livez").raise_for_status()
         stopwatch.longest = 0.0
         act()
-        httpx.get(f"{watched.url}/livez").raise_for_status()  # the turn before it is over
+        httpx.get(f"{watched.url}/livez").raise_for_status()  # the turn before this answer has ended
         return stopwatch.longest / parsing()
 
     def check(act: Callable[[], object]) -> None:
@@ -127,45 +131,44 @@ def packed(content: bytes) -> tuple[bytes, dict[str, str]]:
 
 _SESSION = "/v1/models/lstm/sessions/s"
 _MIB = 2**20
-#: The largest bodies that each route takes, or refuses only when it has read them.
-BODIES: dict[str, tuple[str, str | bytes, dict[str, str]]] = {
-    "a sequence in JSON": ("/v1/models/lstm/sequences", f'{{"inputs":[[{_STEPS}]]}}', _JSON),
-    "strings for numbers": ("/v1/models/lstm/sequences", f'{{"inputs":[[{_STRINGS}]]}}', _JSON),
-    "a raw sequence": ("/v1/models/lstm/sequences", _X.tobytes(), raw_steps(_X)),
-    "raw bytes of no length": ("/v1/models/lstm/sequences", bytes(16 * _MIB), raw_steps(_X)),
-    "a compressed body": ("/v1/models/lstm/sequences", *packed(bytes(16 * _MIB - 4))),
-    "a bomb": ("/v1/models/lstm/sequences", *packed(bytes(64 * _MIB))),
-    "a bomb for the application": ("/v1/models/lstm/sessions", *packed(bytes(64 * _MIB))),
-    "steps in JSON": (f"{_SESSION}/steps", f'{{"inputs":[{_STEPS}]}}', _JSON),
-    "raw steps": (f"{_SESSION}/steps", _X.tobytes(), raw_steps(_X)),
-    "an inference in JSON": ("/v2/models/lstm/infer", infer([1, 65_000, 3], _STEPS), _JSON),
-    "many sequences": ("/v2/models/lstm/infer", infer([1024, 60, 3], ",".join(_ROWS[: 1024 * 60])), _JSON),
-    "a state": ("/v1/models/lstm/sessions", f'{{"state":[{"0.5," * 262_000}0]}}', _JSON),
-    "static inputs": ("/v1/models/lstm/sessions", f'{{"static":{{"a":[{"0.5," * 262_000}0]}}}}', _JSON),
-    "a snapshot in JSON": ("/v1/models/lstm/sessions", f'{{"snapshot":"{"A" * 2_000_000}"}}', _JSON),
-    "a raw snapshot": ("/v1/models/lstm/sessions", bytes(16 * _MIB), RAW),
-    "unknown members": (f"{_SESSION}/fork", json.dumps({f"{i}": 0 for i in range(100_000)}), _JSON),
-    "a map": (f"{_SESSION}/rollout", rollout([{"from": 0, "scale": 0.5, "offset": 1.0}] * MAX_ITEMS), _JSON),
-    "a map that is too large": (f"{_SESSION}/rollout", rollout([{"from": 0}] * 100_000), _JSON),
-    "a map of nothing": (f"{_SESSION}/rollout", rollout([{"x": 0}] * 2 * MAX_ITEMS), _JSON),
-    "maps of many inputs": (
+#: The largest bodies that each route accepts, or refuses only after reading. Built when sent.
+BODIES: dict[str, Callable[[], tuple[str, str | bytes, dict[str, str]]]] = {
+    "a sequence in JSON": lambda: ("/v1/models/lstm/sequences", f'{{"inputs":[[{rows()}]]}}', _JSON),
+    "strings for numbers": lambda: ("/v1/models/lstm/sequences", f'{{"inputs":[[{_STRINGS}]]}}', _JSON),
+    "a raw sequence": lambda: ("/v1/models/lstm/sequences", _X.tobytes(), raw_steps(_X)),
+    "raw bytes of no length": lambda: ("/v1/models/lstm/sequences", bytes(16 * _MIB), raw_steps(_X)),
+    "a compressed body": lambda: ("/v1/models/lstm/sequences", *packed(bytes(16 * _MIB - 4))),
+    "a bomb": lambda: ("/v1/models/lstm/sequences", *packed(bytes(64 * _MIB))),
+    "a bomb for the application": lambda: ("/v1/models/lstm/sessions", *packed(bytes(64 * _MIB))),
+    "steps in JSON": lambda: (f"{_SESSION}/steps", f'{{"inputs":[{rows()}]}}', _JSON),
+    "raw steps": lambda: (f"{_SESSION}/steps", _X.tobytes(), raw_steps(_X)),
+    "an inference in JSON": lambda: ("/v2/models/lstm/infer", infer([1, 65_000, 3], rows()), _JSON),
+    "many sequences": lambda: ("/v2/models/lstm/infer", infer([1024, 60, 3], rows(1024 * 60)), _JSON),
+    "a state": lambda: ("/v1/models/lstm/sessions", f'{{"state":[{"0.5," * 262_000}0]}}', _JSON),
+    "static inputs": lambda: ("/v1/models/lstm/sessions", f'{{"static":{{"a":[{"0.5," * 262_000}0]}}}}', _JSON),
+    "a snapshot in JSON": lambda: ("/v1/models/lstm/sessions", f'{{"snapshot":"{"A" * 2_000_000}"}}', _JSON),
+    "a raw snapshot": lambda: ("/v1/models/lstm/sessions", bytes(16 * _MIB), RAW),
+    "unknown members": lambda: (f"{_SESSION}/fork", json.dumps({f"{i}": 0 for i in range(100_000)}), _JSON),
+    "a map": lambda: (f"{_SESSION}/rollout", rollout([{"from": 0, "scale": 0.5, "offset": 1.0}] * MAX_ITEMS), _JSON),
+    "a map that is too large": lambda: (f"{_SESSION}/rollout", rollout([{"from": 0}] * 100_000), _JSON),
+    "a map of nothing": lambda: (f"{_SESSION}/rollout", rollout([{"x": 0}] * 2 * MAX_ITEMS), _JSON),
+    "maps of many inputs": lambda: (
         f"{_SESSION}/rollout",
         json.dumps({"steps": 1, "map": {f"{i}": {"kind": "argmax"} for i in range(2 * MAX_ITEMS - 1)}}),
         _JSON,
     ),
-    "values to come": (f"{_SESSION}/rollout", rollout([{"future": [0.5] * 80_000}] * 3), _JSON),
-    "an index": ("/v2/repository/index", f'{{"a":[{"0.5," * 262_000}0]}}', _JSON),
+    "values to come": lambda: (f"{_SESSION}/rollout", rollout([{"future": [0.5] * 80_000}] * 3), _JSON),
+    "an index": lambda: ("/v2/repository/index", f'{{"a":[{"0.5," * 262_000}0]}}', _JSON),
 }
 
 
-@pytest.mark.parametrize(("path", "body", "headers"), BODIES.values(), ids=BODIES)
-def test_no_body_holds_the_loop(
-    watched: Running, holds_briefly: Callable, path: str, body: str | bytes, headers: dict[str, str]
-) -> None:
+@pytest.mark.parametrize("request_of", BODIES.values(), ids=BODIES)
+def test_no_body_blocks_the_loop(watched: Running, holds_briefly: Callable, request_of: Callable) -> None:
+    path, body, headers = request_of()
     holds_briefly(lambda: httpx.post(watched.url + path, content=body, headers=headers))
 
 
-def test_scrapes_that_come_at_the_same_time_do_not_hold_the_loop(watched: Running, holds_briefly: Callable) -> None:
+def test_concurrent_scrapes_do_not_block_the_loop(watched: Running, holds_briefly: Callable) -> None:
     with ExitStack() as opened:
         wires = [Wire(watched.port) for _ in range(_AT_ONCE)]
         for wire in wires:
@@ -191,26 +194,30 @@ def entries(x: np.ndarray, position: int | None = None, *, uneven: bool = False)
 
 _ONE, _TWO, _NAN = _X[:1], _X[:2], np.full((2, 3), np.nan, "<f4")
 _IDS = [{"handle": i, "session_id": f"{i:0128}", "mode": "either", "depth": 64} for i in range(MAX_ITEMS)]
-#: Whether the frame's handles are bound before; the messages; and how many entries or messages answer them.
-MESSAGES: dict[str, tuple[bool, list[str | bytes], int]] = {
-    "sessions and their ends": (False, [control("open", sessions=_IDS), control("close", handles=[*range(8192)])], 2),
-    "sessions that are not there": (
+#: Whether the frame's handles are bound first, the messages, and the number of entries or messages that answer them.
+MESSAGES: dict[str, Callable[[], tuple[bool, list[str | bytes], int]]] = {
+    "sessions and their ends": lambda: (
+        False,
+        [control("open", sessions=_IDS), control("close", handles=[*range(8192)])],
+        2,
+    ),
+    "sessions that are not there": lambda: (
         False,
         [control("open", sessions=[{"handle": i, "session_id": "?", "mode": "resume"} for i in range(MAX_ITEMS)])],
         1,
     ),
-    "handles to detach that are unbound": (False, [control("detach", handles=[*range(MAX_HANDLES)])], 1),
-    "handles to detach": (True, [control("detach", handles=[*_HANDLES] * 16)], 1),
-    "entries of unbound handles": (False, [entries(_ONE)], MAX_ENTRIES),
-    "uneven entries of unbound handles": (False, [entries(_TWO, uneven=True)], MAX_ENTRIES),
-    "entries": (True, [entries(_ONE)], MAX_ENTRIES),
-    "uneven entries": (True, [entries(_TWO, uneven=True)], MAX_ENTRIES),
-    "entries at a wrong position": (True, [entries(_ONE, 7777)], MAX_ENTRIES),
-    "entries that are not finite": (True, [entries(_NAN)], MAX_ENTRIES),
-    "uneven entries that are not finite": (True, [entries(_NAN, uneven=True)], MAX_ENTRIES),
-    "entries of one session": (True, [frame(*[(1, None, _ONE)] * MAX_ENTRIES)], MAX_ENTRIES),
-    "steps in JSON": (True, [f'{{"op":"steps","handle":0,"inputs":[{_STEPS}]}}'], 1),
-    "a map of nothing": (True, [rollout([{"x": 0}] * MAX_ITEMS, op="rollout", handle=0)], 1),
+    "handles to detach that are unbound": lambda: (False, [control("detach", handles=[*range(MAX_HANDLES)])], 1),
+    "handles to detach": lambda: (True, [control("detach", handles=[*_HANDLES] * 16)], 1),
+    "entries of unbound handles": lambda: (False, [entries(_ONE)], MAX_ENTRIES),
+    "uneven entries of unbound handles": lambda: (False, [entries(_TWO, uneven=True)], MAX_ENTRIES),
+    "entries": lambda: (True, [entries(_ONE)], MAX_ENTRIES),
+    "uneven entries": lambda: (True, [entries(_TWO, uneven=True)], MAX_ENTRIES),
+    "entries at a wrong position": lambda: (True, [entries(_ONE, 7777)], MAX_ENTRIES),
+    "entries that are not finite": lambda: (True, [entries(_NAN)], MAX_ENTRIES),
+    "uneven entries that are not finite": lambda: (True, [entries(_NAN, uneven=True)], MAX_ENTRIES),
+    "entries of one session": lambda: (True, [frame(*[(1, None, _ONE)] * MAX_ENTRIES)], MAX_ENTRIES),
+    "steps in JSON": lambda: (True, [f'{{"op":"steps","handle":0,"inputs":[{rows()}]}}'], 1),
+    "a map of nothing": lambda: (True, [rollout([{"x": 0}] * MAX_ITEMS, op="rollout", handle=0)], 1),
 }
 
 
@@ -220,10 +227,10 @@ def answers(socket: ClientConnection, count: int) -> None:
         count -= 1 if isinstance(message, str) else struct.unpack_from("<I", message, 4)[0]
 
 
-@pytest.mark.parametrize(("bound", "messages", "count"), MESSAGES.values(), ids=MESSAGES)
-def test_no_message_holds_the_loop(
-    watched: Running, holds_briefly: Callable, bound: bool, messages: list[str | bytes], count: int
-) -> None:
+@pytest.mark.parametrize("conversation", MESSAGES.values(), ids=MESSAGES)
+def test_no_message_blocks_the_loop(watched: Running, holds_briefly: Callable, conversation: Callable) -> None:
+    bound, messages, count = conversation()
+
     def act() -> None:
         for message in messages:
             socket.send(message)

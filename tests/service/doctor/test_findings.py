@@ -96,8 +96,12 @@ def test_device_nodes_without_a_driver_in_a_container():
 def test_without_cudnn():
     findings = judged(replace(GPU, sessions={"cpu": None, "cuda:0": "cuDNN is unavailable"}))
     assert not works(findings)
-    assert findings["LSTM on cuda:0"].status == Status.BROKEN
-    assert findings["LSTM on cuda:0"].says == "cuDNN is unavailable"
+    assert findings["LSTM on cuda:0"] == Finding(
+        "LSTM on cuda:0",
+        Status.BROKEN,
+        "cuDNN is unavailable",
+        "if a library is missing: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    )
     assert findings["--device auto"].says == "selects cuda:0 (a GPU was found); it does not work"
 
 

@@ -1,4 +1,4 @@
-"""A scheduler, and an engine for its batches."""
+"""Fixtures: a scheduler and an engine that runs its batches."""
 
 import pytest
 from fold import FoldEngine, scheduler

@@ -1,4 +1,4 @@
-"""An engine whose state is a number anyone can recompute, and the fold that recomputes it."""
+"""An engine with an integer as its state, and the fold that recomputes that state."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,12 +15,12 @@ from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
 
 START = 7
-#: A deadline that is never reached.
+#: A deadline no test reaches.
 LATER = 1e9
 
 
 def fold(steps: Sequence[int], state: int = START) -> list[int]:
-    """The state after each step: it depends on every step before and on their order."""
+    """Return the state after each step. It depends on all earlier steps and on their order."""
     states = []
     for step in steps:
         state = (state * 31 + step) % 1_000_003
@@ -29,11 +29,11 @@ def fold(steps: Sequence[int], state: int = START) -> list[int]:
 
 
 class FoldEngine:
-    """Outputs the state after each step, and the last of them as a second output without time."""
+    """Outputs the state after each step, and the final state as a second output without a time axis."""
 
     def __init__(self, rows: int) -> None:
         self.rows = [START] + [-1] * (rows - 1)
-        self.failing: set[int] = set()  # steps no row survives
+        self.failing: set[int] = set()  # steps that fail their row
 
     def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
         states = np.zeros((len(rows.lens), max(rows.lens)), np.int64)
@@ -52,7 +52,7 @@ class FoldEngine:
         return (states, last), failed
 
 
-#: A step that is refused.
+#: A step the validation rejects.
 INVALID = 97
 
 
@@ -61,7 +61,7 @@ def invalid_values(inputs: Tensors) -> dict[int, UnrollError]:
 
 
 class Joiner:
-    """Whose step joins; `then` is called with the outputs over time, or the error."""
+    """The listener of a joined step. Calls `then` with the outputs over time or with the error."""
 
     def __init__(self, then: Callable[[list[int] | UnrollError], object]) -> None:
         self.then = then
@@ -135,7 +135,7 @@ def submit(
     start: bool = False,
     final: bool = False,
 ) -> Chunk | Reply:
-    """As the API does: a chunk of the session of that id, which opens it with `start` if there is none."""
+    """Submit a chunk as the API does; `start` opens the session if it does not exist."""
     session = scheduler.sessions.get_detached(session_id, now)
     chunk = Chunk(steps, session, position, final=final)
     if session is None:
@@ -154,7 +154,7 @@ def submit_sequence(scheduler: Scheduler, steps: Tensors, now: float, deadline: 
 
 
 def turn(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -> Batch:
-    """One turn of the loop; returns the batch that was run."""
+    """Run one turn of the loop and return its batch."""
     actions, batch = scheduler.next_turn(now)
     for action in actions:
         scheduler.complete_action(action, action.run(), now)
@@ -172,12 +172,12 @@ def run_until_idle(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -
 
 
 def names(batch: Batch) -> list[str]:
-    """Whose work it is."""
+    """Return the session ids of the batch."""
     return [work.session.id for work in batch.work if isinstance(work, Chunk) and work.session is not None]
 
 
 def answer(work: Chunk | Reply) -> list[int]:
-    """The outputs over time of an answered chunk."""
+    """Return the outputs over time of an answered chunk."""
     reply = work.outcome if isinstance(work, Chunk) else work
     assert isinstance(reply, Reply), reply
     assert reply.outputs[1] == reply.outputs[0][-1]
@@ -185,7 +185,7 @@ def answer(work: Chunk | Reply) -> list[int]:
 
 
 def failure(chunk: Chunk | Reply) -> str:
-    """The code a chunk failed with."""
+    """Return the error code of a failed chunk."""
     assert isinstance(chunk, Chunk)
     assert isinstance(chunk.outcome, UnrollError), chunk.outcome
     return chunk.outcome.code

@@ -1,4 +1,4 @@
-"""A scheduler, its engine and its clients, of which everything that is answered is logged."""
+"""A scheduler with its engine and clients. Logs every reply."""
 
 import numpy as np
 from fold import FoldEngine, inputs, scheduler, submit
@@ -13,7 +13,7 @@ BAD = 99
 
 
 class Served:
-    """A scheduler, and an engine. cohorts: are sessions that come together made one?"""
+    """A scheduler and an engine. `cohorts`: whether sessions that step together form a cohort."""
 
     def __init__(self, *, cohorts: bool, capacity: int = 4, max_batch: int = 3) -> None:
         self.scheduler: Scheduler = scheduler(capacity=capacity, max_batch=max_batch)
@@ -22,7 +22,7 @@ class Served:
         self.batch = Batch()
         self.log: list[object] = []  # the replies
         self.chunks: list[Chunk] = []
-        self.bound: dict[str, Session] = {}  # as a stream holds them: whatever has become of them, and without a look
+        self.bound: dict[str, Session] = {}  # as a stream holds them: without a lookup, so possibly closed or expired
         self.as_cohorts = 0
         self._cohorts = cohorts
         self._lineups: dict[tuple[Session, ...], list[Cohort]] = {}
@@ -32,7 +32,7 @@ class Served:
         return repr(self.bound[session_id])
 
     def frame(self, ids: list[str], positions: list[int | None], values: list[int], now: float) -> list[int]:
-        """A step of each; returns the rows that are not taken."""
+        """Submit one step per session; return the rejected rows."""
         sessions = [self.bound[i] for i in ids]
         rows = (np.array(values)[:, np.newaxis],)
         known = self._lineups.get(key := tuple(sessions), [])
@@ -90,7 +90,7 @@ class Served:
             self.scheduler.check_invariants()
 
     def seen(self) -> list[tuple]:
-        """Every session, least recently used first, without looking at it."""
+        """Return every session, least recently used first, without a lookup that would detach it."""
         records = []
         for session in self.scheduler.sessions:
             if (cohort := session.cohort) is not None:

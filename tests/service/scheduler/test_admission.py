@@ -1,4 +1,4 @@
-"""Work that would wait in vain is refused at once; work that waited in vain is dropped."""
+"""Work that cannot meet its deadline is refused on arrival; work that misses it in the queue is dropped."""
 
 import pytest
 from fold import (
@@ -27,7 +27,7 @@ def test_the_queue_is_bounded(s):
     assert s.in_flight == 50
 
 
-def test_work_that_cannot_be_in_time_is_refused_at_once(s, engine):
+def test_work_that_cannot_meet_its_deadline_is_refused_on_arrival(s, engine):
     s.pace.seconds_per_step = 1.0
     submit_sequence(s, inputs(1, 2, 3), 0, LATER)
     with pytest.raises(DeadlineUnreachable) as raised:
@@ -35,7 +35,7 @@ def test_work_that_cannot_be_in_time_is_refused_at_once(s, engine):
     assert raised.value.retry_after == pytest.approx(3)
 
 
-def test_work_past_its_deadline_is_dropped_unexecuted(s, engine):
+def test_work_past_its_deadline_is_dropped_without_running(s, engine):
     session = s.open("a", 0)
     late = submit(s, "a", inputs(1), 0, 5)
     after = submit(s, "a", inputs(2), 0, LATER)
@@ -45,14 +45,14 @@ def test_work_past_its_deadline_is_dropped_unexecuted(s, engine):
     assert session.position == 1
 
 
-def test_a_deadline_does_not_stop_what_has_begun(s, engine):
+def test_deadline_does_not_stop_running_work(s, engine):
     chunk = submit_sequence(s, inputs(*range(12)), 0, 5)
     turn(s, engine, 0)
     run_until_idle(s, engine, 9)
     assert answer(chunk) == fold(range(12))
 
 
-def test_the_estimated_wait_counts_one_piece_of_a_long_sequence(s):
+def test_estimated_wait_counts_one_piece_of_a_long_sequence(s):
     s.pace.seconds_per_step = 1.0
     submit_sequence(s, inputs(*range(1000)), 0, LATER)
     assert s.estimated_wait() == 4

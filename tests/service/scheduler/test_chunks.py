@@ -1,4 +1,4 @@
-"""Which chunks run next, alone and in pieces; only a completed chunk changes its session."""
+"""The order of chunks, whole and in pieces; only a completed chunk changes its session."""
 
 from fold import (
     LATER,
@@ -28,7 +28,7 @@ def test_steps_continue_from_the_state_of_the_session(s, engine):
     assert repr(find(s, "a", 0)) == "<Session a idle position=3 expected=3>"
 
 
-def test_a_session_is_in_a_batch_once_and_sessions_share_it(s, engine):
+def test_batch_holds_many_sessions_but_each_only_once(s, engine):
     for name in "abc":
         s.open(name, 0)
         submit(s, name, inputs(1), 0, LATER)
@@ -75,7 +75,7 @@ def test_a_long_chunk_does_not_touch_its_session_until_its_last_piece(s, engine)
     assert (engine.rows[session.slot], session.position, session.expected) == (row, 1, 1)
 
 
-def test_rows_of_other_lengths_do_not_share_a_batch_unless_the_model_is_ragged():
+def test_rows_of_different_lengths_share_a_batch_only_if_the_model_is_ragged():
     s = scheduler(ragged=False)
     engine = FoldEngine(s.rows)
     for length in (2, 3, 2):
@@ -89,7 +89,7 @@ def test_rows_of_other_lengths_do_not_share_a_batch_unless_the_model_is_ragged()
     assert s.counters.padded_steps == 2
 
 
-def test_a_model_that_cannot_be_cut_runs_a_sequence_whole():
+def test_model_that_cannot_be_split_runs_whole_sequences():
     s = scheduler(cuttable=False)
     chunk = submit_sequence(s, inputs(*range(30)), 0, LATER)
     batches = run_until_idle(s, FoldEngine(s.rows))
@@ -97,7 +97,7 @@ def test_a_model_that_cannot_be_cut_runs_a_sequence_whole():
     assert answer(chunk) == fold(range(30))
 
 
-def test_more_long_chunks_than_workspaces_wait_and_all_come_through(s, engine):
+def test_long_chunks_beyond_the_workspaces_wait_and_all_complete(s, engine):
     chunks = [submit_sequence(s, inputs(*range(i, i + 10)), 0, LATER) for i in range(10)]
     run_until_idle(s, engine)
     assert [answer(chunk) for chunk in chunks] == [fold(range(i, i + 10)) for i in range(10)]
@@ -114,7 +114,7 @@ def test_cancelling_starved_chunks_leaves_no_workspace_idle(s, engine):
     assert answer(chunks[7]) == fold(range(10))
 
 
-def test_a_starved_chunk_that_is_late_wakes_the_next(s):
+def test_late_starved_chunk_wakes_the_next(s):
     s = scheduler(max_batch=1)
     engine = FoldEngine(s.rows)
     chunks = [submit_sequence(s, inputs(*range(10)), 0, deadline) for deadline in (LATER, 5, LATER, LATER)]

@@ -1,4 +1,4 @@
-"""Chunks that open and close sessions, their retries and late duplicates, and what is remembered of closed sessions."""
+"""Chunks that open and close sessions, their retries and late duplicates, and the tombstones of closed sessions."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_start_opens_a_session_that_expired(s, engine):
     assert answer(chunk) == fold([4])
 
 
-def test_a_tombstone_is_forgotten_in_the_end(s):
+def test_tombstone_expires(s):
     s.open("a", 0)
     s.close(find(s, "a"), 0)
     with pytest.raises(SessionClosed):
@@ -60,7 +60,7 @@ def test_tombstones_are_bounded(s):
     assert repr(s.sessions) == "<SessionTable 0 live, 0 leaving, 20 tombstones>"
 
 
-def test_a_late_duplicate_of_the_request_that_opened_a_session_opens_no_other(s, engine):
+def test_late_duplicate_of_an_opening_request_opens_no_second_session(s, engine):
     submit(s, "a", inputs(1), 0, LATER, position=0, start=True)
     submit(s, "a", inputs(2), 0, LATER, position=1, final=True)
     run_until_idle(s, engine)
@@ -71,7 +71,7 @@ def test_a_late_duplicate_of_the_request_that_opened_a_session_opens_no_other(s,
     assert answer(another) == fold([5])
 
 
-def test_a_start_that_fails_leaves_no_session_and_may_be_tried_again(s, engine):
+def test_failed_start_leaves_no_session_and_can_be_retried(s, engine):
     late = submit(s, "a", inputs(1), 0, 5, position=0, start=True)
     behind = submit(s, "a", inputs(2), 0, LATER)
     run_until_idle(s, engine, 5)
@@ -82,7 +82,7 @@ def test_a_start_that_fails_leaves_no_session_and_may_be_tried_again(s, engine):
     assert answer(again) == fold([1])
 
 
-def test_after_a_while_the_same_request_opens_a_new_session(s, engine):
+def test_opening_request_opens_a_new_session_once_the_tombstone_expires(s, engine):
     submit(s, "a", inputs(1), 0, LATER, position=0, start=True)
     submit(s, "a", inputs(2), 0, LATER, position=1, final=True)
     run_until_idle(s, engine)
@@ -91,7 +91,7 @@ def test_after_a_while_the_same_request_opens_a_new_session(s, engine):
     assert answer(again) == fold([1])
 
 
-def test_a_tenant_that_closes_many_sessions_does_not_push_out_what_is_remembered_for_others():
+def test_tenant_that_closes_many_sessions_does_not_evict_tombstones_of_other_tenants():
     closed = ClosedSessions(SessionLimits(tombstones=20, closing_reply_bytes=1000))
     outputs = (np.zeros(100, np.uint8),)
     last = AppliedChunk(0, payload_digest(outputs), Reply(outputs, 1))

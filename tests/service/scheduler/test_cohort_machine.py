@@ -1,4 +1,4 @@
-"""A cohort changes nothing but the cost: any order of events has the same results with cohorts and without."""
+"""Cohorts change only the cost: any order of events gives the same results with and without them."""
 
 import os
 
@@ -14,20 +14,20 @@ from unroll.service.core.errors import (
 )
 from unroll.service.scheduler.session import Session
 
-#: `make machine-test` has more of them.
+#: `make machine-test` runs more examples.
 EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "25"))
 
 IDS = st.sampled_from("abcde")
 
 
 class CohortMachine(RuleBasedStateMachine):
-    """The same happens to both, and one forms cohorts."""
+    """Apply the same events to two schedulers, one with cohorts and one without."""
 
     @initialize()
     def begin(self) -> None:
         self.one, self.other = Served(cohorts=True), Served(cohorts=False)
         self.now = 0.0
-        self.ids: list[str] = []  # of the last frame
+        self.ids: list[str] = []  # the sessions of the last frame
         for session_id in "abc":
             self.both(Served.open, session_id, 0.0)
         self.frames(value=1, turns=2, unsaid=True, answered=True)
@@ -51,7 +51,7 @@ class CohortMachine(RuleBasedStateMachine):
 
     @rule(value=st.integers(1, 3), turns=st.integers(2, 4), unsaid=st.booleans(), answered=st.booleans())
     def frames(self, value: int, turns: int, unsaid: bool, answered: bool) -> None:
-        """The same sessions again and again, as most often; the last may not have run."""
+        """Repeat a frame of the same sessions, the common case. The last one may still be queued."""
         ids = [session.id for session in self.other.scheduler.sessions]
         if self.one.batch.rows or not ids:
             return
@@ -70,11 +70,11 @@ class CohortMachine(RuleBasedStateMachine):
         offset=st.sampled_from([None, 0, 0, -1, 1]),
     )
     def frame(self, ids: list[str], data: st.DataObject, offset: int | None) -> None:
-        """Of any sessions, in any order; or of the last one's."""
+        """Send a frame of any sessions in any order, or of the last frame's sessions."""
         ids = [i for i in ids or self.ids if i in self.other.bound]
         if ids:
             values = [data.draw(st.sampled_from([1, 2, 3, BAD])) for _ in ids]
-            odd = data.draw(st.integers(0, 2 * len(ids)))  # which of them is elsewhere, if one is
+            odd = data.draw(st.integers(0, 2 * len(ids)))  # the row with a wrong position, if any
             positions = [self.position(i, offset if row == odd or offset is None else 0) for row, i in enumerate(ids)]
             self.both(Served.frame, ids, positions, values, self.now)
 
@@ -90,7 +90,7 @@ class CohortMachine(RuleBasedStateMachine):
 
     @rule(value=st.integers(1, 3))
     def retry(self, value: int) -> None:
-        """Of the last step of everyone; or of another in its place."""
+        """Retry every session's last step, with the same payload or another."""
         for session_id in self.ids:
             self.both(Served.step, session_id, [value], self.position(session_id, -1), False, self.now)
 
@@ -100,7 +100,7 @@ class CohortMachine(RuleBasedStateMachine):
 
     @rule(session_id=IDS)
     def act(self, session_id: str) -> None:
-        """Put the session elsewhere, as restoring a snapshot does."""
+        """Change the session's position, as restoring a snapshot does."""
 
         def act(served: Served) -> None:
             def jump(session: Session) -> None:
@@ -140,7 +140,7 @@ class CohortMachine(RuleBasedStateMachine):
 
     @rule()
     def begin_batch(self) -> None:
-        """The batch runs while other things happen."""
+        """Start a batch and leave it running during other events."""
         if not self.one.batch.rows:
             self.both(Served.begin, self.now)
             for name in ("lens", "sources", "targets", "inputs"):

@@ -1,4 +1,4 @@
-"""Cohorts: sessions that step together are one record, until one of them is needed by itself."""
+"""Cohorts: sessions that step together share one record until one session needs its own."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from unroll.service.core.errors import (
 
 @pytest.fixture
 def served() -> Served:
-    """Three sessions that stepped together twice, which makes them a cohort."""
+    """Three sessions that stepped together twice and so form a cohort."""
     served = Served(cohorts=True)
     for name in "abc":
         served.open(name, 0)
@@ -31,7 +31,7 @@ def position(served: Served, name: str) -> int:
     return served.scheduler.sessions.find_detached(name, 0).position
 
 
-def test_a_group_that_comes_again_becomes_a_cohort(served):
+def test_repeated_group_becomes_a_cohort(served):
     served.frame([*"abc"], [2, 2, 2], [3, 4, 5], 0)
     assert repr(served.bound["a"]) == "<Session a in <Cohort of 3 busy>>"
     served.run()
@@ -67,21 +67,21 @@ def test_a_step_of_a_cohort_can_be_retried_while_it_runs_and_after(served):
     assert position(served, "b") == position(served, "c") == 3
 
 
-def test_a_wrong_position_rejects_its_row_alone(served):
+def test_wrong_position_rejects_only_its_row(served):
     assert served.frame([*"abc"], [2, 3, 2], [3] * 3, 0) == [1]
     run_until_idle(served.scheduler, served.engine)
     assert [position(served, name) for name in "abc"] == [3, 2, 3]
     assert served.as_cohorts == 0
 
 
-def test_a_session_that_steps_alone_leaves_the_others_as_they_were(served):
+def test_session_that_steps_alone_does_not_change_the_rest_of_its_cohort(served):
     s = served.scheduler
     submit(s, "b", inputs(7), 5, LATER)
     served.run(5)
     assert [(record[0], record[2], record[4]) for record in served.seen()] == [("a", 2, 0), ("c", 2, 0), ("b", 3, 5)]
 
 
-def test_a_cohort_expires_as_its_sessions_would(served):
+def test_cohort_expires_when_its_sessions_would(served):
     s = served.scheduler
     s.open("d", 50)
     served.frame([*"abc"], [None] * 3, [3] * 3, 60)
@@ -96,7 +96,7 @@ def test_a_cohort_expires_as_its_sessions_would(served):
     assert s.sessions.slots.taken == 0
 
 
-def test_a_busy_cohort_neither_expires_nor_makes_room(served):
+def test_busy_cohort_neither_expires_nor_is_evicted(served):
     s = served.scheduler
     s.open("d", 0)
     served.frame([*"abc"], [None] * 3, [3] * 3, 1)
@@ -168,7 +168,7 @@ def test_a_failed_row_dissolves_the_cohort_and_fails_nothing_else(served):
 
 
 def test_a_cohort_shares_a_batch():
-    """Whatever runs with it, each session's last step can be asked for again."""
+    """Each session can retry its last step even if other work shared the batch."""
     served = Served(cohorts=True)
     for name in "abc":
         served.open(name, 0)
@@ -198,7 +198,7 @@ def test_more_sessions_than_batch_rows_form_several_cohorts():
     assert [position(served, name) for name in names] == [4] * 8
 
 
-def test_with_one_dissolved_cohort_none_of_a_frame_is_queued():
+def test_frame_with_a_dissolved_cohort_queues_nothing():
     served = Served(cohorts=True, capacity=8)
     for name in "abcd":
         served.open(name, 0)

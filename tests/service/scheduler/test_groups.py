@@ -1,4 +1,4 @@
-"""The steps of many sessions as one group: accepted, run and answered together, failing row by row."""
+"""The steps of many sessions as one group: accepted, run and answered together, but failing row by row."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from unroll.service.scheduler.session import Life
 
 
 def grouped(s, names, rows, positions=None):
-    """The sessions, the entries not taken, and the list that receives the replies."""
+    """Return the sessions, the rejected entries, and the list that receives the replies."""
     replies: list[GroupReply] = []
     sessions = [find(s, name, 0) for name in names]
     positions = positions or [session.position for session in sessions]
@@ -29,12 +29,12 @@ def grouped(s, names, rows, positions=None):
     return sessions, left, replies
 
 
-def test_a_group_is_one_step_of_each_of_its_sessions(s, engine):
+def test_group_takes_one_step_of_each_session(s, engine):
     for name in "abc":
         s.open(name, 0)
     submit(s, "b", inputs(9), 0, LATER)
     _, left, replies = grouped(s, "abca", [[1], [2], [3], [4]], [0, 0, None, 0])
-    assert left == [1, 3]  # b is busy, and a has its step already
+    assert left == [1, 3]  # b is busy, and a already has a step in the group
     run_until_idle(s, engine)
     (reply,) = replies
     assert (reply.rows, reply.positions.tolist(), reply.errors) == ([0, 2], [1, 1], {})
@@ -42,13 +42,25 @@ def test_a_group_is_one_step_of_each_of_its_sessions(s, engine):
     assert grouped(s, "ab", [[5], [6]], [0, 1])[1] == [0]
 
 
-def test_a_group_of_more_rows_than_a_batch_is_answered_in_parts(s, engine):
+def test_group_larger_than_a_batch_is_answered_in_parts(s, engine):
     for name in "abcd":
         s.open(name, 0)
     _, left, replies = grouped(s, "abcd", [[1], [2], [3], [4]])
     assert left == []
     run_until_idle(s, engine)
     assert [reply.rows for reply in replies] == [[0, 1, 2], [3]]
+
+
+def test_a_group_that_runs_with_a_longer_chunk_is_answered_and_kept_without_padding(s, engine):
+    for name in "abc":
+        s.open(name, 0)
+    longer = submit(s, "c", inputs(1, 2, 3, 4), 0, LATER)
+    _, _, replies = grouped(s, "ab", [[1, 2, 3], [4, 5, 6]])
+    (batch,) = run_until_idle(s, engine)
+    assert (batch.rows, answer(longer)) == (3, fold([1, 2, 3, 4]))
+    assert replies[0].outputs[0].tolist() == [fold([1, 2, 3]), fold([4, 5, 6])]
+    assert all(output.flags.c_contiguous for output in replies[0].outputs), "frames are written from its memory"
+    assert answer(submit(s, "b", inputs(4, 5, 6), 0, LATER, position=0)) == fold([4, 5, 6])
 
 
 def test_a_step_of_a_group_can_be_retried_while_it_runs_and_after(s, engine):
@@ -66,7 +78,7 @@ def test_a_step_of_a_group_can_be_retried_while_it_runs_and_after(s, engine):
     assert s.in_flight == 0
 
 
-def test_a_row_of_a_group_fails_alone_with_its_pinned_followers(s, engine):
+def test_failed_row_fails_only_its_pinned_followers(s, engine):
     engine.failing = {13}
     for name in "ab":
         s.open(name, 0)
@@ -81,7 +93,7 @@ def test_a_row_of_a_group_fails_alone_with_its_pinned_followers(s, engine):
     assert [session.position for session in sessions] == [1, 1]
 
 
-def test_a_session_closed_while_its_group_runs_leaves_when_it_is_done(s, engine):
+def test_session_closed_while_its_group_runs_leaves_once_the_group_completes(s, engine):
     for name in "ab":
         s.open(name, 0)
     sessions, _, replies = grouped(s, "ab", [[1], [2]])
@@ -95,7 +107,7 @@ def test_a_session_closed_while_its_group_runs_leaves_when_it_is_done(s, engine)
     assert s.sessions.slots.taken == 1
 
 
-def test_a_group_that_is_late_fails_whole(s, engine):
+def test_late_group_fails_as_a_whole(s, engine):
     s.open("a", 0)
     replies: list[GroupReply] = []
     s.groups.submit([find(s, "a", 0)], [0], (np.array([[1]]),), 0, 5, replies.append)

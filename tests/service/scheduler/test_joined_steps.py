@@ -1,4 +1,4 @@
-"""Steps that arrive one by one while nothing else waits run as one group, and until then can leave it."""
+"""Steps that arrive one by one while nothing else waits run as one group; until then they can be cancelled."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ from unroll.service.store.record import STORED, Kept, Origin, Record
 
 @pytest.fixture
 def settled(s: Scheduler, engine) -> Scheduler:
-    """Sessions a, b, c and d, each after one step."""
+    """A scheduler with sessions a, b, c and d, each after one step."""
     for name in "abcd":
         s.open(name, 0)
         submit(s, name, inputs(1), 0, LATER)
@@ -41,7 +41,7 @@ def settled(s: Scheduler, engine) -> Scheduler:
 
 
 class Log(dict):
-    """What was answered, by session."""
+    """Replies by session."""
 
     def of(self, name: str) -> Joiner:
         return Joiner(lambda outcome: self.update({name: getattr(outcome, "code", outcome)}))
@@ -51,16 +51,16 @@ def joined(s: Scheduler, names: str, log: Log, step: int = 2) -> list[bool]:
     return [join(s, find(s, name), step, log.of(name)) for name in names]
 
 
-def test_steps_that_join_run_in_one_batch_and_are_answered_each(settled, engine):
+def test_joined_steps_run_in_one_batch_and_each_gets_its_reply(settled, engine):
     log = Log()
-    assert joined(settled, "abcd", log) == [True, True, True, False]  # a batch has three rows
+    assert joined(settled, "abcd", log) == [True, True, True, False]  # a batch holds three rows
     assert turn(settled, engine).rows == 3
     assert log == dict.fromkeys("abc", fold([1, 2])[-1:])
     assert settled.idle
     settled.check_invariants()
 
 
-def test_a_step_joins_only_its_session_at_its_position_and_at_rest(settled, engine):
+def test_step_joins_only_at_the_position_of_an_idle_open_session(settled, engine):
     log = Log()
     a, b = find(settled, "a"), find(settled, "b")
     assert not join(settled, a, 2, log.of("a"), position=0)
@@ -73,7 +73,7 @@ def test_a_step_joins_only_its_session_at_its_position_and_at_rest(settled, engi
     run_until_idle(settled, engine)
 
 
-def test_steps_join_beside_single_steps_that_wait_as_many_as_the_batch_has_room_for(settled, engine):
+def test_steps_join_waiting_single_steps_up_to_the_batch_size(settled, engine):
     log = Log()
     alone = submit(settled, "a", inputs(2), 0, LATER)
     assert joined(settled, "bcd", log) == [True, True, False]
@@ -90,8 +90,8 @@ def test_no_step_joins_while_other_work_waits(settled, engine):
     run_until_idle(settled, engine)
 
 
-def test_steps_join_beside_a_long_chunk_whose_pieces_run_in_batches_of_their_own(settled, engine):
-    log, long = Log(), submit(settled, "a", inputs(*range(2, 12)), 0, LATER)  # a piece has four steps
+def test_steps_join_while_a_long_chunk_runs_in_separate_batches(settled, engine):
+    log, long = Log(), submit(settled, "a", inputs(*range(2, 12)), 0, LATER)  # a piece holds four steps
     assert joined(settled, "bc", log) == [True, True]
     assert turn(settled, engine).rows == 1
     assert not log
@@ -102,7 +102,7 @@ def test_steps_join_beside_a_long_chunk_whose_pieces_run_in_batches_of_their_own
     settled.check_invariants()
 
 
-def test_a_step_that_left_is_as_if_it_had_never_come(settled, engine):
+def test_cancelled_step_has_no_effect(settled, engine):
     log = Log()
     listeners = {name: log.of(name) for name in "abc"}
     for name, listener in listeners.items():
@@ -117,13 +117,13 @@ def test_a_step_that_left_is_as_if_it_had_never_come(settled, engine):
     assert settled.counters.failed["cancelled"] == 1
 
 
-def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(settled, engine):
-    """Of three, the second fails in the engine, and the store has another state of the third."""
+def test_joined_durable_steps_are_applied_as_the_store_commits_each(settled, engine):
+    """Of three steps, the second fails in the engine and the store refuses the third because its state is stale."""
     log, sessions = Log(), [find(settled, name) for name in "abc"]
     for session in sessions:
         session.durable = Durable(Origin("ab" * 32, STORED, b"born" * 4).to_bytes(), b"token")
     assert joined(settled, "a", log, 2) + joined(settled, "b", log, 13) + joined(settled, "c", log, 2) == [True] * 3
-    assert joined(settled, "d", log) == [False]  # it is no durable session
+    assert joined(settled, "d", log) == [False]  # not a durable session
     engine.failing = {13}
     _, batch = settled.next_turn(0)
     outputs, failed = engine.run(batch)
@@ -146,8 +146,8 @@ def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(s
     settled.check_invariants()
 
 
-def test_a_refused_step_joins_again_on_the_record_that_came_with_the_refusal(settled, engine):
-    """Of `a`. The record of `b` is of another session, opened under its id; a call waits for a lookup of `c`."""
+def test_refused_step_joins_again_with_the_record_from_the_refusal(settled, engine):
+    """Only `a` joins again: the record of `b` is of another session, and a call waits for a lookup of `c`."""
     log, sessions = Log(), [find(settled, name) for name in "abc"]
     origin = Origin("ab" * 32, STORED, b"born" * 4)
     for session in sessions:
@@ -188,10 +188,10 @@ def test_a_refused_step_joins_again_on_the_record_that_came_with_the_refusal(set
     settled.check_invariants()
 
 
-def test_steps_join_behind_more_than_a_batch(settled, engine):
+def test_steps_join_behind_more_work_than_one_batch(settled, engine):
     log = Log()
     alone = [submit(settled, name, inputs(2), 0, LATER) for name in "abcd"]
-    assert turn(settled, engine).rows == 3  # the owners of the rest take turns
+    assert turn(settled, engine).rows == 3  # one step remains in the queue
     assert joined(settled, "ab", log, 3) == [True, True]
     assert turn(settled, engine).rows == 3
     assert [answer(chunk) for chunk in alone] == [fold([1, 2])[-1:]] * 4
@@ -199,7 +199,7 @@ def test_steps_join_behind_more_than_a_batch(settled, engine):
     settled.check_invariants()
 
 
-def test_a_step_whose_retry_waits_is_not_cancelled(settled, engine):
+def test_step_with_a_waiting_retry_is_not_cancelled(settled, engine):
     log = Log()
     listener = log.of("b")
     joined(settled, "a", log)
@@ -213,7 +213,7 @@ def test_a_step_whose_retry_waits_is_not_cancelled(settled, engine):
     assert find(settled, "b").position == 2
 
 
-def test_only_the_step_with_invalid_values_fails_and_those_behind_it_move_up(settled, engine):
+def test_invalid_step_fails_alone_and_renumbers_its_followers(settled, engine):
     log = Log()
     joined(settled, "b", log, INVALID)
     joined(settled, "ac", log)
@@ -225,7 +225,7 @@ def test_only_the_step_with_invalid_values_fails_and_those_behind_it_move_up(set
     assert answer(again) == fold([1, 2])[-1:]
 
 
-def test_a_group_of_invalid_steps_only_runs_nothing(settled, engine):
+def test_group_of_only_invalid_steps_runs_nothing(settled, engine):
     log = Log()
     joined(settled, "ab", log, INVALID)
     assert turn(settled, engine).rows == 0
@@ -234,7 +234,7 @@ def test_a_group_of_invalid_steps_only_runs_nothing(settled, engine):
     settled.check_invariants()
 
 
-def test_a_session_that_is_closed_fails_its_step_that_waits_the_retry_and_what_is_behind(settled, engine):
+def test_closing_a_session_fails_its_waiting_step_the_retry_and_its_followers(settled, engine):
     log = Log()
     joined(settled, "ab", log)
     again = submit(settled, "a", inputs(2), 0, LATER, position=1)
@@ -245,7 +245,7 @@ def test_a_session_that_is_closed_fails_its_step_that_waits_the_retry_and_what_i
     assert log["b"] == fold([1, 2])[-1:]
 
 
-def test_steps_that_are_late_fail(settled, engine):
+def test_late_steps_fail(settled, engine):
     log = Log()
     joined(settled, "ab", log)
     run_until_idle(settled, engine, now=51)
@@ -264,7 +264,7 @@ def test_the_first_step_of_a_session_joins_and_its_retry_is_answered(s, engine):
     assert log == {"new": fold([1, 2])[-1:]}
 
 
-def test_a_step_that_joined_is_late_by_its_own_deadline(settled, engine):
+def test_joined_step_keeps_its_own_deadline(settled, engine):
     log = Log()
     for now, name in enumerate("abc"):
         assert join(settled, find(settled, name), 2, log.of(name), now)
@@ -286,14 +286,14 @@ def test_an_invalid_step_does_not_take_the_position_of_a_valid_one(settled, engi
     assert answer(valid) == fold([1, 3])[-1:]
 
 
-def test_an_invalid_step_is_no_use_of_its_session(settled, engine):
+def test_invalid_step_does_not_refresh_its_session(settled, engine):
     join(settled, find(settled, "a"), INVALID, Log().of("a"), now=60)
     run_until_idle(settled, engine, now=60)
     with pytest.raises(SessionExpired):
         find(settled, "a", 101)
 
 
-def test_a_full_queue_takes_no_step(settled):
+def test_full_queue_refuses_steps(settled):
     full = SchedulerLimits(max_queue=2)
     scheduler = Scheduler(settled.traits, settled.sessions.limits, full)
     sessions = [scheduler.open(name, 0) for name in "abc"]
@@ -305,7 +305,7 @@ def test_a_full_queue_takes_no_step(settled):
 
 
 @pytest.mark.parametrize("joined", ["other", "left"])
-def test_a_full_queue_has_a_place_for_another_tenant_than_those_that_wait(settled, joined):
+def test_full_queue_reserves_a_place_for_a_tenant_without_waiting_work(settled, joined):
     scheduler = Scheduler(settled.traits, SessionLimits(7), SchedulerLimits(max_queue=4))
     mine = [scheduler.open(owned("mine", str(i)), 0) for i in range(6)]
     theirs = scheduler.open(owned("theirs", "0"), 0)
@@ -323,7 +323,7 @@ def test_a_full_queue_has_a_place_for_another_tenant_than_those_that_wait(settle
     assert scheduler.in_flight == 5
 
 
-def test_when_an_overload_begins_steps_that_joined_count_as_waiting(settled, engine, monkeypatch):
+def test_joined_steps_count_as_waiting_when_an_overload_begins(settled, engine, monkeypatch):
     submit_sequence(settled, inputs(1), 0, LATER)
     _, batch = settled.next_turn(0)
     log = Log()
@@ -332,6 +332,8 @@ def test_when_an_overload_begins_steps_that_joined_count_as_waiting(settled, eng
     monkeypatch.setattr(settled.overload, "begins", lambda *_: True)
     settled.pace.seconds_per_step, settled.overload.most_wait = 1.0, 4.5
     settled.complete(batch, *engine.run(batch), 0, 1.0)
-    assert [chunk.outcome is None for chunk in chunks] == [True] + 5 * [False]  # with the three, four steps wait
+    assert [chunk.outcome is None for chunk in chunks] == [True] + 5 * [
+        False
+    ]  # four steps wait, including the three that joined
     run_until_idle(settled, engine)
     assert log == dict.fromkeys("abc", fold([1, 2])[-1:])

@@ -1,4 +1,4 @@
-"""The length of the pieces of long work, and freedom from starvation."""
+"""The length of the pieces of long work, and the absence of starvation."""
 
 import numpy as np
 import pytest
@@ -11,35 +11,35 @@ from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.reply import Reply
 
 LIMITS = SchedulerLimits(max_batch=256, max_batch_steps=2048, piece_steps=64)
-STEP = 1e-6  # seconds per step and row
+STEP = 1e-6  # seconds per row and step
 
 
 def pace(*, at: float = 0.0) -> Pace:
-    """A pace that has seen a piece of long work end."""
+    """A pace that has observed one piece of long work."""
     pace = Pace(LIMITS)
     pace.observe(256, 256 * STEP, at, long=True)
     return pace
 
 
-def test_before_anything_is_known_a_piece_is_as_set() -> None:
+def test_piece_has_the_configured_length_before_any_measurement() -> None:
     assert Pace(LIMITS).piece(4, 0.0) == 64
 
 
-def test_alone_a_piece_takes_five_milliseconds_or_fills_a_batch() -> None:
+def test_piece_without_other_work_takes_five_milliseconds_or_fills_a_batch() -> None:
     assert pace().piece(8, 1.0) == 2048 // 8
     slow = Pace(LIMITS)
     slow.observe(10, 10 * 1e-3, 0.0, long=True)
     assert slow.piece(1, 1.0) == 5
 
 
-def test_among_others_a_piece_takes_as_long_as_they_took() -> None:
+def test_piece_takes_as_long_as_the_other_work() -> None:
     for others, expected in ((0.002, 500), (0.0001, 250), (5.0, 512)):
         shared = pace()
         shared.observe(64, 0.0005, others / 2, long=False)
         assert shared.piece(4, others) == expected
 
 
-def test_time_in_which_nothing_was_to_do_does_not_count() -> None:
+def test_idle_time_does_not_count() -> None:
     rested = pace()
     rested.observe(64, 0.0005, 0.001, long=False)
     rested.rest()
@@ -65,7 +65,7 @@ def test_long_work_and_single_steps_take_turns() -> None:
     assert kinds == [True, False] * (len(kinds) // 2) or kinds == [False, True] * (len(kinds) // 2)
 
 
-def test_pieces_end_with_the_shortest_so_that_nothing_is_padded() -> None:
+def test_pieces_end_with_the_shortest_row_to_avoid_padding() -> None:
     s = scheduler(ragged=True, piece_steps=4, max_batch_steps=100)
     engine = FoldEngine(s.rows)
     for length in (5, 7, 9):
@@ -79,7 +79,7 @@ def test_pieces_end_with_the_shortest_so_that_nothing_is_padded() -> None:
     assert s.counters.padded_steps == 0
 
 
-def test_a_group_cannot_be_lost_in_the_lane_of_long_chunks() -> None:
+def test_lane_of_long_chunks_rejects_groups() -> None:
     s = scheduler(piece_steps=4)
     session = s.open("a", 0)
     rejected = s.groups.submit([session], [0], (np.zeros((1, 5), np.int64),), 0, 1e9, lambda reply: None)
@@ -90,7 +90,7 @@ def test_a_group_cannot_be_lost_in_the_lane_of_long_chunks() -> None:
         lanes.take(0)
 
 
-def test_chunks_that_wait_for_a_workspace_are_not_all_looked_at_before_each_batch() -> None:
+def test_chunks_waiting_for_a_workspace_are_not_all_checked_before_each_batch() -> None:
     s, looked, count = scheduler(max_batch=3), list[Chunk | Group](), 200
 
     def look(work: Chunk | Group, now: float) -> bool:
@@ -104,7 +104,7 @@ def test_chunks_that_wait_for_a_workspace_are_not_all_looked_at_before_each_batc
         batch = lanes.take(number / 1000)
         assert len(batch.work) == 3
         for work in batch.work:
-            lanes.put(work, number / 1000)  # it has pieces left
+            lanes.put(work, number / 1000)  # more pieces remain
     assert len(looked) < 3 * count
     lanes.take(1.0)
     assert len({*looked[-count:]}) == count, "now and then they are, so that none stays beyond its deadline"

@@ -1,4 +1,4 @@
-"""More work than capacity, on a simulated clock: who is refused, and how long the others wait."""
+"""More work than capacity, on a simulated clock: which clients are refused, and how long the rest wait."""
 
 import heapq
 import itertools
@@ -19,7 +19,14 @@ from unroll.service.scheduler.scheduler import Scheduler
 
 @dataclass
 class Client:
-    """length: of its sequences. deadline: seconds. refused, waited: when, and for how long."""
+    """A simulated client.
+
+    Attributes:
+        length: Steps per sequence.
+        deadline: In seconds.
+        refused: Times of refusal.
+        waited: Time of each answer and the seconds it took.
+    """
 
     tenant: str = ""
     length: int = 1
@@ -35,7 +42,7 @@ class Client:
 
 
 class Machine:
-    """A scheduler whose batches take `call` seconds, and `row` seconds for each step of a row."""
+    """A scheduler with batches that take `call` seconds plus `row` seconds per row and step."""
 
     def __init__(self, call: float, row: float, **limits: float) -> None:
         sizes: dict[str, float] = {
@@ -96,7 +103,7 @@ class Machine:
         self.at(start, arrive)
 
     def loop_of(self, clients: Iterable[Client], start: float = 0.0) -> None:
-        """Each sends its next request when it has the answer to the last."""
+        """Let each client send its next request on the answer to its last one."""
         for client in clients:
             client.on_answer = lambda now, client=client: self.at(now, lambda: self.send(client))  # type: ignore[misc]
             self.at(start, lambda client=client: self.send(client))  # type: ignore[misc]
@@ -121,19 +128,19 @@ class Machine:
         self.now = until
 
 
-#: Seconds that new work may wait in an overload.
+#: Maximum wait of new work during an overload, in seconds.
 TARGET = 0.02
-#: (seconds of a call, seconds of a row): a call that costs about the same with any rows, one whose cost is its rows',
-#: and a slow one.
+#: (seconds per call, seconds per row): a call that costs about the same for any number of rows, a call with a cost
+#: proportional to its rows, and a slow call.
 MACHINES = [(1e-2, 8e-5), (4e-4, 4e-4), (5e-2, 1e-4)]
 machines = pytest.mark.parametrize("costs", MACHINES)
 
 
 @machines
-def test_at_five_times_the_capacity_what_is_accepted_waits_about_as_long_as_below_it(
+def test_accepted_work_waits_about_as_long_at_five_times_the_capacity_as_below_it(
     costs: tuple[float, float],
 ) -> None:
-    """From when it is noticed: that takes a queue of more than 256."""
+    """Measured once the overload is detected, which takes a queue of more than 256."""
     clients = {0.8: Client(), 5.0: Client()}
     for load, client in clients.items():
         machine = Machine(*costs)
@@ -147,7 +154,7 @@ def test_at_five_times_the_capacity_what_is_accepted_waits_about_as_long_as_belo
 
 @machines
 @pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["at once", "one after another"])
-def test_clients_that_wait_for_their_answers_are_not_refused(costs: tuple[float, float], seconds: float) -> None:
+def test_clients_that_await_each_answer_are_not_refused(costs: tuple[float, float], seconds: float) -> None:
     machine, clients = Machine(*costs), [Client() for _ in range(300)]
     for number, client in enumerate(clients):
         machine.loop_of([client], start=seconds * number / len(clients))
@@ -164,7 +171,7 @@ def test_a_queue_that_stays_very_long_is_an_overload_even_if_it_does_not_grow() 
     assert max(seconds for client in clients for at, seconds in client.waited if at > 1.0) < 0.1
 
 
-def test_when_the_load_ends_nobody_is_refused_any_more() -> None:
+def test_refusals_stop_when_the_load_ends() -> None:
     machine, flood, late = Machine(4e-4, 4e-4), Client(), [Client() for _ in range(300)]
     machine.arrivals(flood, 5 * machine.capacity, 0.0, 0.5)
     machine.loop_of(late, start=1.4)
@@ -173,7 +180,7 @@ def test_when_the_load_ends_nobody_is_refused_any_more() -> None:
     assert not any(client.refused for client in late)
 
 
-def test_a_client_that_tries_again_when_it_is_told_to_gets_through() -> None:
+def test_client_that_honours_retry_after_gets_through() -> None:
     machine = Machine(2e-3, 2e-3)
     machine.arrivals(Client(), 2 * machine.capacity, 0.0, 8.0)
     obedient = [Client() for _ in range(20)]
@@ -192,7 +199,7 @@ def test_a_client_that_tries_again_when_it_is_told_to_gets_through() -> None:
     assert all(len(client.waited) == 1 for client in obedient)
 
 
-def test_without_a_limit_of_the_wait_the_queue_and_the_deadlines_decide() -> None:
+def test_only_queue_and_deadlines_limit_work_without_an_overload_wait() -> None:
     machine, client = Machine(4e-4, 4e-4, overload_wait=0.0), Client()
     machine.arrivals(client, 2 * machine.capacity, 0.0, 0.5)
     machine.run(5.0)
@@ -210,8 +217,8 @@ def test_a_stream_is_not_refused_in_an_overload() -> None:
 
 @pytest.mark.parametrize("length", [1, 8], ids=["steps", "sequences"])
 @pytest.mark.parametrize("overload_wait", [0.0, TARGET])
-def test_a_tenant_that_floods_does_not_make_the_others_wait(length: int, overload_wait: float) -> None:
-    """They wait for the batch that runs and for their own, and are not refused."""
+def test_flooding_tenant_does_not_delay_other_tenants(length: int, overload_wait: float) -> None:
+    """They wait only for the running batch and their own, and none is refused."""
     machine = Machine(4e-3, 8e-5, max_queue=1000, overload_wait=overload_wait)
     calm = [Client(tenant=f"calm {number}", deadline=0.5) for number in range(20)]
     machine.loop_of(calm)
@@ -221,7 +228,7 @@ def test_a_tenant_that_floods_does_not_make_the_others_wait(length: int, overloa
     assert max(client.p99(0.2) for client in calm) <= 2.5 * (4e-3 + 256 * length * 8e-5)
 
 
-def test_the_queue_has_a_bound_even_if_many_tenants_share_it() -> None:
+def test_queue_is_bounded_even_if_many_tenants_share_it() -> None:
     machine = Machine(1e-3, 1e-3, max_queue=400, overload_wait=0.0)
     for number in range(50):
         machine.arrivals(Client(tenant=str(number)), 0.1 * machine.capacity, 0.0, 0.5)

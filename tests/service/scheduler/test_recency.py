@@ -1,4 +1,4 @@
-"""The order of use, a linked list, is that of a plain list."""
+"""The linked list of recency orders its entries as a plain list would."""
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ class Named(Used):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["add", "touch", "remove", "replace"]), st.integers(0, 99))))
-def test_recency_orders_as_a_list_does(events: list[tuple[str, int]]) -> None:
+def test_recency_orders_like_a_list(events: list[tuple[str, int]]) -> None:
     recency: Recency[Named] = Recency()
     order: list[Named] = []
     for n, (event, index) in enumerate(events):

@@ -1,4 +1,4 @@
-"""What a retry is, and what it is answered; a chunk that is no retry and out of place changes nothing."""
+"""Retries and their replies; a chunk at a wrong position that is not a retry changes nothing."""
 
 import pytest
 from fold import (
@@ -31,7 +31,7 @@ def test_a_retry_of_the_last_chunk_gets_the_same_reply(s, engine):
     assert s.counters.replayed == 1
 
 
-def test_a_retry_of_a_chunk_in_flight_is_that_chunk(s, engine):
+def test_retry_of_a_chunk_in_flight_joins_it(s, engine):
     s.open("a", 0)
     first = submit(s, "a", inputs(1), 0, LATER)
     second = submit(s, "a", inputs(2), 0, LATER, position=1)
@@ -45,7 +45,7 @@ def test_a_retry_of_a_chunk_in_flight_is_that_chunk(s, engine):
     ("position", "step", "error", "expected"),
     [(2, 3, PayloadMismatch, 3), (0, 1, PositionTooOld, 3), (1, 2, PositionTooOld, 3), (4, 5, PositionGap, 3)],
 )
-def test_chunk_out_of_place_is_refused_and_changes_nothing(s, engine, position, step, error, expected):
+def test_chunk_at_a_wrong_position_is_refused_and_changes_nothing(s, engine, position, step, error, expected):
     session = s.open("a", 0)
     submit(s, "a", inputs(1), 0, LATER)
     submit(s, "a", inputs(1), 0, LATER)
@@ -79,7 +79,7 @@ def test_a_session_of_depth_n_can_retry_its_last_n_chunks(s, engine):
         submit(s, "a", inputs(2), 0, LATER, position=2)
 
 
-def test_a_closing_chunk_is_no_retry_of_one_that_did_not_close(s, engine):
+def test_closing_chunk_is_not_a_retry_of_a_chunk_that_did_not_close(s, engine):
     submit(s, "a", inputs(1), 0, LATER, position=0, start=True)
     run_until_idle(s, engine)
     with pytest.raises(PayloadMismatch):
@@ -87,7 +87,7 @@ def test_a_closing_chunk_is_no_retry_of_one_that_did_not_close(s, engine):
     assert "a" in s.sessions
 
 
-#: Bytes of the reply to a chunk of so many steps: a number for each, and the last of them.
+#: Bytes of the reply to a chunk of N steps: one number per step, plus the final state.
 def reply_bytes(steps):
     return 8 * (steps + 1)
 
@@ -112,7 +112,7 @@ def test_a_reply_too_large_to_keep_is_marked_and_its_retry_is_refused():
 
 
 @pytest.mark.parametrize("end", ["close", "expire", "step"])
-def test_replies_of_all_sessions_share_a_limit_and_leave_room_when_they_go(end):
+def test_replies_of_all_sessions_share_a_limit_and_free_it_when_dropped(end):
     s = scheduler(capacity=100, reply_bytes=64 * reply_bytes(2))
     engine = FoldEngine(s.rows)
     for i in range(70):

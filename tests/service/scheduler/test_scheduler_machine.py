@@ -1,4 +1,4 @@
-"""Any order of events: every reply is the fold over what its session was given, and nothing is lost or mixed."""
+"""Any order of events: each reply is the fold over its session's inputs, and no work is lost or mixed up."""
 
 import os
 
@@ -14,7 +14,7 @@ from unroll.service.scheduler.chunk import Chunk, GroupReply
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import Cohort, Session
 
-#: `make machine-test` has more of them.
+#: `make machine-test` runs more examples.
 EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "25"))
 
 IDS = st.sampled_from("abcd")
@@ -42,7 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if isinstance(work, Reply):
             assert work.outputs[0].tolist() == fold(steps, self.state_before(work, steps))
             return
-        if work.listeners:  # a retry that joined
+        if work.listeners:  # a retry that joined the original
             return
         self.accepted += 1
         self.open_chunks.append(work)
@@ -68,7 +68,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         history.extend(steps)
         assert outcome.position == len(history)
 
-    # ── what can happen ──────────────────────────────────────────────────────────────────────────
+    # ── events ───────────────────────────────────────────────────────────────────────────────────
 
     @rule(session_id=IDS)
     def open(self, session_id: str) -> None:
@@ -87,7 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(session_id=IDS)
     def retry(self, session_id: str) -> None:
-        """The last chunk a session applied can be asked for again, and changes nothing."""
+        """Retry the last chunk a session applied: it gets the reply and changes nothing."""
         if session_id in self.scheduler.sessions:
             session = self.scheduler.sessions.find_detached(session_id, self.now)
             applied = self.scheduler.replay.applied_chunks(session)
@@ -98,9 +98,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert isinstance(work, Reply)
                 self.accept(work, steps)
 
-    @rule(ids=st.lists(IDS, min_size=1, max_size=6), data=st.data(), length=st.sampled_from([1, 1, 1, 2, 5]))
+    @rule(ids=st.lists(IDS, min_size=1, max_size=6), data=st.data(), length=st.sampled_from([1, 1, 1, 2, 3, 5]))
     def group(self, ids: list[str], data: st.DataObject, length: int) -> None:
-        """A frame: a step or more of several sessions, of which some may be busy, or elsewhere, or named twice."""
+        """Send a frame for several sessions. A session may be busy, at another position, or listed twice."""
         sessions = [self.scheduler.sessions.find_detached(i, self.now) for i in ids if i in self.scheduler.sessions]
         if not sessions:
             return
@@ -132,7 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         patience=st.sampled_from([5.0, 50.0]),
     )
     def join(self, session_id: str, step: int, ahead: int | None, patience: float) -> None:
-        """A step that runs with others if nothing waits."""
+        """Submit a step that joins a group if nothing waits."""
         if session_id not in self.scheduler.sessions:
             return
         session = self.scheduler.sessions.find_detached(session_id, self.now)
@@ -175,7 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), said=st.sampled_from([None, 0, 0, 1]))
     def cohort(self, data: st.DataObject, said: int | None) -> None:
-        """The next step of what a group has become, if that is as it was."""
+        """Submit the next step of a cohort, if the cohort is still intact."""
         if not self.cohorts:
             return
         cohort = data.draw(st.sampled_from(self.cohorts))
@@ -270,7 +270,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def begin_batch(self) -> None:
-        """The batch runs while other things happen, as it does in a thread."""
+        """Start a batch and leave it running during other events, as in a thread."""
         if not self.running.rows:
             self.begun = self.now
             actions, self.running = self.scheduler.next_turn(self.now)

@@ -1,4 +1,4 @@
-"""The order of a session's work, actions included, and the new positions of chunks after one that failed."""
+"""The order of a session's work, actions included, and the renumbering of chunks after a failed one."""
 
 from fold import (
     LATER,
@@ -32,7 +32,7 @@ def test_failed_chunk_fails_pinned_followers_and_renumbers_the_rest(s, engine):
     assert session.position == 1
 
 
-def test_a_failing_row_leaves_its_neighbours_alone(s, engine):
+def test_failed_row_does_not_affect_its_neighbours(s, engine):
     engine.failing = {13}
     for name in "ab":
         s.open(name, 0)
@@ -41,7 +41,7 @@ def test_a_failing_row_leaves_its_neighbours_alone(s, engine):
     assert (failure(bad), answer(good)) == ("engine_failed", fold([1]))
 
 
-def test_an_action_runs_in_its_turn(s, engine):
+def test_action_runs_in_order(s, engine):
     s.open("a", 0)
     submit(s, "a", inputs(1), 0, LATER)
     seen = []
@@ -68,7 +68,7 @@ def test_action_that_moves_the_session_fails_pinned_followers(s, engine):
     assert free.outcome.position == 41
 
 
-def test_closing_fails_an_action_that_waits(s, engine):
+def test_closing_fails_a_waiting_action(s, engine):
     s.open("a", 0)
     submit(s, "a", inputs(1), 0, LATER)
     action = s.submit_action(find(s, "a"), lambda session: session, 0)

@@ -1,4 +1,4 @@
-"""Sessions open, close, expire and are evicted; accepted work is lost to none of these."""
+"""Sessions open, close, expire and are evicted, and no accepted work gets lost."""
 
 import pytest
 from fold import (
@@ -70,7 +70,7 @@ def test_without_idle_timeout_nothing_expires():
     assert find(s, "a", 1e12).id == "a"
 
 
-def test_the_least_recently_used_idle_session_makes_room(s, engine):
+def test_least_recently_used_idle_session_is_evicted(s, engine):
     for i, name in enumerate("abcd"):
         s.open(name, i)
     submit(s, "a", inputs(1), 10, LATER)
@@ -82,7 +82,7 @@ def test_the_least_recently_used_idle_session_makes_room(s, engine):
     assert s.counters.gone == {"session_evicted": 1}
 
 
-def test_no_room_when_every_session_has_work(s):
+def test_opening_is_refused_when_every_session_has_work(s):
     for name in "abcd":
         s.open(name, 0)
         submit(s, name, inputs(1), 0, LATER)

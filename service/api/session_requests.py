@@ -1,4 +1,4 @@
-"""Opens sessions over HTTP: from a request to an answer, without a framework."""
+"""Opens and closes sessions over HTTP: from a request to an answer, without a framework."""
 
 from collections.abc import Coroutine
 from typing import Any
@@ -29,3 +29,7 @@ async def _open(app: AppState, tenant: str, model: str, body: OpenSession) -> An
         return Answer(201, JSON, json.dump({**described, "snapshot": base64_text(sealed)}))
     opened = await session_operations.open_session(app, *ids, durability=body.durability, **start)
     return Answer(201, JSON, json.dump(session_operations.describe(*opened)))
+
+
+async def close_session(app: AppState, model: str, own_id: str) -> Answer:
+    return Answer(200, JSON, json.dump(await session_operations.close_session(app, model, own_id)))
