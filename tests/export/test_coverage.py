@@ -238,12 +238,25 @@ class CopiesItself(nn.Linear):
         return copied
 
 
-def test_copies_of_a_self_copying_module_keep_what_export_added() -> None:
-    module = nn.Sequential(CopiesItself(3, 2))
+class PicklesItself(nn.Linear):
+    """Rebuilds itself from its sizes and weights, which then require gradients again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sizes": (self.in_features, self.out_features), "weights": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["sizes"])  # type: ignore[misc]
+        self.load_state_dict(state["weights"])
+
+
+@pytest.mark.parametrize("kind", [CopiesItself, PicklesItself])
+def test_copies_of_a_self_copying_module_keep_what_export_added(kind: type[nn.Linear]) -> None:
+    module = nn.Sequential(kind(3, 2))
     copied = detached_copy(module)
     copied[0].put = copied[0].weight
     again = copy.deepcopy(copied)
-    assert isinstance(again[0], CopiesItself)
+    assert isinstance(again[0], kind)
+    assert not again[0].weight.requires_grad
     assert again[0].put is again[0].weight
     torch.testing.assert_close(again[0].weight, module[0].weight)
 
