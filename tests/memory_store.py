@@ -1,4 +1,4 @@
-"""A store in the memory of the process, for tests: the contract of `interface.py` without expiry."""
+"""An in-memory store for tests: the contract of `interface.py` without expiry."""
 
 from collections.abc import Sequence
 

@@ -9,7 +9,7 @@ from unroll.bundle import Manifest
 
 
 class Oracle:
-    """One version of a model, run by onnxruntime alone, without chunking."""
+    """One version of a model, run by plain onnxruntime without chunking."""
 
     def __init__(self, repository: Path, name: str, version: str = "1") -> None:
         folder = repository / name / version

@@ -1,4 +1,4 @@
-"""`unroll serve` as a process of its own."""
+"""`unroll serve` as a separate process."""
 
 import json
 import os
@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 
 class Launched(Served):
-    """`unroll serve`, or a script that calls it, forked from a process that has imported it: quick to start.
+    """`unroll serve`, or a script that calls it, forked from a process that has imported it, for a quick start.
 
-    stderr: what it prints.
+    stderr: its output.
     """
 
     def __init__(self, *arguments: str, script: str = "") -> None:
@@ -35,7 +35,7 @@ class Launched(Served):
         return self.poll()
 
     def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
-        """Wait for the end; nothing, and what was printed since the last line that was read."""
+        """Wait for the exit; return nothing for stdout, and the stderr output not yet read."""
         with self:
             return "", self.stderr.read()
 
@@ -54,14 +54,14 @@ class Launched(Served):
 
 
 def spawn(*arguments: str, script: str = "") -> subprocess.Popen[str]:
-    """The same by a new interpreter, as a user starts it."""
+    """Start the same in a new interpreter, as a user does."""
     program = ["-c", script] if script else ["-m", "unroll", "serve"]
     command = [sys.executable, *program, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 class Process:
-    """A server as its own process. `log`: its lines on stderr, each a JSON document.
+    """A server as a separate process. `log`: its stderr lines, each a JSON document.
 
     start: `Launched` or `spawn`.
     """
@@ -78,11 +78,11 @@ class Process:
         raise AssertionError(f"the server did not start: {self.log}")
 
     def end(self) -> int:
-        """Exit status, after the rest of the log was read."""
+        """Read the rest of the log and return the exit status."""
         _, rest = self.popen.communicate(timeout=PATIENCE)
         self.log += [json.loads(line) for line in rest.splitlines()]
         return self.popen.returncode
 
 
-#: The fixture `start_process`: flags, and `start=…`, `script=…`.
+#: The fixture `start_process`, called with flags, `start=…` and `script=…`.
 StartProcess = Callable[..., Process]

@@ -1,7 +1,7 @@
-"""How tests wait: for a named condition, and never without a limit. No other module of the tests polls.
+"""How tests wait: for a named condition, always with a limit. No other test module polls.
 
-A test awaits what can announce itself: an event, a future, a pipe. What another process does
-is announced by nothing, so its condition is evaluated again and again.
+A test awaits an event, a future or a pipe where one exists. Another process announces nothing, so its condition is
+polled.
 """
 
 import asyncio
@@ -12,11 +12,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Self
 
-#: Seconds after which a test gives up. A limit and no measure: a busy machine takes ten times as long as an idle one.
+#: Seconds until a test gives up. A limit, not a measure: a busy machine takes ten times as long as an idle one.
 PATIENCE = 120.0
-#: A pause grows with what has been waited for already: asking takes processor time from what makes the condition true.
+#: Pauses grow with the time already waited, as polling takes processor time from the awaited work.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.05
-#: Turns of the event loop before the first pause: mostly the loop itself makes the condition true.
+#: Turns of the event loop before the first pause, as the loop itself usually makes the condition true.
 _TURNS = 50
 
 
@@ -45,13 +45,13 @@ def _next_pause(began: float, what: str) -> float:
 
 
 async def turns(count: int = 1) -> None:
-    """Let the event loop run so many times, before a test says what has not happened."""
+    """Run the event loop this many turns, before a test asserts that something has not happened."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 class LoopTime:
-    """A stopwatch that stands still while the machine has no time for this event loop.
+    """A stopwatch that pauses while the machine does not run this event loop.
 
     seconds: since the stopwatch was entered, counted by ticks of the loop.
     """

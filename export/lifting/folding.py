@@ -1,4 +1,4 @@
-"""Computes what the step of a loop makes of weights alone once, in float64, not in every step and in float32."""
+"""Computes the values of a loop's step that depend only on weights once and in float64, not in each step in float32."""
 
 from operator import attrgetter
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.lifting.scan import Scan
 
-#: Views compute nothing.
+#: The operators that compute nothing.
 _VIEWS = {"t", "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "select", "slice", "expand", "detach"}
 
 
@@ -39,7 +39,7 @@ def _fold(single: fx.GraphModule, double: fx.GraphModule) -> None:
 
 
 def _constants(module: fx.GraphModule) -> tuple[dict[fx.Node, Tensor], set[fx.Node]]:
-    """Find the tensors that depend on weights alone, and which of them are more than a view of one."""
+    """Find the tensors that depend only on weights, and those among them that are more than a view of a weight."""
     values: dict[fx.Node, Tensor] = {}
     computed: set[fx.Node] = set()
     for node in module.graph.nodes:

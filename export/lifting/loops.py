@@ -99,7 +99,7 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
         except ExportError as error:
             try:
                 _split(model, path, name, tape, run)
-            except (CannotSplitError, ExportError):
+            except (CannotSplitError, ExportError, RuntimeError):  # user code, or a module within torch.vmap
                 raise (_row_loop(name, error) if by_row else error) from None
 
 

@@ -1,7 +1,7 @@
-"""Runs a module that loops over the rows of a batch in Python for all rows at once: torch.vmap of what one row does.
+"""Runs a module that loops over the rows of a batch in Python for all rows at once: torch.vmap of the code for one row.
 
-What belongs to no row, as `torch.empty` and the attributes of the module do, becomes one row's own: code writes a row's
-values into it, and begins with it.
+Code may write a row's values into a tensor that belongs to no row, such as `torch.empty` or an attribute of the module,
+or start from one. Each row therefore gets its own copy of such tensors.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,13 +40,13 @@ class ByRow(nn.Module):
 
 
 def _own(seed: Tensor, tensor: Tensor) -> Tensor:
-    """The same numbers for the row that `seed` is of."""
+    """The row's own copy of a tensor. seed: a number of the row, which ties the copy to it under torch.vmap."""
     zero = torch.zeros_like(seed, dtype=tensor.dtype)
     return tensor | zero if tensor.dtype == torch.bool else tensor + zero
 
 
 class _Created(TorchFunctionMode):
-    """Within, tensors that are made of sizes alone are a row's own."""
+    """Within it, each row gets its own copy of a tensor that is created from sizes only."""
 
     def __init__(self, own: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Created(TorchFunctionMode):
 
 @contextmanager
 def _attributes(model: nn.Module, own: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within, tensors that are attributes are a row's own. Afterwards, all attributes are what they were."""
+    """Within it, each row gets its own copy of the tensors that are attributes. Restores all attributes at the end."""
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
         for now, values in before:

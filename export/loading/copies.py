@@ -17,6 +17,9 @@ from unroll.export.signature.outputs import is_same
 #: PyTorch's own attributes of a module.
 _NOT_OWN = {*vars(nn.Module())}
 
+#: Methods with which a class copies its modules itself.
+_COPYING = {"__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"}
+
 
 def detached_copy(module: nn.Module) -> nn.Module:
     """Copy the module to the CPU, in eval mode and without gradients; a compiled module is unwrapped.
@@ -57,8 +60,8 @@ def detached_copy(module: nn.Module) -> nn.Module:
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Deep-copy, bypassing `__deepcopy__` methods of user classes, which may omit what export adds."""
     for part in reversed([*module.modules()]):
-        owner = next((kind for kind in type(part).__mro__ if "__deepcopy__" in vars(kind)), None)
-        if owner and not owner.__module__.startswith(("torch.", "unroll.")):
+        owner = next((kind for kind in type(part).__mro__ if _COPYING & vars(kind).keys()), None)
+        if owner and not owner.__module__.startswith(("torch.", "unroll.", "builtins")):
             memo[id(part)] = _whole(part, memo)
     return copy.deepcopy(module, memo)
 

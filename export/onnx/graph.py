@@ -70,14 +70,14 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
 
 
 def _place(program: ExportedProgram | None, operator: str) -> str:
-    """Where forward calls an operator, as `fft_fft`, or one that is made of it; empty if that is not known."""
+    """Where forward calls an operator such as `fft_fft`, or one that is built from it; empty if that is unknown."""
     if program is None:
         return ""
     return place_of(program, lambda node: str(node.target).rpartition(".")[0].endswith(operator))
 
 
 def _check(model: onnx.ModelProto, program: ExportedProgram) -> None:
-    """Raises ExportError(not_exportable) for a graph that a server would refuse."""
+    """Raise ExportError(not_exportable) for a graph that a server would refuse."""
     try:
         check_operators(operators(model.SerializeToString()), ())
     except BundleError as error:

@@ -1,4 +1,4 @@
-"""The benchmark runs, checks every answer and writes figures. The figures themselves are not tested."""
+"""The benchmark runs, checks every answer and writes figures. The values of the figures are not tested."""
 
 import json
 import subprocess

@@ -89,7 +89,7 @@ async def test_malformed_reply_fails_the_run(reply: bytes) -> None:
 
 
 async def test_open_loop_latency_counts_from_the_due_time() -> None:
-    """The server stalls once for 0.2 s, two fifths of the run: every request that was due in that time has waited."""
+    """The server stalls once for 0.2 s, two fifths of the run: every request due during the stall has waited."""
 
     def stalls(number: int) -> tuple[float, list[bytes]]:
         return (0.2 if number == 20 else 0.0), [REPLY]

@@ -1,4 +1,4 @@
-"""A bundle's model in NumPy: a running sum, whose state is the sum so far."""
+"""A bundle's model in NumPy: a running sum with the sum so far as its state."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Drives examples/stream.py, which has one session on a stream of its own, for a model of one input and one output."""
+"""Drives examples/stream.py: one session per stream, for a model with one input and one output."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The JavaScript client in Node, against onnxruntime alone; test_conformance.py breaks its connections."""
+"""The JavaScript client in Node, compared with plain onnxruntime; test_conformance.py breaks its connections."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ MODULE = ROOT / "client" / "unroll.mjs"
 STATIC = {"speaker": 3, "gain": [0.25, -0.5]}
 
 Oracles = Callable[[str], Oracle]
-#: Runs scenarios by name, with the client at an address; returns their results.
+#: Runs scenarios by name against an address; returns their results.
 Play = Callable[..., Any]
 
 
@@ -81,7 +81,7 @@ def test_it_gets_the_same_bits(server: Running, oracle: Oracles, given: dict[str
 
 
 def rolled(lstm: Oracle, x: np.ndarray) -> tuple[list[list], np.ndarray]:
-    """Four steps after x that are made of the outputs before them, and all steps."""
+    """Return four steps after x, made from the outputs before them, and all steps."""
     right = []
     for position in range(9, 13):
         y = lstm(x)[-1]
@@ -105,7 +105,7 @@ def test_it_rolls_sessions_out(server: Running, oracle: Oracles, given: dict[str
     assert found["refused"] == ["map_invalid", "InvalidInput"]
 
 
-def test_it_rolls_sessions_of_a_stream_out_over_broken_connections(
+def test_stream_rollouts_survive_broken_connections(
     server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play
 ) -> None:
     found = play(server.url, "streamRollouts")["streamRollouts"]

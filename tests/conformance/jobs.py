@@ -1,4 +1,4 @@
-"""A job for child processes, in a module that imports quickly."""
+"""A job for child processes, in a module with quick imports."""
 
 import os
 import signal

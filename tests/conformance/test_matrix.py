@@ -19,7 +19,7 @@ PAGE = documents.PAGE.read_text()
 
 
 def rows(title: str) -> dict[str, list[str]]:
-    """The cells of the table below a heading, by first cell."""
+    """Return the cells of the table below a heading, by first cell."""
     [table] = re.findall(rf"^### {re.escape(title)}\n\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()[2:]]
     return {row[0]: row[1:] for row in cells}

@@ -47,7 +47,7 @@ def ask(path: Path, tree: Tree) -> object:
     )
 
 
-def test_a_good_one(write) -> None:
+def test_valid_bundle_passes_the_oracle(write) -> None:
     finding = ask(write(GOOD), GOOD)
     assert finding.error < 1e-6
     assert finding.bits
@@ -59,14 +59,14 @@ def test_other_weights(write) -> None:
 
 
 @pytest.mark.long
-def test_said_to_stream(write) -> None:
+def test_false_streaming_claim_is_detected(write) -> None:
     tree = Tree("floats", 3, (replace(GRU, bidirectional=True),), "steps")
     with pytest.raises(Wrong, match="in chunks"):
         ask(write(tree, streamable=True, not_streamable_because=None), tree)
 
 
 @pytest.mark.long
-def test_said_to_be_ragged(write) -> None:
+def test_false_ragged_claim_is_detected(write) -> None:
     tree = replace(GOOD, end="last")
     with pytest.raises(Wrong, match="padded to"):
         ask(write(tree, ragged=True), tree)
@@ -80,7 +80,7 @@ def test_another_initial_state(write) -> None:
 
 
 @pytest.mark.long
-def test_said_to_be_exact(write) -> None:
+def test_false_exactness_claim_is_detected(write) -> None:
     tree = replace(GOOD, blocks=(Conv(3, 3, 1), GRU))
     path = write(tree, bit_exact=True)
     with pytest.raises(WrongBits, match="bit_exact"):

@@ -1,4 +1,4 @@
-"""The decoders, each with the errors that it may raise, and seeds: good ones, and the shapes of attacks on servers."""
+"""The decoders, each with its allowed errors and its seeds: valid bytes and known attacks on servers."""
 
 import struct
 import tempfile
@@ -33,7 +33,7 @@ _SCRATCH = Path(tempfile.gettempdir()) / "unroll-decoder-fuzz"
 
 @dataclass(frozen=True)
 class Decoder:
-    """decode: raises nothing but `refusals`."""
+    """decode: may raise only `refusals`."""
 
     decode: Callable[[bytes], object]
     seeds: dict[str, bytes]

@@ -1,7 +1,7 @@
-"""Kubernetes manifests, checked against the schemas of Kubernetes and of the projects that define further resources.
+"""Checks of Kubernetes manifests against the schemas of Kubernetes and of projects with custom resources.
 
-The latter have tens of thousands of lines, so they are not here: `UNROLL_CRDS` names a folder with the
-CustomResourceDefinitions of KServe (config/crd/full) and of the Prometheus operator, as their projects publish them.
+The custom schemas have tens of thousands of lines and are not included. `UNROLL_CRDS` names a folder with the
+published CustomResourceDefinitions of KServe (config/crd/full) and the Prometheus operator.
 """
 
 import os
@@ -72,7 +72,7 @@ def _strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     strict = {key: _strict(part) for key, part in schema.items()}
-    if isinstance(pattern := strict.get("pattern"), str) and "(?i)" in pattern:  # Go has it anywhere
+    if isinstance(pattern := strict.get("pattern"), str) and "(?i)" in pattern:  # Go allows it anywhere
         strict["pattern"] = "(?i)" + pattern.replace("(?i)", "")
     if strict.get("x-kubernetes-int-or-string"):
         strict.pop("type", None)

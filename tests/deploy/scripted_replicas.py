@@ -30,7 +30,9 @@ class Replica(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # the body is sent apart from the headers, and would wait for their receipt
+    disable_nagle_algorithm = (
+        True  # the body is sent separately from the headers and would wait for their acknowledgement
+    )
     server: Replica
 
     def do_GET(self) -> None:
@@ -107,7 +109,7 @@ def steps(session: str) -> str:
 
 
 def check_routing(proxy: Proxy) -> None:
-    """Requests of one session go to one replica, over every API; the sessions are shared out, and other requests."""
+    """Each session's requests go to one replica over every API; sessions and other requests are spread evenly."""
     places = {session: proxy.ask(steps(session))[1] for session in map(str, range(40))}
     assert set(places.values()) == {"a", "b"}
     for session, place in places.items():

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(HELM is None, reason="helm is missing: make depl
 
 #: One replica with its own store.
 SMALL = ["redis.enabled=false", "replicas=1", "store.embedded.enabled=true"]
-#: Of the Prometheus operator, whose definitions are elsewhere.
+#: Resources of the Prometheus operator; their definitions are not included.
 CUSTOM = ("ServiceMonitor", "PrometheusRule")
 #: Arguments of --set, by case.
 CASES = {
@@ -68,7 +68,7 @@ def of_kind(manifests: list[Manifest], kind: str) -> Manifest:
 
 
 def workload(manifests: list[Manifest], component: str = "server") -> Manifest:
-    """The Deployment or StatefulSet of a component."""
+    """Return the Deployment or StatefulSet of a component."""
     [found] = [
         manifest
         for manifest in manifests
@@ -97,7 +97,7 @@ def test_the_chart_passes_helms_own_lint():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_it_renders_is_valid(case: str):
+def test_rendered_manifests_are_valid(case: str):
     for manifest in render(case):
         if manifest["kind"] not in CUSTOM:
             check(manifest)
@@ -177,7 +177,7 @@ def test_a_replica_has_time_to_drain(case: str):
     assert pod(manifests)["terminationGracePeriodSeconds"] > asleep + drains
 
 
-def test_what_a_user_adds_is_in_the_pod():
+def test_user_additions_are_in_the_pod():
     manifests = render("extended")
     assert {"name": "cache", "emptyDir": {"medium": "Memory"}} in pod(manifests)["volumes"]
     assert {"name": "cache", "mountPath": "/cache"} in container(manifests)["volumeMounts"]
@@ -227,7 +227,7 @@ def test_a_rollout_needs_no_more_gpus_than_there_are(case: str, surge: int):
     assert workload(render(case))["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == surge
 
 
-def test_gpus_are_asked_for_and_insisted_on():
+def test_gpus_are_requested_and_required():
     server = container(render("gpu"))
     assert server["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert "--device=cuda:0,cuda:1" in server["args"]
@@ -258,7 +258,7 @@ def test_it_scales_on_the_queue():
         (["redis.appendfsync=no"], "appendfsync"),
     ],
 )
-def test_values_that_cannot_be_are_refused(values: list[str], reason: str):
+def test_contradictory_values_are_refused(values: list[str], reason: str):
     flags = [flag for value in values for flag in ("--set", value)]
     refused = helm("template", "unroll", str(CHART), "--kube-version", "1.30.0", *flags)
     assert refused.returncode != 0

@@ -1,4 +1,4 @@
-"""Which Redis-compatible server is started: the system's, else that of the wheel, else none."""
+"""The choice of the Redis-compatible server: the system's, else the wheel's, else none."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from deploy import local_redis
 
 @pytest.fixture(autouse=True)
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH with nothing on it."""
+    """An empty PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""deploy/unroll.service: systemd takes it, and its server takes its options."""
+"""deploy/unroll.service: systemd accepts the unit, and the server accepts its options."""
 
 import shlex
 import shutil

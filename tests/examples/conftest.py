@@ -45,7 +45,7 @@ def serve() -> Serve:
 
 @pytest.fixture
 def _curl() -> None:
-    """What pasted commands need."""
+    """The environment for pasted commands."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
 

@@ -1,4 +1,4 @@
-"""The committed bundles equal an export of the committed checkpoints; the doctor's equals an export of its seed."""
+"""Committed bundles equal an export of the committed checkpoints; the doctor's equals an export from its seed."""
 
 from pathlib import Path
 

@@ -65,7 +65,7 @@ def test_the_printed_commands_work_as_pasted(server: str):
 
 def test_no_server(capsys: pytest.CaptureFixture[str]):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # taken, and not listening
+        unused.bind(("127.0.0.1", 0))  # bound but not listening
         assert cli.main(["demo", "--url", f"http://127.0.0.1:{unused.getsockname()[1]}"]) == 1
     assert "make run" in capsys.readouterr().err
 
@@ -101,7 +101,7 @@ def test_an_example_of_other_measurements(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(("exact", "last_bits", "faults"), [(True, 1, 1), (False, 1, 0), (False, 1000, 1)])
 def test_streamed_and_whole_must_agree(example: demo.Example, exact: bool, last_bits: int, faults: int):
-    """In every bit where the model promises it, within rounding elsewhere."""
+    """Bit for bit if the model guarantees it, otherwise within rounding."""
     whole = example.float32.copy()
     whole[-1] += last_bits * np.spacing(whole[-1])
     streamed = demo.Streamed(example.float32, singles=1, seconds=1.0)

@@ -23,7 +23,7 @@ def test_its_code_trains_serves_and_equals_pytorch(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("default")  # of the kernel's packages
+@pytest.mark.filterwarnings("default")  # from the kernel's packages
 def test_first_model_trains_serves_and_equals_pytorch(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     nbformat = pytest.importorskip("nbformat", reason="the notebook's packages are not installed")
     nbclient = pytest.importorskip("nbclient", reason="the notebook's packages are not installed")

@@ -1,4 +1,4 @@
-"""What the README and CONTRIBUTING name exists; tests/examples/test_snippets.py runs what they show."""
+"""Names in the README and CONTRIBUTING exist; tests/examples/test_snippets.py runs their code."""
 
 import re
 from pathlib import Path

@@ -9,7 +9,7 @@ import pytest
 from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-#: What a browser loads by itself when it opens a page.
+#: Resources that a browser loads with a page.
 _LOADED = re.compile(
     r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* rel="(?:stylesheet|icon|preload)"[^>]* href="([^"]+)"'
 )

@@ -1,4 +1,4 @@
-"""Every command and every program that the README and the pages show is run, or its page says why it is not."""
+"""Every command and program in the README and the pages runs, or its page states why not."""
 
 import re
 from collections import Counter
@@ -23,7 +23,7 @@ def test_page_does_what_it_shows(
     made_once: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Its blocks run in order, in one folder; the output that follows a block is the one that it prints."""
+    """Blocks run in order in one folder; the output shown after a block must match."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     trained = made_once("classifier", train)
@@ -44,7 +44,7 @@ def test_page_does_what_it_shows(
 
 
 def test_every_block_is_run_or_says_why_not():
-    """`pytest -s` prints how many."""
+    """`pytest -s` prints the counts."""
     counts: Counter[str] = Counter()
     for page in PAGES:
         for block in blocks(page):

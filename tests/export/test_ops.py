@@ -1,4 +1,4 @@
-"""The custom ops say in plain PyTorch what a layer computes; they must be PyTorch's own layer, lengths included."""
+"""The custom ops define a layer in plain PyTorch and must equal PyTorch's own layer, lengths included."""
 
 import pytest
 import torch

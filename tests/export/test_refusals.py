@@ -1,4 +1,4 @@
-"""What users read about refusals: a section for each code, and in the text where forward does it and what to change."""
+"""The texts of refusals: a section per code, and messages with the line in forward and the remedy."""
 
 import re
 from pathlib import Path

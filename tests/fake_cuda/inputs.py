@@ -1,4 +1,4 @@
-"""Inputs that a model takes."""
+"""Valid inputs for a model."""
 
 import numpy as np
 

@@ -76,7 +76,7 @@ class Client:
     async def live(self, stop: asyncio.Event, pause: float) -> None:
         """Step, with an average pause of `pause` seconds, until `stop` or a fault."""
         do = [self.step] * 20 + [self.repeat] * 3
-        if not self.follows_gaps:  # otherwise it could be accepted after a loss in the store
+        if not self.follows_gaps:  # otherwise the store could accept it after a loss
             do += [self.send_others, self.skip]
         while not stop.is_set():
             try:
@@ -94,7 +94,7 @@ class Client:
             self._note(reply)
 
     async def step(self) -> None:
-        """The next chunk: of one step, or of a few."""
+        """Send the next chunk of one or a few steps."""
         x = self.chunk()
         self.track.sent, began = x, time.monotonic()
         await self._until_acknowledged(self.track.position, x)
@@ -142,7 +142,7 @@ class Client:
             self._stream.close()
             self._stream = None
 
-    # ── asking ───────────────────────────────────────────────────────────────────────────────────
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     async def _until_acknowledged(self, start: int, x: np.ndarray) -> None:
         reply = await self._until_answered(lambda way, port: self._send(way, port, x, start), self.ways)

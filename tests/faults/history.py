@@ -49,7 +49,7 @@ class Track:
         self.answers.append((start, len(x), outputs, position))
 
     def refused(self, start: int, code: str, expected: int | None, said: str = "") -> None:
-        """A refused chunk that began at `start`, the position of the session. said: the whole reply."""
+        """Record a refused chunk that began at `start`, the session's position. said: the whole reply."""
         ahead = 0 if expected is None else expected - start
         most = 0 if self.sent is None else len(self.sent)
         kind = "lost" if ahead < 0 or code.startswith("session_") else "double" if ahead > most else "wrong"
@@ -148,7 +148,7 @@ def _answer(oracle: Oracle, chunks: Sequence[np.ndarray], steps: int) -> bytes:
 
 
 def _is_from(other: Track, x: np.ndarray, outputs: bytes, oracle: Oracle) -> bool:
-    """Is it one of the other's answers, or what `x` gives after any of its chunks?"""
+    """Return whether it is one of the other track's answers, or the output for `x` after any of its chunks."""
     if any(answer == outputs for _, _, answer, _ in other.answers):
         return True
     state = oracle.manifest.initial_row()

@@ -1,4 +1,4 @@
-"""`unroll serve` as processes that are forked from one that has imported it: imports are most of what a start takes."""
+"""`unroll serve` processes forked from one that has imported it, as imports take most of the start."""
 
 import atexit
 import ctypes
@@ -21,9 +21,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Served:
-    """A running `unroll serve`, as subprocess.Popen has it; its parent and its folder are those of this process.
+    """A running `unroll serve` with the interface of subprocess.Popen; its parent and folder are this process's.
 
-    script: Python that is run instead, as `python -c` does.
+    script: Python code to run instead, as with `python -c`.
     """
 
     def __init__(self, arguments: Sequence[str], log: int, environment: Mapping[str, str], script: str = "") -> None:
@@ -54,8 +54,8 @@ class Served:
 
 @cache
 def _preloaded() -> socket.socket:
-    """A link to the process that forks servers; it ends with this one."""
-    # Its grandchildren, which are orphans at once, become children of this process.
+    """A link to the process that forks servers, which ends with this one."""
+    # Its grandchildren, orphaned immediately, become children of this process.
     assert ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:

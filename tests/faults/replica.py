@@ -83,11 +83,11 @@ class Replica:
         self._send(signal.SIGCONT)
 
     def rescan(self) -> None:
-        """Let it look for new and removed versions; returns immediately."""
+        """Trigger a rescan for new and removed versions; returns immediately."""
         self._send(signal.SIGHUP)
 
     async def stopped(self) -> None:
-        """Return when the process is stopped, by us or by itself."""
+        """Return when the process is suspended, by the test or by itself."""
         assert self._process is not None
         await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 

@@ -12,7 +12,7 @@ _MOST = 20
 
 
 class Result(Protocol):
-    """`str` of it is the last line."""
+    """The verdict; `str(verdict)` is the last line."""
 
     verdict: Verdict
     told: Told

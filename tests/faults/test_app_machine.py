@@ -99,7 +99,7 @@ class AppMachine(RuleBasedStateMachine):
         self.saved: dict[str, tuple[bytes, Life]] = {}
         self.dumped: dict[str, tuple[bytes, Life]] = {}
 
-    # ── asking ───────────────────────────────────────────────────────────────────────────────────
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     def call(self, method: str, at: int, path: str, body: object = None) -> Reply:
         return self.run(self.wires.call(method, self.port(at), path, body))
@@ -122,10 +122,10 @@ class AppMachine(RuleBasedStateMachine):
     def path(self, name: str) -> str:
         return f"/sessions/{self.prefix}{name}"
 
-    # ── what the answer must be ──────────────────────────────────────────────────────────────────
+    # ── expected answers ─────────────────────────────────────────────────────────────────────────
 
     def lives_at(self, name: str, at: int, reply: Reply) -> Life | None:
-        """The session's life, or None if it has none there; then the reply must say so."""
+        """Return the session's life, or None if it is absent there, as the reply must then report."""
         life = self.lives[name]
         if name in VOLATILE:
             if at != VOLATILE.index(name):
@@ -138,7 +138,7 @@ class AppMachine(RuleBasedStateMachine):
         return None
 
     def is_bound_to_another(self, name: str, at: int, way: str, reply: Reply) -> bool:
-        """A handle of a stream stays bound to its session, and reports its end."""
+        """A stream handle stays bound to its session and reports the session's end."""
         life = self.lives[name]
         if way != "stream":
             return False
@@ -164,7 +164,7 @@ class AppMachine(RuleBasedStateMachine):
         self.lives[name] = replace(life, chunks=chunks, last=(life.position, x, outputs))
         return life
 
-    # ── what can happen to a session ─────────────────────────────────────────────────────────────
+    # ── events of a session ──────────────────────────────────────────────────────────────────────
 
     @rule(name=IDS, at=REPLICAS)
     def open(self, name: str, at: int) -> None:
@@ -199,7 +199,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS, back=st.integers(1, 9))
     def come_late(self, name: str, at: int, way: str, x: np.ndarray, back: int) -> None:
-        """A chunk so old that no replica has its reply."""
+        """Send a chunk too old for any replica to have its reply."""
         life = self.lives[name]
         if isinstance(life, Life):
             start = sum(map(len, life.chunks[:-DEPTH])) - back
@@ -210,7 +210,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS)
     def send_others(self, name: str, at: int, way: str, x: np.ndarray) -> None:
-        """Other values at the position of the last chunk."""
+        """Send different values at the position of the last chunk."""
         life = self.lives[name]
         if isinstance(life, Life) and life.last is not None and not np.array_equal(x, life.last[1]):
             reply = self.send(name, at, way, x, life.last[0])
@@ -227,7 +227,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS)
     def look(self, name: str, at: int) -> None:
-        """Its position, and the bits of its state."""
+        """Check its position and the bits of its state."""
         reply = self.call("GET", at, self.path(name))
         life = self.lives_at(name, at, reply)
         if life is None:
@@ -283,7 +283,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, again=REPLICAS, x=CHUNKS)
     def finish(self, name: str, at: int, again: int, x: np.ndarray) -> None:
-        """A chunk that ends the session, sent twice as after a lost reply."""
+        """Send a chunk that ends the session, twice as after a lost reply."""
         life = self.lives[name]
         if isinstance(life, Life):
             reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, life.position, **END))
@@ -296,7 +296,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE), at=REPLICAS, again=REPLICAS, x=CHUNKS)
     def begin(self, name: str, at: int, again: int, x: np.ndarray) -> None:
-        """A chunk that opens a session, sent twice."""
+        """Send a chunk that opens a session, twice."""
         if isinstance(self.lives[name], Gone):
             reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, 0, **START))
             self.lives[name] = Life(next(self.numbers))
@@ -329,7 +329,7 @@ class AppMachine(RuleBasedStateMachine):
         stream.close()
         return replies
 
-    # ── what can happen to the servers and the store ─────────────────────────────────────────────
+    # ── events of the servers and the store ──────────────────────────────────────────────────────
 
     @rule(at=REPLICAS)
     def restart(self, at: int) -> None:
@@ -350,7 +350,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE))
     def expire(self, name: str) -> None:
-        """As if the idle timeout were over."""
+        """Expire the sessions as the idle timeout would."""
         if isinstance(self.lives[name], Life):
             key, client = self.key(name), self.world.redis.client
             assert client.pexpire(key, 1), "an open session must be in the store"
@@ -361,7 +361,7 @@ class AppMachine(RuleBasedStateMachine):
     def lose_everything(self) -> None:
         self.world.redis.client.flushall()
         self.world.redis.client.script_flush()
-        for name in DURABLE:  # a replica may remember the end of an earlier session of that name
+        for name in DURABLE:  # a replica may have a tombstone of an earlier session of that name
             self.lives[name] = Gone.because("session_unknown", "session_closed", "session_expired")
 
     @rule(name=st.sampled_from(DURABLE))
@@ -392,14 +392,14 @@ class AppMachine(RuleBasedStateMachine):
             self.wires.close()
 
 
-@pytest.mark.timeout(300 + 30 * EXAMPLES)  # a failure is shrunk first
+@pytest.mark.timeout(300 + 30 * EXAMPLES)  # Hypothesis shrinks a failure first
 def test_any_order_of_events(redis_server: RedisServer, tiny: Path, oracle: Oracle) -> None:
     world = World(tiny, redis_server, oracle)
     limits = settings(
         max_examples=EXAMPLES,
         stateful_step_count=20,
         deadline=None,
-        phases=set(Phase) - {Phase.explain},  # explain traces every line
+        phases=set(Phase) - {Phase.explain},  # the explain phase traces every line
         suppress_health_check=[HealthCheck.too_slow],
     )
     try:

@@ -1,4 +1,4 @@
-"""A short version of `make overload`: floods from another process, beside calm clients and a probe."""
+"""A short version of `make overload`: floods from another process, with calm clients and a probe."""
 
 import statistics
 from pathlib import Path
@@ -14,7 +14,7 @@ async def test_a_calm_client_and_probes_are_answered_under_a_flood(tmp_path: Pat
 
 
 async def test_a_tenant_that_floods_is_refused_and_another_waits_for_a_few_batches(tmp_path: Path) -> None:
-    """Of an engine that is much slower than HTTP; time is counted in its batches."""
+    """With an engine much slower than HTTP; time is counted in batches."""
     alone, under, answers = await flood.run(tmp_path, seconds=1.5)
     assert {*alone.statuses} == {200}
     assert statistics.median(answers.refusals) < statistics.median(answers.seconds["200"])

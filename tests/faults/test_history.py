@@ -35,7 +35,7 @@ def served(oracle: Oracle, name: str, chunks: list[np.ndarray]) -> Track:
     return track
 
 
-def test_what_was_served_well_is_good(oracle: Oracle, tracks: list[Track]) -> None:
+def test_correct_history_has_no_faults(oracle: Oracle, tracks: list[Track]) -> None:
     verdict = check(tracks, oracle)
     assert verdict.good
     assert str(verdict) == "21 steps: 0 lost, 0 double, 0 mixed, 0 wrong"

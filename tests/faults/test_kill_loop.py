@@ -1,4 +1,4 @@
-"""A few kills, one round of restarts, few rows, one new version: short versions of `make kill-test` and its like."""
+"""Short versions of `make kill-test` and related runs: a few kills, restarts, few rows, one new version."""
 
 from pathlib import Path
 from typing import Literal
@@ -29,14 +29,14 @@ async def test_replicas_are_restarted_behind_haproxy(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-async def test_a_version_comes_replica_by_replica_and_the_one_before_it_goes(tmp_path: Path) -> None:
+async def test_new_version_replaces_the_old_replica_by_replica(tmp_path: Path) -> None:
     result = await rollout.run(tmp_path, 14)
     assert result.verdict.good, result.verdict.findings
     assert result.rolled == 1
     assert result.verdict.steps > 200
 
 
-async def test_sessions_lose_their_rows_all_the_time(
+async def test_sessions_that_keep_losing_their_rows_continue(
     servers: Servers, oracle: Oracle, redis_server: RedisServer
 ) -> None:
     """A request must succeed even if its session loses its row again in the meantime."""

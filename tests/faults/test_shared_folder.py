@@ -1,4 +1,4 @@
-"""Servers on one folder: any of them takes any step, and one that is stopped while it writes holds up the others."""
+"""Servers on one folder: each takes any step, and a process suspended during a write blocks the others."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ needs_proc_locks = pytest.mark.skipif(not Path("/proc/locks").exists(), reason="
 
 _X = np.ones((1, 2), np.float32)
 
-#: Writes to the store in a folder, and stops itself within the transaction.
+#: Writes to the store in a folder and suspends itself within the transaction.
 _STOPS = """
 import os, pathlib, signal, sys
 from unroll.service.store.lmdb_folder import LmdbFolder
@@ -47,7 +47,7 @@ async def test_a_session_goes_to_either_of_two_servers(tmp_path: Path, replicas:
 
 @pytest.fixture
 async def server(tmp_path: Path, replicas: Replicas, wires: Wires) -> Replica:
-    """With a session `s` in the folder `store`."""
+    """Start a server with a session `s` in the folder `store`."""
     (server,) = replicas(1, "--store", f"file://{tmp_path}/store")
     await server.start()
     assert (await wires.call("POST", server.port, "/sessions", {"session_id": "s"})).status == 201
@@ -56,7 +56,7 @@ async def server(tmp_path: Path, replicas: Replicas, wires: Wires) -> Replica:
 
 @pytest.fixture
 def stopped(server: Replica, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that has stopped within a transaction on that folder."""
+    """A process suspended within a transaction on that folder."""
     process = subprocess.Popen([sys.executable, "-c", _STOPS, str(tmp_path / "store")])
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     yield process
@@ -65,10 +65,10 @@ def stopped(server: Replica, tmp_path: Path) -> Iterator["subprocess.Popen[bytes
 
 
 @pytest.mark.parametrize("then", [signal.SIGCONT, signal.SIGKILL])
-async def test_a_process_that_stops_within_a_transaction_delays_the_others(
+async def test_process_suspended_in_a_transaction_delays_the_others(
     then: signal.Signals, server: Replica, stopped: "subprocess.Popen[bytes]", wires: Wires, oracle: Oracle
 ) -> None:
-    """They answer that the store is unavailable, and continue as soon as it goes on or is killed."""
+    """They report the store as unavailable, and continue once the process resumes or is killed."""
     for _ in range(2):
         reply = await wires.send("raw", server.port, "s", _X, 0)
         assert (reply.status, reply.code) == (503, "store_unavailable")

@@ -1,4 +1,4 @@
-"""A replica is stopped for a while, or dies at a chosen point, and others continue its sessions."""
+"""A replica is suspended for a while or dies at a chosen point, and other replicas continue its sessions."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -40,7 +40,7 @@ class Session:
         return self.wires.send(way, replica.port, self.name, x, position)
 
     async def step(self, *replicas: Replica) -> None:
-        """The next step, at each of them in turn."""
+        """Send the next step to each replica in turn."""
         for replica in replicas:
             self.replies.append(await self.send(replica, len(self.replies)))
 
@@ -51,7 +51,7 @@ class Session:
 
 @pytest.mark.parametrize("store", ["redis", pytest.param("embedded", marks=pytest.mark.long)], indirect=True)
 async def test_the_owner_wakes_up(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
-    """Stopped with an unread step of the session: another replica ran that step and the next."""
+    """Suspended with an unread step of the session, while another replica ran that step and the next."""
     owner, other = cluster = replicas(2, "--store", store)
     await start(cluster)
     sessions = {way: Session(wires, way) for way in WAYS}
@@ -70,8 +70,8 @@ async def test_the_owner_wakes_up(store: str, replicas: Replicas, wires: Wires, 
 
 
 @pytest.mark.parametrize("store", [pytest.param("redis", marks=pytest.mark.long), "embedded"], indirect=True)
-async def test_the_owner_is_stopped_at_its_commit(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
-    """Stopped at its second commit: it computed the step, and so did another replica, which may have advanced since."""
+async def test_owner_is_suspended_at_its_commit(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
+    """Suspended at its second commit: another replica computed the same step and may have advanced since."""
     owner, other = replicas(2, "--store", store)
     await other.start()
     for place, moves_on in (("before_commit", False), ("before_commit", True), ("after_commit", True)):
@@ -102,13 +102,13 @@ async def test_a_replica_dies_at_every_place(redis_server: RedisServer, replicas
         async with crowd.stepping():
             for name in sorted(NAMES):
                 dying.environment["UNROLL_FAILPOINTS"] = f"{name}=kill:8"
-                dying.launch()  # it may have ended before anyone could ask whether it is ready
+                dying.launch()  # it may have ended before the readiness probe
                 assert await dying.ended() == -9, name
         verdict = await crowd.verdict(oracle)
     assert verdict.good, verdict.findings
 
 
-async def test_replicas_stand_still_in_turn(redis_server: RedisServer, replicas: Replicas, oracle: Oracle) -> None:
+async def test_replicas_are_suspended_in_turn(redis_server: RedisServer, replicas: Replicas, oracle: Oracle) -> None:
     cluster = replicas(2, "--store", redis_server.url)
     await start(cluster)
     async with Crowd([replica.port for replica in cluster], 10, 30, timeout=1.0) as crowd:

@@ -51,17 +51,17 @@ class Reply:
 
 @dataclass
 class Wires:
-    """For the sessions of one model with one float32 input and output per step. timeout: seconds per reply."""
+    """Connections for sessions of one model with one float32 input and output per step. timeout: seconds per reply."""
 
     model: str
-    features: tuple[str, str]  # the names of its input and its output
+    features: tuple[str, str]  # the names of the input and the output
     timeout: float = 5.0
     _idle: dict[int, dict[str, list["_Connection"]]] = field(default_factory=lambda: defaultdict(dict))
 
     async def send(
         self, way: str, port: int, session: str, x: np.ndarray, position: int | None, **flags: bool
     ) -> Reply:
-        """One chunk, x (time, features), by one of HTTP_WAYS. flags: sequence_start or sequence_end, of v2 only.
+        """Send one chunk, x (time, features), by one of HTTP_WAYS. flags: sequence_start or sequence_end, in v2 only.
 
         Raises Broken.
         """
@@ -93,7 +93,7 @@ class Wires:
         return json.dumps({"inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
 
     async def call(self, method: str, port: int, path: str, body: object = None) -> Reply:
-        """Another route below the model's; a body of bytes is a state, as are the `outputs` of the reply."""
+        """Call another route of the model. A body of bytes is a state, and so are the reply's `outputs`."""
         sent = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         media = _RAW if isinstance(body, bytes) else _JSON if sent else {}
         status, headers, content = await self.ask(port, method, f"/v1/models/{self.model}{path}", sent, media)
@@ -109,7 +109,7 @@ class Wires:
     ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of the answer. Raises Broken.
 
-        The requests on a connection are alike, so that its server may take the head of each for the one before.
+        Requests on a connection are alike, so the server may reuse the parsed head of the one before.
         """
         headers = headers or {}
         kind = f"{path} {headers.get('unroll-steps', headers)}"
@@ -178,11 +178,11 @@ class Stream:
         self._socket: ClientConnection | None = None
 
     async def send(self, x: np.ndarray, position: int | None) -> Reply:
-        """One chunk, x (time, features)."""
+        """Send one chunk, x (time, features)."""
         return (await self.send_all([x], position))[0]
 
     async def send_all(self, chunks: Sequence[np.ndarray], position: int | None) -> list[Reply]:
-        """Consecutive chunks, all in flight; or the refusal to bind the session, once."""
+        """Send consecutive chunks, all in flight; yields their replies, or once the refusal to bind the session."""
         replies: list[Reply] = []
         try:
             async with asyncio.timeout(self._wires.timeout):
@@ -222,7 +222,7 @@ class Stream:
 
 
 def refusal(status: int, document: Mapping, retry_after: str | float | None = None) -> Reply:
-    """An error of v1, v2 or a stream; that of a stream has no status, and contains `retry_after`."""
+    """An error of v1, v2 or a stream. A stream's error has no status and contains `retry_after`."""
     wait = document.get("retry_after", retry_after)
     return Reply(
         status,

@@ -1,6 +1,6 @@
 """Exchanges with a running server, recorded once and replayed: a stream's messages, and HTTP requests.
 
-Everything is compared but the words of an error, and floats within a millionth: their last bits are the machine's.
+Compares everything except the wording of errors; floats within a millionth, as their last bits depend on the machine.
 """
 
 import json
@@ -34,7 +34,7 @@ _HEADERS = (
 
 
 class Conversation:
-    """One connection, and the end of its server."""
+    """One connection, and the shutdown of its server."""
 
     def __init__(self, running: Running, model: str) -> None:
         self._running = running
@@ -92,7 +92,7 @@ def _without_words(text: str) -> str:
 
 
 def check_messages(expected: list[dict[str, Any]], found: list[dict[str, Any]], *, any_order: bool) -> None:
-    """any_order: of outputs; the server may answer one frame by several, as the entries' work is done."""
+    """any_order: outputs may come in any order, as the server may answer one frame by several."""
     if any_order:
         expected, found = _one_by_one(expected), _one_by_one(found)
     assert [kind for message in found for kind in message] == [kind for message in expected for kind in message]
@@ -105,7 +105,7 @@ def check_messages(expected: list[dict[str, Any]], found: list[dict[str, Any]], 
 
 
 def _one_by_one(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Texts, then a frame for each entry. For models with one output of two float32 a step."""
+    """Return texts, then a frame per entry. For models with one output of two float32 per step."""
     frames = []
     for message in messages:
         if "hex" in message:
@@ -148,7 +148,7 @@ def check_answer(expected: dict[str, Any], found: dict[str, Any], sent: dict[str
 
 
 def _check_json(expected: Any, found: Any, ignored: set[str]) -> None:
-    """Members in their order: objects are lists of (name, value). An object may get further members."""
+    """Parse objects as lists of (name, value), to compare the order of members. Objects may gain members."""
     if isinstance(expected, list | tuple):
         assert type(found) is type(expected)
         if expected and isinstance(expected, list) and isinstance(expected[0], tuple):

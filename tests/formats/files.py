@@ -1,4 +1,4 @@
-"""The golden files that hold one value each: the values, and the code that wrote them. Nothing is random."""
+"""The golden files with one value each: the values and the code that wrote them. Nothing is random."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ SESSIONS: list[tuple[Key, Record, float]] = [
 
 
 def write(folder: Path) -> None:
-    """All of them but those that only Redis writes, which are put together by the table in `store/redis_store.py`."""
+    """Return all files; those only Redis writes are assembled from the table in `store/redis_store.py`."""
     keys = SnapshotKeys(KEYS)
     origin, last = ORIGIN.to_bytes(), pack_last(RECORD.depth, KEPT)
     for name, content in {

@@ -37,7 +37,7 @@ class Steps(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Two inputs and one without time, two outputs and one of the last step, a state that does not begin with zeros."""
+    """Two inputs plus a static one, two outputs plus one of the last step, and a non-zero initial state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def write_bundles(repository: Path) -> None:
 
 
 def values(*shape: int) -> np.ndarray:
-    """Float32 that JSON and every machine write alike: multiples of 1/64."""
+    """Return float32 values with the same JSON text on every machine: multiples of 1/64."""
     count = int(np.prod(shape))
     return (((np.arange(count) * 37) % 129 - 64) / 64).astype("<f4").reshape(shape)
 

@@ -1,4 +1,4 @@
-"""A command without a package that it needs says what to install. Serving needs no torch, export no server."""
+"""A command without a required package names the package to install. Serving needs no torch, export no server."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The bundles that tests serve are what export writes today."""
+"""The bundles that tests serve equal today's export."""
 
 from pathlib import Path
 

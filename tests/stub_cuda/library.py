@@ -49,7 +49,7 @@ def build(provider: Path, folder: Path) -> None:
 
 
 def _imports(provider: Path) -> dict[str, list[str]]:
-    """CUDA's functions by the version, which is the library's name, that the provider asks for; `` for none."""
+    """Return CUDA's functions by requested symbol version, which is the library's name; `` for none."""
     command = ["nm", "--dynamic", "--undefined-only", str(provider)]
     versions: dict[str, list[str]] = defaultdict(list)
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():

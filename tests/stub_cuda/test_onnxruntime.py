@@ -1,6 +1,6 @@
 """onnxruntime-gpu on exported graphs: placement of nodes, launches and copies of a step, contents of a capture.
 
-The provider is the real one, over a CUDA that only writes down what it is asked for: see `cuda.c`.
+Uses the real provider over a CUDA that only logs its calls; see `cuda.c`.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,13 +25,13 @@ from stub_cuda.step import Step, new_stream, phase
 
 
 def model(name: str) -> Path:
-    """The graph of an example or of a model of `served_models`."""
+    """Return the graph of an example or of a `served_models` model."""
     folder = name.replace(" ", "-").replace(",", "")
     return next(path for path in (EXAMPLES, models.BUNDLES) if (path / folder).exists()) / folder / "1" / "model.onnx"
 
 
 def without_lens(path: Path, tmp_path: Path) -> Path:
-    """The graph whose recurrent nodes run all steps they are given: what a call of single steps needs."""
+    """Write the graph without row lengths, as for calls of single steps."""
     graph = onnx.load(path)
     for node in graph.graph.node:
         if node.op_type in ("LSTM", "GRU"):
@@ -46,7 +46,7 @@ def sources(calls: Iterable[Call]) -> set[int]:
 
 
 def uploads(calls: Calls) -> list[int]:
-    """Bytes of each copy to the device."""
+    """Return the bytes of each copy to the device."""
     return [call.bytes for call in calls.crossings if call.destination == "device"]
 
 
@@ -101,12 +101,12 @@ except RuntimeError:
     assert calls.crossings
 
 
-# Cost of a step.
+# The cost of a step.
 
 
 @pytest.mark.parametrize("name", ["co2", "bytes", "lstm 2"])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_the_state_never_crosses(run_with_stub: RunWithStub, name: str, steps: int) -> None:
+def test_state_never_crosses_to_the_host(run_with_stub: RunWithStub, name: str, steps: int) -> None:
     script = """
 step = Step(argv[1])
 step.use(8, steps=int(argv[2]))
@@ -116,7 +116,7 @@ step.run()
 phase("end")
 """
     calls = run_with_stub(IMPORTS + script, model(name), steps).phases["step"]
-    assert uploads(calls) == [8 * 4] * len(calls.named("cudnnRNNForward"))  # the lengths, for each layer
+    assert uploads(calls) == [8 * 4] * len(calls.named("cudnnRNNForward"))  # the lengths, once per layer
     assert len(calls.crossings) == len(uploads(calls))
     assert not calls.named("cudaMalloc", "cudaMallocHost", "cudaHostAlloc", "cudaFree", "cudaFreeHost")
 
@@ -173,7 +173,7 @@ def test_a_run_can_be_captured(run_with_stub: RunWithStub, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("name", ["co2", "embedding, LSTM, norm, GRU"])
-def test_what_the_graph_reads_on_the_host_stays_as_it_is(run_with_stub: RunWithStub, name: str) -> None:
+def test_host_memory_read_by_the_graph_does_not_change(run_with_stub: RunWithStub, name: str) -> None:
     """Lengths, and tables of addresses for Split and Concat: every launch reads them again."""
     phases = run_with_stub(IMPORTS + CAPTURE, model(name)).phases
     read = [call for call in phases["capture"].captured.crossings if call.destination == "device"]
@@ -309,7 +309,7 @@ def test_onnxruntimes_graphs_belong_to_their_thread(own_graphs: dict[str, Calls]
     assert own_graphs["in a thread"].captured
 
 
-def test_what_onnxruntimes_graphs_read_on_the_host_stays_as_it_is(own_graphs: dict[str, Calls]) -> None:
+def test_host_memory_read_by_onnxruntimes_graphs_does_not_change(own_graphs: dict[str, Calls]) -> None:
     read = sources(own_graphs["first"].captured.crossings)
     later = own_graphs["another"] + own_graphs["none"] + own_graphs["in a thread"]
     assert read

@@ -1,4 +1,4 @@
-"""Servers for the tests of the API: one shared by those that need nothing special, more on request."""
+"""Servers for the API tests: a shared one with default settings, and others on request."""
 
 import shutil
 import socket
@@ -19,7 +19,7 @@ from serving import Oracle, Running, Serve
 from unroll.service.core.clock import Clock
 from unroll.service.settings import Settings
 
-#: That a server of these tests has.
+#: Settings of every server in these tests.
 MOST_WORKERS = 2
 
 
@@ -32,7 +32,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What most tests ask for: a server of all models takes three times as long to start."""
+    """The models most tests use. A server of all models takes three times as long to start."""
     return models.link(tmp_path_factory.mktemp("few"), "lstm", "gru", "hot")
 
 
@@ -52,7 +52,7 @@ def serve(few: Path) -> Iterator[Serve]:
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[Running]:
-    """A server with the default settings, shared: tests must not count on what others leave or not."""
+    """A shared server with the default settings. Tests must not depend on sessions that other tests leave."""
     running = Running(Settings(repository=repository))
     yield running
     running.stop()
@@ -112,7 +112,7 @@ def start_process(shelf: Path) -> Iterator[StartProcess]:
 
 @pytest.fixture
 def ports() -> list[int]:
-    """Free ones in a row, for the own ports of workers."""
+    """Find consecutive free ports for the per-worker ports."""
     while True:
         first = free_port()
         ports = [first + i for i in range(MOST_WORKERS)]

@@ -1,7 +1,7 @@
-"""A crowd of clients that do everything a client may do, rightly and wrongly, and know what the answer must be.
+"""A crowd of clients that send every kind of request, valid and invalid, and know the correct answer to each.
 
-Each client has a session and perhaps forks of it. It keeps the inputs the server accepted, and every output it was
-given; `Track.check` recomputes them with onnxruntime over the whole input and compares bit for bit.
+Each client has a session and possibly its forks. It keeps all inputs that the server accepted and all outputs that it
+received; `Track.check` recomputes the outputs with onnxruntime over the whole input and compares bit for bit.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ WAYS = (*HTTP_WAYS, "triton")
 
 
 class Evicted(Exception):
-    """The session was evicted for lack of room: not a fault, and noted in its track."""
+    """The session was evicted for lack of room. This is not a failure; the track records it."""
 
 
 @dataclass
 class Track:
-    """What one session must be. `gone`: the code of the cause, None while it lives."""
+    """The expected state of one session. `gone`: the error code of its end, None while it is live."""
 
     model: str
     id: str
@@ -37,8 +37,8 @@ class Track:
     last: tuple[int, np.ndarray, bytes] | None = None  # start, input, outputs
     saved: tuple[bytes, list[np.ndarray]] | None = None
     gone: str | None = None
-    applied: int = 0  # steps, in all its lives
-    doubtful: int = 0  # steps that were sent, and lost to an eviction before anyone heard of them
+    applied: int = 0  # steps, summed over reopenings
+    doubtful: int = 0  # steps sent but lost to an eviction before any reply
 
     @property
     def position(self) -> int:
@@ -53,7 +53,7 @@ class Track:
         self.last = start, x, reply.outputs
 
     def check(self) -> None:
-        """Everything given so far equals the whole, computed in one piece."""
+        """Check that all outputs received so far equal one run over the whole input."""
         if self.given:
             whole = self.oracle(np.concatenate(self.accepted))
             for start, steps, outputs in self.given:
@@ -70,7 +70,7 @@ class Track:
 
 
 class Wires:
-    """The four ways to send a chunk. Triton's client tells no codes."""
+    """The four ways to send a chunk. Triton's client does not report error codes."""
 
     def __init__(self, port: int, triton_client: triton.InferenceServerClient) -> None:
         self.port = port
@@ -95,7 +95,7 @@ class Wires:
         return Reply(200, result.as_numpy("y")[0].tobytes(), reached)
 
     async def abandon(self, track: Track, x: np.ndarray, position: int) -> None:
-        """Send a chunk and go away without reading the reply."""
+        """Send a chunk and disconnect without reading the reply."""
         head = f"POST /v1/models/{track.model}/sessions/{track.id}/steps HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Type: application/octet-stream\r\nUnroll-Position: {position}\r\n"
         head += f"Unroll-Steps: {len(x)}\r\nContent-Length: {x.nbytes}\r\n\r\n"
@@ -106,7 +106,7 @@ class Wires:
         await writer.wait_closed()
 
     async def call(self, method: str, track: Track, path: str = "", body: object = None) -> Reply:
-        """Another route of the session."""
+        """Call another route of the session."""
         return await self._http[track.model].call(method, self.port, f"/sessions/{track.id}{path}", body)
 
     async def open(self, track: Track) -> Reply:
@@ -122,7 +122,7 @@ class Wires:
 
 
 class Client:
-    """One client: a session, its forks, and a random sequence of things to do."""
+    """One client: a session, its forks, and a random sequence of actions."""
 
     def __init__(self, track: Track, wires: Wires, chance: random.Random, outcomes: Counter[str]) -> None:
         self.tracks = [track]
@@ -166,7 +166,7 @@ class Client:
         except Evicted:
             self.outcomes["evicted"] += 1
 
-    # ── asking, and what the answer must be ──────────────────────────────────────────────────────
+    # ── requests and their expected answers ──────────────────────────────────────────────────────
 
     def chunk(self, length: int | None = None) -> np.ndarray:
         length = length or self.chance.randint(1, 5)
@@ -199,7 +199,7 @@ class Client:
     async def send(self, track: Track, x: np.ndarray, position: int | None, way: str | None = None) -> Reply:
         return await self.wires.send(way or self.way(), track, x, position)
 
-    # ── things to do with a session that lives ───────────────────────────────────────────────────
+    # ── actions on a live session ────────────────────────────────────────────────────────────────
 
     async def step(self, track: Track) -> None:
         x = self.chunk()
@@ -214,7 +214,7 @@ class Client:
         assert (reply.outputs, reply.position) == (outputs, start + len(x))
 
     async def twins(self, track: Track) -> None:
-        """The same chunk several times at once, each perhaps another way. Any but the first may come too late."""
+        """Send the same chunk several times at once, possibly in different ways."""
         x, position = self.chunk(), track.position
         replies = await asyncio.gather(*(self.send(track, x, position) for _ in range(self.chance.randint(2, 3))))
         good = [reply for reply in replies if reply.status == 200]
@@ -257,7 +257,7 @@ class Client:
             self.is_refused(track, await self.send(track, x, None, way), 422, "non_finite_input")
 
     async def overflow(self, track: Track) -> None:
-        """Finite, but the answer of `hot` is not; somewhere in the middle of other clients' batches."""
+        """Send finite inputs that give `hot` a non-finite output, in batches shared with other clients."""
         if track.model == "hot":
             x = self.chunk()
             x[self.chance.randrange(len(x)), 0] = 3e38
@@ -283,7 +283,7 @@ class Client:
         track.end("session_closed")
 
     async def finish(self, track: Track) -> None:
-        """END, and perhaps its retry."""
+        """End the sequence, then retry the end."""
         x, position, way = self.chunk(), track.position, self.way(("v2", "triton"))
         reply = self.is_good(track, await self.wires.send(way, track, x, position, sequence_end=True))
         track.accept(x, reply)
@@ -292,7 +292,7 @@ class Client:
         assert again.outputs == reply.outputs
 
     async def restart(self, track: Track) -> None:
-        """START on a session that is sure to live."""
+        """Start a sequence on a session that cannot have been evicted."""
         if not track.evictable:
             await self.start(track)
 
@@ -313,7 +313,7 @@ class Client:
             track.accepted = list(accepted)
             assert reply.position == track.position
 
-    # ── and with one that is gone ────────────────────────────────────────────────────────────────
+    # ── actions on an ended session ──────────────────────────────────────────────────────────────
 
     async def use_what_is_gone(self, track: Track) -> None:
         assert track.gone is not None
@@ -334,7 +334,7 @@ class Client:
 
 
 def check_snapshot(track: Track, content: bytes) -> None:
-    """The row in the snapshot is the state after all accepted input."""
+    """Check that the row in the snapshot is the state after all accepted input."""
     row = np.frombuffer(content[52:-16], "<f4")
     if track.accepted:
         expected = track.oracle.all(np.concatenate(track.accepted))[1]

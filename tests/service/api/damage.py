@@ -1,4 +1,4 @@
-"""Ways to break a bundle, each with a part of the reason that the server gives."""
+"""Ways to damage a bundle, each with part of the reason the server reports."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ Damage = Callable[[Path], object]
 
 
 def describe(path: Path, **members: Any) -> None:
-    """Change members of the manifest, and let it describe the other files as they are now."""
+    """Change members of the manifest and update its description of the other files."""
     document = json.loads((path / MANIFEST).read_text())
     files = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in (GRAPH, GOLDEN)}
     (path / MANIFEST).write_text(json.dumps({**document, "files": files, **members}))

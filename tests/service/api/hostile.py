@@ -1,6 +1,6 @@
-"""Bundles made to harm, each a change of one good bundle, by the code that each must be refused with.
+"""Hostile bundles: each is a valid bundle with one change, and the error code that must refuse it.
 
-A change gets the folder of a copy. Unless it is `raw`, the manifest then describes the files as they are.
+A change receives the folder of a copy. Unless it is `raw`, the manifest is then updated to match the files.
 """
 
 import json
@@ -24,13 +24,13 @@ Graph = onnx.GraphProto
 
 @dataclass(frozen=True)
 class Hostile:
-    """One bundle.
+    """One hostile bundle.
 
     Attributes:
-        code: What it must be refused with.
-        change: Makes it of a good one.
-        raw: The change is the last one: nothing is put right after it.
-        folder: The name of its model's folder, if it is not made of the name of the case.
+        code: The error code that must refuse it.
+        change: Turns a copy of a valid bundle into this one.
+        raw: Leaves the manifest as the change wrote it.
+        folder: The model's folder name, if it differs from the name of the case.
     """
 
     code: str
@@ -120,7 +120,7 @@ def member(code: str, **members: Any) -> Hostile:
 
 
 def each(kind: str, **members: Any) -> Hostile:
-    """Every entry of a list in the manifest gets these members."""
+    """Set these members in every entry of a list in the manifest."""
 
     def change(path: Path) -> None:
         entries = json.loads((path / MANIFEST).read_text())[kind]
@@ -238,7 +238,7 @@ def content(code: str, change: Callable[[bytes], bytes]) -> Hostile:
 
 
 def feed(model: onnx.ModelProto, *nodes: onnx.NodeProto, constants: dict[str, Any] | None = None) -> None:
-    """`state_out` becomes itself plus `extra`, which these nodes make."""
+    """Add `extra`, the output of these nodes, to `state_out`."""
     for node in model.graph.node:
         node.output[:] = ["before" if name == "state_out" else name for name in node.output]
     for name, found in (constants or {}).items():
@@ -316,7 +316,7 @@ def replacing(model: onnx.ModelProto) -> None:
 
 
 def divided(operator: str, result: str = "extra") -> list[onnx.NodeProto]:
-    """The result is 0, unless the processor refuses the division: of the least integer by -1."""
+    """Return nodes that compute 0, unless the processor traps the division of the least integer by -1."""
     return [
         helper.make_node("Cast", ["sequence_lens"], ["divisor"], to=TensorProto.INT64),
         helper.make_node(operator, ["least", "divisor"], ["quotients"]),

@@ -1,4 +1,4 @@
-"""HTTP by hand: requests as bytes, for what no client library can be made to send."""
+"""HTTP by hand: requests as bytes, for input that no client library sends."""
 
 import socket
 
@@ -11,11 +11,11 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Wire:
-    """A connection on which requests are bytes."""
+    """A connection that sends requests as raw bytes."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each part leaves at once
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # send each part immediately
         self._received = b""
 
     def send(self, *parts: bytes) -> None:
@@ -23,11 +23,11 @@ class Wire:
             self.socket.sendall(part)
 
     def end(self) -> None:
-        """Send no more; still read."""
+        """Shut down the sending side; reading still works."""
         self.socket.shutdown(socket.SHUT_WR)
 
     def head(self) -> tuple[int, dict[str, str]]:
-        """Status and headers, by lower-case name, of the next answer."""
+        """Read the status and the headers of the next answer; header names are in lower case."""
         while b"\r\n\r\n" not in self._received:
             self._received += self._more()
         head, _, self._received = self._received.partition(b"\r\n\r\n")
@@ -35,20 +35,20 @@ class Wire:
         return int(status.split()[1]), dict(line.lower().split(": ", 1) for line in lines)
 
     def answer(self, *, to_head: bool = False) -> Answer:
-        """Status, headers by lower-case name, and body of the next answer. to_head: it has none."""
+        """Read the status, headers and body of the next answer. `to_head`: expect no body."""
         status, headers = self.head()
         bare = to_head or status == 204 or status < 200
         return status, headers, self.exactly(0 if bare else int(headers["content-length"]))
 
     def exactly(self, size: int) -> bytes:
-        """As many of the next bytes."""
+        """Read exactly this many bytes."""
         while len(self._received) < size:
             self._received += self._more()
         taken, self._received = self._received[:size], self._received[size:]
         return taken
 
     def closed(self) -> bool:
-        """Has the server closed it, and sent nothing more?"""
+        """Return whether the server closed the connection without sending more."""
         return self._received == self.socket.recv(1) == b""
 
     def _more(self) -> bytes:

@@ -1,4 +1,4 @@
-"""A client of streams by the protocol's description, and a server that offers them by ASGI alone."""
+"""A stream client written from the protocol's description, and a server that offers streams through ASGI only."""
 
 import json
 import socket
@@ -23,7 +23,7 @@ NO_POSITION = 2**64 - 1
 
 @dataclass(frozen=True)
 class Reply:
-    """One entry of a frame of outputs. position: reached. outputs: by the manifest's order."""
+    """One entry of a frame of outputs: the position reached, and the outputs in the manifest's order."""
 
     handle: int
     steps: int
@@ -36,7 +36,7 @@ class Reply:
 
 
 def frame(*entries: tuple) -> bytes:
-    """entries: (handle, position or None, input, ...), inputs (T, *shape) in the manifest's order. By the book."""
+    """Encode a frame of entries (handle, position or None, input, ...); inputs (T, *shape) in the manifest's order."""
     head = struct.pack("<BBHI", 1, 0, 0, len(entries))
     table = [struct.pack("<IIQ", h, len(x), NO_POSITION if p is None else p) for h, p, x, *_ in entries]
     columns = zip(*(entry[2:] for entry in entries), strict=True)
@@ -82,13 +82,13 @@ class Client:
         return answer["sessions"]
 
     def bind(self, *handles: int, **options: object) -> list[str]:
-        """Open a new session for each handle; returns their ids."""
+        """Open a new session for each handle; return the ids."""
         opened = self.open(*[{"handle": handle, **options} for handle in handles])
         assert not [item for item in opened if "error" in item], opened
         return [item["session_id"] for item in opened]
 
     def receive(self, number: int) -> tuple[list[Reply], list[dict]]:
-        """As many answers: outputs, and errors."""
+        """Receive this number of answers; return outputs and errors."""
         good: list[Reply] = []
         bad: list[dict] = []
         while len(good) + len(bad) < number:
@@ -103,7 +103,7 @@ class Client:
         return good, bad
 
     def step(self, *entries: tuple) -> dict[int, Reply]:
-        """All must succeed, and each handle be there once."""
+        """Send a frame and return one reply per handle; all must succeed."""
         self.socket.send(frame(*entries))
         good, bad = self.receive(len(entries))
         assert not bad
@@ -111,7 +111,7 @@ class Client:
         return {reply.handle: reply for reply in good}
 
     def refused(self, *entry: object) -> tuple[str, dict]:
-        """The code of the error that this entry, alone in its frame, is answered by, and the whole."""
+        """Send one entry as a frame; return the error's code and the whole error."""
         self.socket.send(frame(entry))
         good, (error,) = self.receive(1)
         assert not good
@@ -119,16 +119,16 @@ class Client:
         return error["code"], error
 
     def abort(self) -> None:
-        """Cut the connection like a crash: unread answers are lost, without a close frame."""
+        """Cut the connection as a crash would: no close frame, and unread answers are lost."""
         self.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.socket.shutdown(socket.SHUT_RD)  # wakes the thread that reads, and that then closes
+        self.socket.socket.shutdown(socket.SHUT_RD)  # wakes the reader thread, which then closes
 
 
 Dial = Callable[..., Client]
 
 
 class Plain(Running):
-    """A server whose WebSocket protocol is uvicorn's own, as any ASGI server's would be."""
+    """A server with uvicorn's own WebSocket protocol, as on any ASGI server."""
 
     def __init__(self, settings: Settings) -> None:
         def config(application: object, *_: object) -> uvicorn.Config:
@@ -141,7 +141,7 @@ class Plain(Running):
 
 
 def last_messages(client: Client) -> list[str | bytes]:
-    """What still comes before the server hangs up."""
+    """Receive the remaining messages until the server closes."""
     messages: list[str | bytes] = []
     try:
         while True:

@@ -1,4 +1,4 @@
-"""`/v1/admin/sessions`: what an operator sees of sessions, wherever they are."""
+"""`/v1/admin/sessions`: an operator sees all sessions, in memory and in the store."""
 
 from collections.abc import Callable
 from pathlib import Path

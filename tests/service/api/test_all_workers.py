@@ -1,4 +1,4 @@
-"""One answer from those of all workers."""
+"""Merging the answers of all workers into one."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""gzip and deflate on every route that takes a body, and what a compressed body can do at worst."""
+"""gzip and deflate on every route with a body, and the cost of a hostile compressed body."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ Post = Callable[..., httpx.Response]
 
 @pytest.fixture(params=CODINGS.values(), ids=CODINGS)
 def post(client: httpx.Client, request: pytest.FixtureRequest) -> Post:
-    """`post(path, content, headers, method="POST")` with the body compressed."""
+    """`post(path, content, headers, method="POST")` compresses the body."""
     coding, compress = request.param
 
     def call(path: str, content: bytes, headers: dict[str, str], method: str = "POST") -> httpx.Response:
@@ -121,7 +121,7 @@ def test_the_refusal_of_a_coding_names_those_that_are_taken(client: httpx.Client
 def test_long_bodies_are_decompressed_one_at_a_time(
     server: Running, background: Callable[..., Future], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are in memory until they are parsed, however many come at the same time."""
+    """A body stays in memory until it is parsed, so this bounds the memory of many that arrive at once."""
     decompress, tasks = content_coding._decompressed, server.uvicorn.server_state.tasks
     all_came, running, most = threading.Event(), [], []
 

@@ -1,4 +1,4 @@
-"""More connections than there may be: idle ones make room, and whoever asks for the server's health is answered."""
+"""More connections than the limit: idle ones are closed to make room, and health probes are answered."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def get(path: str) -> bytes:
 
 @pytest.fixture
 def dial() -> Iterator[Callable[[int], Wire]]:
-    """`dial(port)` opens a connection, which ends with the test."""
+    """`dial(port)` opens a connection and closes it after the test."""
     with ExitStack() as opened:
 
         def call(port: int) -> Wire:
@@ -40,7 +40,7 @@ def dial() -> Iterator[Callable[[int], Wire]]:
 
 
 def occupied(dial: Callable[[int], Wire], running: Running, count: int) -> list[Wire]:
-    """As many connections that are in the middle of a request."""
+    """Open connections that are in the middle of a request."""
     wires = [dial(running.port) for _ in range(count)]
     for wire in wires:
         wire.send(get("/livez"))
@@ -58,7 +58,7 @@ def scrape(dial: Callable[[int], Wire], running: Running, name: str, **labels: s
 def test_beyond_the_limit_probes_are_answered_and_others_refused(serve: Serve, dial: Callable[[int], Wire]) -> None:
     running = serve(max_connections=3)
     busy = occupied(dial, running, 3)
-    assert scrape(dial, running, "unroll_connections") == 4  # with that of the scrape
+    assert scrape(dial, running, "unroll_connections") == 4  # including the scrape's connection
     for path in ("/livez", "/readyz", "/metrics", "/v2/health/ready"):
         wire = dial(running.port)
         wire.send(get(path))
@@ -75,12 +75,12 @@ def test_beyond_the_limit_probes_are_answered_and_others_refused(serve: Serve, d
     busy[0].send(b"\r\nHost: localhost\r\n\r\n")
     assert busy[0].answer()[0] == 200
     wire = dial(running.port)
-    wire.send(get("/v1/models"))  # the connection that was answered is idle now, and makes room
+    wire.send(get("/v1/models"))  # the answered connection is now idle and makes room
     assert wire.answer()[0] == 200
     assert busy[0].closed()
 
 
-def test_idle_connections_make_room_the_oldest_first(serve: Serve, dial: Callable[[int], Wire]) -> None:
+def test_oldest_idle_connections_make_room_first(serve: Serve, dial: Callable[[int], Wire]) -> None:
     running = serve(max_connections=3)
     wires = []
     for _ in range(5):
@@ -124,7 +124,7 @@ def test_one_address_may_have_fewer_than_all(serve: Serve, dial: Callable[[int],
         assert other.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_connections_beyond_the_limit_are_bounded(serve: Serve, dial: Callable[[int], Wire]) -> None:
+def test_connections_awaiting_refusal_are_bounded(serve: Serve, dial: Callable[[int], Wire]) -> None:
     running = serve(max_connections=1)
     occupied(dial, running, 1)
     beyond = []

@@ -1,4 +1,4 @@
-"""What is answered to bytes that clients, proxies and attackers send, and whether the connection serves on."""
+"""Answers to bytes from clients, proxies and attackers, and whether the connection stays open."""
 
 import pytest
 from raw_http import STEP, Wire, request
@@ -15,13 +15,13 @@ def head(line: str, *headers: str, host: bool = True) -> bytes:
 
 
 def post(*headers: str, body: bytes = STEP.tobytes(), length: bool = False) -> bytes:
-    """A whole sequence of one step, with these headers instead of its length, or in addition to it."""
+    """A whole sequence of one step with extra headers, or with headers in place of its length."""
     sent = request(RUN, body, *headers)
     own = f"Content-Length: {len(body)}\r\n\r\n".encode()  # the last header
     return sent if length else sent.replace(own, b"\r\n")
 
 
-#: What is sent, and the statuses that its answer may have. The connection is closed behind it.
+#: The bytes sent and the allowed statuses of the answer. The server then closes the connection.
 CLOSED = {
     "length and coding": (post("Content-Length: 12", CHUNKED, body=ONE_CHUNK + b"0\r\n\r\n"), [400]),
     "coding and length": (post(CHUNKED, "Content-Length: 12", body=ONE_CHUNK + b"0\r\n\r\n"), [400]),
@@ -104,7 +104,7 @@ CLOSED = {
     "close among others": (head("GET /livez HTTP/1.1", "Connection: a, Close"), [200]),
 }
 
-#: What is sent, and the statuses of all answers. The connection stays open, and the next request is answered.
+#: The bytes sent and the statuses of all answers. The connection stays open, and the next request is answered.
 OPEN = {
     "line ends before a request": (b"\r\n\r\n" + NEXT, [200]),
     "absolute URL": (head("GET http://localhost/livez HTTP/1.1"), [200]),
@@ -159,7 +159,7 @@ def test_the_connection_is_closed_behind_the_answer(wire: Wire, name: str) -> No
 def test_headers_are_limited_however_they_arrive(wire: Wire) -> None:
     sent, [status] = CLOSED["70,000 bytes of headers"]
     wire.send(NEXT + sent[:60_000])
-    assert wire.answer()[0] == 200  # so the begin of the next request has arrived as well
+    assert wire.answer()[0] == 200  # so the beginning of the next request has arrived as well
     wire.send(sent[60_000:])
     assert wire.answer()[0] == status
 

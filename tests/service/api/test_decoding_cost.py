@@ -1,4 +1,4 @@
-"""What it costs to read a hostile body: time and memory are a small multiple of its size, on every route."""
+"""The cost of decoding a hostile body: time and memory stay a small multiple of its size on every route."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 from serving import RAW, Running
 from websockets.sync.client import connect
 
-#: Bytes of each body, about. Its memory is that of the Python objects that it means, at most 24 times as much.
+#: Approximate bytes per body. Its Python objects take at most 24 times as much memory.
 SIZE = 1_000_000
 MOST_BYTES = 40 * SIZE
 MOST_SECONDS = 3.0
@@ -77,17 +77,17 @@ CONTROL = {
 
 @pytest.fixture
 def frugal(server: Running, client: httpx.Client) -> Callable[[Callable[[], object]], None]:
-    """Runs a call, and checks what it cost this process, in which the server is."""
+    """Run a call and check its cost in this process, which also runs the server."""
     client.get("/livez").raise_for_status()
 
     def once(call: Callable[[], object]) -> tuple[float, int]:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before, started = _memory("VmRSS"), process_time()
         call()
         return process_time() - started, _memory("VmHWM") - before
 
     def run(call: Callable[[], object]) -> None:
-        """The least of a few: other servers of this process, and the collector, cost something, too."""
+        """Take the minimum of a few runs, as other servers in this process and the garbage collector add noise."""
         costs: list[tuple[float, int]] = []
         while len(costs) < 3 and (not costs or costs[-1][0] >= MOST_SECONDS or costs[-1][1] >= MOST_BYTES):
             costs.append(once(call))

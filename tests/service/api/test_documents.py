@@ -1,4 +1,4 @@
-"""Health, metrics, and the OpenAPI document: what tools read."""
+"""Health, metrics and the OpenAPI document."""
 
 import re
 from collections.abc import Iterator

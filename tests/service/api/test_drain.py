@@ -1,4 +1,4 @@
-"""The end of a server over HTTP: what it refuses, what it finishes, how long it waits. Streams: test_goodbyes.py."""
+"""Shutdown over HTTP: which requests are refused or finished, and how long it takes. Streams: test_goodbyes.py."""
 
 import json
 import signal
@@ -26,12 +26,12 @@ X = np.ones((2, 3), "<f4")
 
 
 def terminate(running: Running) -> None:
-    """What SIGTERM does."""
+    """Do what the SIGTERM handler does."""
     running.uvicorn.handle_exit(signal.SIGTERM, None)
 
 
 def test_while_load_balancers_notice(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing new, and everything else as ever; a second signal ends it."""
+    """The server refuses new sessions and serves everything else; a second signal ends it."""
     monkeypatch.setattr(transport, "_ECHO_SECONDS", 0.0)
     running = serve(drain_delay=1000)
     stream = f"ws://{running.address}/v1/models/lstm/stream"
@@ -91,7 +91,7 @@ def test_idle_connections_are_closed_and_busy_ones_answered(serve: Serve, backgr
     running.stop()
 
 
-def test_work_that_nobody_waits_for_is_finished(serve: Serve) -> None:
+def test_abandoned_work_is_finished(serve: Serve) -> None:
     running = serve()
     path = f"/v1/models/lstm/sessions/{httpx.post(f'{running.url}/v1/models/lstm/sessions').json()['session_id']}"
     scheduler = running.model("lstm").scheduler
@@ -108,7 +108,7 @@ def test_work_that_nobody_waits_for_is_finished(serve: Serve) -> None:
     assert scheduler.counters.steps == len(X)
 
 
-def test_a_client_that_is_too_slow_is_cut_off(serve: Serve) -> None:
+def test_slow_client_is_disconnected(serve: Serve) -> None:
     running = serve(drain_timeout=0.1)
     with socket.create_connection(("127.0.0.1", running.port), 20) as slow:
         slow.sendall(b"POST /v1/models/lstm/sequences HTTP/1.1\r\nhost: localhost\r\ncontent-length: 24\r\n\r\n1234")
@@ -117,10 +117,10 @@ def test_a_client_that_is_too_slow_is_cut_off(serve: Serve) -> None:
         assert slow.recv(65536) == b""
 
 
-def test_a_durable_stream_goes_on_at_another_server(
+def test_durable_stream_continues_on_another_server(
     serve: Serve, redis_server: RedisServer, oracle: Callable[..., Oracle], rng: np.random.Generator
 ) -> None:
-    """With work in flight: answered steps were committed, and the other replica runs the rest."""
+    """With work in flight: answered steps are committed, and the other replica runs the rest."""
     first, second = serve(store=redis_server.url), serve(store=redis_server.url)
     x = rng.standard_normal((20, 12, 3)).astype("<f4")
     client = Client(first, oracle("lstm").manifest)

@@ -1,4 +1,4 @@
-"""Durable sessions over several servers that share a store: any takes the next step, and none the same one twice."""
+"""Durable sessions over several servers with one store: any server takes the next step, and each step runs once."""
 
 import asyncio
 import base64
@@ -27,7 +27,7 @@ Background = Callable[..., Future]
 
 
 class Replicas:
-    """Servers with one store, and a client for each; `any` is one of them."""
+    """Servers with one store, and a client per server. `any` picks one at random."""
 
     def __init__(self, servers: list[Running], seed: int = 1) -> None:
         self.servers = servers
@@ -90,7 +90,7 @@ def test_any_server_takes_the_next_step(replicas: Replicas, oracle: Oracles, x: 
     assert {client.get(session).json()["durability"] for client in replicas.clients} == {"stored"}
 
 
-def test_steps_that_do_not_say_where_they_belong(replicas: Replicas, oracle: Oracles, x: np.ndarray):
+def test_steps_without_a_position(replicas: Replicas, oracle: Oracles, x: np.ndarray):
     session = opened(replicas.any)
     got = [values(step(replicas.any, session, x[i : i + 1])) for i in range(40)]
     assert np.array_equal(np.concatenate(got), oracle("lstm")(x))
@@ -105,7 +105,7 @@ def test_a_retry_is_answered_the_same_by_any_server(replicas: Replicas, x: np.nd
             assert (again.content, again.headers["Unroll-Position"]) == (first.content, str(i + 1))
 
 
-def test_errors_are_of_what_the_store_has(replicas: Replicas, x: np.ndarray):
+def test_errors_reflect_the_state_in_the_store(replicas: Replicas, x: np.ndarray):
     one, two, _ = replicas.clients
     session = opened(one)
     step(one, session, x[:1], 0)
@@ -132,7 +132,7 @@ def test_the_same_step_sent_to_all_at_once_counts_once(
 
 
 def test_steps_from_everywhere_at_once_each_count(replicas: Replicas, background: Background, oracle: Oracles):
-    """Without positions the order is undefined, but each is applied, one after another."""
+    """Without positions the order is undefined, but every step is applied."""
     session = opened(replicas.any)
     same = np.ones((1, 3), "<f4")
     sent = [background(step, client, session, same) for _ in range(5) for client in replicas.clients]
@@ -146,7 +146,7 @@ def test_steps_from_everywhere_at_once_each_count(replicas: Replicas, background
     assert all(np.array_equal(by_position[i + 1][0], whole[i]) for i in range(len(done)))
 
 
-def test_opening_closing_and_opening_anew_is_seen_everywhere(replicas: Replicas, x: np.ndarray, oracle: Oracles):
+def test_open_close_and_reopen_are_visible_on_every_server(replicas: Replicas, x: np.ndarray, oracle: Oracles):
     one, two, three = replicas.clients
     session = opened(one, session_id="s")
     step(two, session, x[:1], 0)
@@ -161,7 +161,7 @@ def test_opening_closing_and_opening_anew_is_seen_everywhere(replicas: Replicas,
     assert code(step(two, session, x[:1], 0)) == "payload_mismatch", "the old session's step is not this one's"
 
 
-def test_a_state_put_back_holds_everywhere(replicas: Replicas, x: np.ndarray, oracle: Oracles):
+def test_restored_state_applies_on_every_server(replicas: Replicas, x: np.ndarray, oracle: Oracles):
     one, two, _ = replicas.clients
     session = opened(one)
     step(one, session, x[:3], 0)
@@ -173,7 +173,7 @@ def test_a_state_put_back_holds_everywhere(replicas: Replicas, x: np.ndarray, or
     assert np.array_equal(values(answer), oracle("lstm")(np.concatenate([x[:3], x[6:9]]))[3:])
 
 
-def test_a_fork_goes_its_own_way(replicas: Replicas, x: np.ndarray, oracle: Oracles):
+def test_fork_is_independent_of_its_origin(replicas: Replicas, x: np.ndarray, oracle: Oracles):
     session = opened(replicas.any)
     step(replicas.any, session, x[:4], 0)
     forked = replicas.any.post(f"{session}/fork", json={"session_id": "f"})
@@ -202,7 +202,7 @@ def test_sequences_of_the_open_inference_protocol(replicas: Replicas, x: np.ndar
     assert np.array_equal(arrays["y"][0, 0], oracle("gru", "2")(x[3:5])[1]), "START opens a new session at any replica"
 
 
-def test_a_session_goes_on_when_every_server_was_started_anew(
+def test_session_continues_after_every_server_restarts(
     serve: Serve, redis_server: RedisServer, x: np.ndarray, oracle: Oracles
 ):
     got = []
@@ -217,13 +217,13 @@ def test_a_session_goes_on_when_every_server_was_started_anew(
     assert np.array_equal(np.concatenate(got), oracle("lstm")(x[:15]))
 
 
-def test_expiry_is_the_stores(serve: Serve, redis_server: RedisServer, x: np.ndarray):
+def test_store_decides_expiry(serve: Serve, redis_server: RedisServer, x: np.ndarray):
     clock = ManualClock()
     running = serve(clock, store=redis_server.url, idle_timeout=1000.0)
     with httpx.Client(base_url=running.url) as client:
         session = opened(client, session_id="e")
         step(client, session, x[:1], 0)
-        clock.advance(2000)  # here it was idle for long; elsewhere it may not have been
+        clock.advance(2000)  # it was idle here; another server may have used it
         assert step(client, session, x[1:2], 1).status_code == 200
         redis_server.client.delete("unroll:{lstm/e}")
         answer = step(client, session, x[2:3], 2)
@@ -244,12 +244,12 @@ def test_more_sessions_than_rows(serve: Serve, redis_server: RedisServer, x: np.
         for i in range(4):
             for session in (*durable, *memory):
                 assert np.array_equal(values(step(client, session, x[i : i + 1], i))[0], whole[i]), (session, i)
-        # A spilled session belongs to its replica only, and memory sessions leave nothing behind in the store.
+        # A spilled session belongs to its replica only, and memory sessions leave no record in the store.
         stored = {key.decode() for key in redis_server.client.scan_iter()}
         assert all(f"unroll:{{lstm/{s.rsplit('/', 1)[1]}}}" in stored for s in durable)
 
 
-def test_what_needs_a_store(serve: Serve, x: np.ndarray):
+def test_requests_that_need_a_store_are_refused_without_one(serve: Serve, x: np.ndarray):
     running = serve()
     with httpx.Client(base_url=running.url) as client:
         for durability in ("redis", "client"):
@@ -258,7 +258,7 @@ def test_what_needs_a_store(serve: Serve, x: np.ndarray):
         assert client.get(opened(client)).json()["durability"] == "memory"
 
 
-def test_a_store_that_is_down(serve: Serve, tmp_path: Path, x: np.ndarray, oracle: Oracles):
+def test_store_outage_is_reported(serve: Serve, tmp_path: Path, x: np.ndarray, oracle: Oracles):
     server = RedisServer(tmp_path, appendfsync="always")
     server.start()
     running = serve(store=server.url)
@@ -279,14 +279,14 @@ def test_a_store_that_is_down(serve: Serve, tmp_path: Path, x: np.ndarray, oracl
         server.kill()
 
 
-# ── states that clients hold ─────────────────────────────────────────────────────────────────────
+# ── client-held states ───────────────────────────────────────────────────────────────────────────
 
 OLD, NEW = "an old key of 16+ bytes", "a new key of 16+ bytes"
 
 
 @pytest.fixture(scope="module")
 def holders(few: Path) -> Iterator[Replicas]:
-    """Servers without a store; the second has a new key, and knows the old one."""
+    """Servers without a store. The second has a new key and also accepts the old one."""
     yield from _together(few, {"snapshot_keys": [OLD]}, {"snapshot_keys": [NEW, OLD]})
 
 
@@ -296,7 +296,7 @@ def hold(client: httpx.Client) -> tuple[str, str]:
     return f"/v1/models/lstm/sessions/{answer.json()['session_id']}", answer.json()["snapshot"]
 
 
-def test_a_state_that_the_client_holds(holders: Replicas, x: np.ndarray, oracle: Oracles):
+def test_client_held_state_continues_on_another_server(holders: Replicas, x: np.ndarray, oracle: Oracles):
     old, new = holders.clients
     session, snapshot = hold(old)
     whole = oracle("lstm")(x)
@@ -327,7 +327,7 @@ def test_a_held_state_as_raw_bytes_and_a_long_chunk(holders: Replicas, x: np.nda
     assert np.array_equal(np.concatenate(got), oracle("lstm")(long))
 
 
-def test_a_held_state_that_was_changed(holders: Replicas, x: np.ndarray):
+def test_altered_held_state_is_refused(holders: Replicas, x: np.ndarray):
     client = holders.clients[0]
     session, snapshot = hold(client)
     other, _ = hold(client)
@@ -364,10 +364,10 @@ def test_many_held_states_at_once(holders: Replicas, x: np.ndarray, oracle: Orac
     assert all(future.result() for future in [background(run) for _ in range(40)])
 
 
-# ── memory sessions that must leave their row, or the process ────────────────────────────────────
+# ── memory sessions that leave their row or the process ──────────────────────────────────────────
 
 
-def test_sessions_without_a_row_go_on(serve: Serve, x: np.ndarray, oracle: Oracles):
+def test_sessions_without_a_row_continue(serve: Serve, x: np.ndarray, oracle: Oracles):
     running = serve(session_capacity=2)
     whole = oracle("lstm")(x[:5])
     with httpx.Client(base_url=running.url) as client:
@@ -383,7 +383,7 @@ def test_sessions_without_a_row_go_on(serve: Serve, x: np.ndarray, oracle: Oracl
         assert code(step(client, sessions[0], x[:1], 5)) == "session_closed"
 
 
-def test_host_memory_has_an_end_too(serve: Serve, x: np.ndarray):
+def test_host_memory_is_limited(serve: Serve, x: np.ndarray):
     running = serve(session_capacity=1, spill_bytes=2000)
     with httpx.Client(base_url=running.url) as client:
         sessions = [opened(client) for _ in range(6)]
@@ -425,12 +425,12 @@ def test_sessions_outlive_the_process_in_a_file(serve: Serve, tmp_path: Path, x:
         assert path.exists()
 
 
-def test_the_document_names_what_there_is(replicas: Replicas):
+def test_document_describes_client_held_snapshots(replicas: Replicas):
     schemas = json.loads(replicas.any.get("/openapi.json").content)["components"]["schemas"]
     assert "snapshot" in schemas["HeldSession"]["properties"]
 
 
-def test_a_memory_session_survives_that_the_store_does_not_answer_when_it_is_taken_back(
+def test_memory_session_survives_a_silent_store_during_its_return(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x: np.ndarray
 ) -> None:
     settings = {"store": f"file://{tmp_path}/store", "durability": "memory", "session_capacity": 1, "spill_bytes": 0}
@@ -447,7 +447,7 @@ def test_a_memory_session_survives_that_the_store_does_not_answer_when_it_is_tak
 
     sessions = "/v1/models/gru/sessions"
     with httpx.Client(base_url=running.url) as client:
-        for name in ("first", "second"):  # there is a row for one; the other is moved to the store
+        for name in ("first", "second"):  # one row: the other session moves to the store
             client.post(sessions, json={"session_id": name}).raise_for_status()
             client.post(
                 f"{sessions}/{name}/steps", content=x[:1].tobytes(), headers=raw_steps(x[:1])
@@ -459,10 +459,10 @@ def test_a_memory_session_survives_that_the_store_does_not_answer_when_it_is_tak
     assert len(set(attempts)) == 1
 
 
-def test_a_memory_session_that_is_used_while_it_is_moved_to_the_store_leaves_no_record_there(
+def test_memory_session_used_during_its_spill_leaves_no_record_in_the_store(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x: np.ndarray, oracle: Oracles
 ) -> None:
-    """Also if the store does not answer at first: the record would refuse the next one, and the session be evicted."""
+    """Also if the store is silent at first: a leftover record would refuse the next one and evict the session."""
     settings = {"store": f"file://{tmp_path}/store", "durability": "memory", "session_capacity": 1, "spill_bytes": 0}
     running = serve(**settings)
     store = running.server.sessions._store  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Streams of durable sessions over several servers: connections that break, sessions that move, rows that go."""
+"""Streams of durable sessions over several servers: broken connections, moved sessions and lost rows."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ def x(rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((40, 30, 3)).astype("<f4")  # of 40 sessions
 
 
-def test_a_stream_goes_on_at_another_server(pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray):
+def test_stream_continues_on_another_server(pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray):
     whole = [oracle("lstm")(x[i]) for i in range(40)]
     names: list[str] = []
     for turn in range(6):
@@ -63,7 +63,7 @@ def test_a_stream_goes_on_at_another_server(pair: list[Running], dial: Dial, ora
 
 
 def test_two_streams_of_the_same_sessions(pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray):
-    """Each server's copy is old at every step, and each finds out by itself."""
+    """Each server's copy is stale at every step, and each server detects that itself."""
     first, second = dial(pair[0]), dial(pair[1])
     names = first.bind(*range(5))
     opened = second.open(*[{"handle": 7 + i, "session_id": name, "mode": "resume"} for i, name in enumerate(names)])
@@ -81,9 +81,7 @@ def test_two_streams_of_the_same_sessions(pair: list[Running], dial: Dial, oracl
     assert (code, error["expected"]) == ("position_gap", 20)
 
 
-def test_replies_that_were_lost_come_from_another_server_in_order(
-    pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray
-):
+def test_another_server_sends_lost_replies_in_order(pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray):
     first = dial(pair[0])
     (name,) = first.bind(0, depth=4)
     for at in range(0, 8, 2):
@@ -103,8 +101,10 @@ def test_replies_that_were_lost_come_from_another_server_in_order(
     rest.close()
 
 
-def test_a_pipeline_of_chunks_whose_session_moved(pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray):
-    """Several chunks are under way when the first turns out to be run on an old state: all are run again, in order."""
+def test_pipelined_chunks_of_a_moved_session_run_again_in_order(
+    pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray
+):
+    """Several chunks are in flight when the first turns out to use a stale state: all run again, in order."""
     client = dial(pair[0])
     (name,) = client.bind(0, depth=8)
     with httpx.Client(base_url=pair[1].url) as rest:
@@ -120,10 +120,8 @@ def test_a_pipeline_of_chunks_whose_session_moved(pair: list[Running], dial: Dia
             assert np.array_equal(np.concatenate([reply.outputs[0] for reply in good]), whole[t + 1 :])
 
 
-def test_steps_in_frames_of_their_own_whose_sessions_moved(
-    pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray
-):
-    """The store refuses what has joined: it is run again, on the state that the other server left."""
+def test_joined_steps_of_moved_sessions_run_again(pair: list[Running], dial: Dial, oracle: Oracles, x: np.ndarray):
+    """The store refuses the joined steps: they run again on the state that the other server committed."""
     client, failed = dial(pair[0]), pair[0].model("lstm").scheduler.counters.failed
     contended = failed["session_contended"]
     names = client.bind(0, 1)
@@ -158,7 +156,7 @@ def test_more_handles_than_rows(
                 assert np.array_equal(reply.outputs[0][0], oracle("lstm")(x[handle, : t + 1])[t])
 
 
-def test_a_handle_means_one_session(pair: list[Running], dial: Dial, x: np.ndarray):
+def test_handle_refers_to_one_session(pair: list[Running], dial: Dial, x: np.ndarray):
     client, other = dial(pair[0]), dial(pair[1])
     (name,) = client.bind(0)
     client.step((0, 0, x[0, :1]))
@@ -190,7 +188,7 @@ def test_opening(pair: list[Running], dial: Dial):
     assert [item.get("error", {}).get("code") for item in twice] == [None, "malformed_request", None]
 
 
-def test_the_store_is_down_for_a_while(serve: Serve, tmp_path: Path, dial: Dial, oracle: Oracles, x: np.ndarray):
+def test_stream_survives_a_store_outage(serve: Serve, tmp_path: Path, dial: Dial, oracle: Oracles, x: np.ndarray):
     server = RedisServer(tmp_path, appendfsync="always")
     server.start()
     try:
@@ -223,7 +221,7 @@ def test_opening_is_dropped_when_the_client_goes(serve: Serve, redis_server: Red
     finally:
         redis_server.resume()
     with httpx.Client(base_url=running.url) as other:
-        for _ in range(2):  # behind the lookups, and what would follow them
+        for _ in range(2):  # after the lookups and their follow-up work
             other.post("/v1/models/lstm/sessions").raise_for_status()
         for spec in opening[:3] + opening[-3:]:
             assert other.get(f"/v1/models/lstm/sessions/{spec['session_id']}").status_code == 404
@@ -279,7 +277,7 @@ def test_memory_sessions_that_were_spilled_to_the_store(
 def test_sessions_that_take_each_others_row_are_closed_together(
     serve: Serve, redis_server: RedisServer, dial: Dial, x: np.ndarray
 ) -> None:
-    """Each is brought back from the store to be closed, and may lose its row again at once."""
+    """Each session is loaded from the store to be closed, and may lose its row again immediately."""
     client = dial(serve(store=redis_server.url, session_capacity=1, spill_bytes=0))
     client.open(*({"handle": handle, "durability": "memory"} for handle in range(16)))
     for handle in range(16):

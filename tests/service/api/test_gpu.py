@@ -1,4 +1,4 @@
-"""The whole server on a GPU: what it answers is what it answers on the CPU, within the bundle's tolerance."""
+"""The whole server on a GPU: answers equal those on the CPU within the bundle's tolerance."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def servers(repository: Path) -> Iterator[tuple[Running, Running]]:
-    """On the GPU, and on the CPU."""
+    """A server on the GPU and one on the CPU."""
     (device, *_), why = resolve_devices("auto")
     if device == "cpu":
         pytest.skip(why)
@@ -32,7 +32,7 @@ def values(response: httpx.Response) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
-def test_a_session_goes_the_same_way(servers: tuple[Running, Running], name: str):
+def test_session_gives_the_same_outputs_on_gpu_and_cpu(servers: tuple[Running, Running], name: str):
     x = np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32).tolist()
 
     def life(server: Running) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The account of bytes that requests and answers hold: limited in all and for a tenant, and nothing is left in it."""
+"""The account of bytes held by requests and answers: limited in total and per tenant, and zero at the end."""
 
 import gzip
 import json
@@ -65,8 +65,8 @@ def head(path: str, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("path", _ROUTES.values(), ids=_ROUTES)
-def test_bodies_that_are_half_sent(small: Running, dial: Callable[[], Wire], path: str) -> None:
-    """What has arrived counts, not what was announced; then large bodies are refused, and small ones are not."""
+def test_half_sent_bodies_count(small: Running, dial: Callable[[], Wire], path: str) -> None:
+    """Received bytes count, not announced ones. At the limit, large bodies are refused and small ones are accepted."""
     senders = [dial() for _ in range(2)]
     for sender in senders:
         sender.send(head(path, 10_000_000), bytes(_HALF))
@@ -118,7 +118,7 @@ def test_messages_of_streams_that_are_half_sent(small: Running, dial: Callable[[
 
 
 def unread(running: Running, dial: Callable[[], Wire]) -> Wire:
-    """A connection that was used, and whose client does not read any more."""
+    """A used connection whose client has stopped reading."""
     wire = dial()
     wire.send(request(_ROUTES["steps"]))
     assert wire.answer()[0] == 200
@@ -145,7 +145,7 @@ def test_events_of_a_rollout_that_are_not_read(small: Running, dial: Callable[[]
     ("end", "status"),
     [("ok", 200), ("malformed", 400), ("too large", 413), ("disconnect", None), ("short of time", None)],
 )
-def test_nothing_is_left_in_the_account(small: Running, dial: Callable[[], Wire], end: str, status: int | None) -> None:
+def test_account_returns_to_zero(small: Running, dial: Callable[[], Wire], end: str, status: int | None) -> None:
     """The fixture waits for an account of zero."""
     steps = 8000
     body = bytes(steps * STEP.nbytes)
@@ -160,7 +160,7 @@ def test_nothing_is_left_in_the_account(small: Running, dial: Callable[[], Wire]
             engine.wait()
             other = dial()
             other.send(request(_ROUTES["sequences"], body, "Unroll-Timeout-Ms: 1", steps=steps))
-        assert other.answer()[0] in (200, 503, 504)  # it was in time, or refused, or too late
+        assert other.answer()[0] in (200, 503, 504)  # in time, refused, or too late
         return
     if end == "malformed":
         steps += 1

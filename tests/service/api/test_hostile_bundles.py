@@ -1,4 +1,4 @@
-"""Bundles made to harm: each is refused with its code, and takes nothing from the others or from the server."""
+"""Hostile bundles: each is refused with its code and affects neither the other bundles nor the server."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from unroll.service.models.trial import TrialProcess, Trials
 from unroll.service.models.trial_process import Job, TrialLimits
 
 ROW = {"inputs": [[[1.0, 2.0, 3.0]]]}
-#: Of the bundles; so much is more than enough for the good one.
+#: Memory limit per bundle, ample for the valid one.
 _MEMORY, _SECONDS = 512 * 2**20, 1
 
 
@@ -56,7 +56,7 @@ def process(shelf: Path) -> Iterator[Process]:
 
 @pytest.fixture(scope="module")
 def reasons(process: Process) -> dict[str, str]:
-    """Why each model is refused, by name."""
+    """The reason for each model's refusal, by name."""
     index = httpx.post(f"{process.url}/v2/repository/index").json()
     return {entry["name"]: entry["reason"] for entry in index if entry["state"] == "UNAVAILABLE"}
 
@@ -70,7 +70,7 @@ def test_a_hostile_bundle_is_refused_with_its_code(reasons: dict[str, str], name
     assert reason.isprintable()
 
 
-def test_the_bundle_beside_them_serves_and_the_server_ends_when_it_is_told_to(process: Process) -> None:
+def test_valid_bundle_is_served_and_the_server_stops_on_request(process: Process) -> None:
     answer = httpx.post(f"{process.url}/v1/models/good/sequences", json=ROW)
     assert answer.status_code == 200
     refusals = [line for line in process.log if line["event"] == "bundle refused"]
@@ -84,7 +84,7 @@ def test_the_bundle_beside_them_serves_and_the_server_ends_when_it_is_told_to(pr
 
 
 @on_linux
-def test_a_trial_without_end_does_not_hold_up_the_end_of_a_server_that_starts(few: Path, tmp_path: Path) -> None:
+def test_endless_trial_does_not_delay_the_shutdown_of_a_starting_server(few: Path, tmp_path: Path) -> None:
     shutil.copytree(few / "gru" / "1", tmp_path / "endless" / "1")
     HOSTILE["a loop of 2^62 turns"].make(tmp_path / "endless" / "1")
     starting = Launched("--repository", str(tmp_path), "--port", "0", "--device", "cpu", "--bundle-time", "3600")
@@ -96,9 +96,11 @@ def test_a_trial_without_end_does_not_hold_up_the_end_of_a_server_that_starts(fe
 
 
 @on_linux
-def test_a_trial_without_end_holds_up_neither_requests_nor_other_bundles_nor_the_end(few: Path, tmp_path: Path) -> None:
+def test_endless_trial_delays_neither_requests_nor_other_bundles_nor_shutdown(few: Path, tmp_path: Path) -> None:
     shutil.copytree(few / "gru" / "1", tmp_path / "gru" / "1")
-    process = Process(tmp_path, "--bundle-time", "3600", "--log-requests", "none")  # nobody reads its log meanwhile
+    process = Process(
+        tmp_path, "--bundle-time", "3600", "--log-requests", "none"
+    )  # its log is not read during this time
     shutil.copytree(few / "gru" / "1", tmp_path / "endless" / "1")
     HOSTILE["a loop of 2^62 turns"].make(tmp_path / "endless" / "1")
     shutil.copytree(few / "lstm" / "1", tmp_path / "lstm" / "1")
@@ -112,7 +114,7 @@ def test_a_trial_without_end_holds_up_neither_requests_nor_other_bundles_nor_the
     until(lambda: not running(child), "the end of the trial")
 
 
-def test_a_bundle_that_took_too_long_holds_up_no_later_look_at_the_repository(few: Path, tmp_path: Path) -> None:
+def test_timed_out_bundle_does_not_delay_later_scans(few: Path, tmp_path: Path) -> None:
     shutil.copytree(few / "gru" / "1", tmp_path / "endless" / "1")
     HOSTILE["a loop of 2^62 turns"].make(tmp_path / "endless" / "1")
     asked: list[str] = []
@@ -131,8 +133,8 @@ def test_a_bundle_that_took_too_long_holds_up_no_later_look_at_the_repository(fe
     assert asked == ["endless/1", "gru/1"]
 
 
-def test_links_that_lead_to_a_bundle_and_hard_links_in_it_are_the_operators(few: Path, tmp_path: Path) -> None:
-    """As Kubernetes mounts a volume, and as `cp -al` copies one."""
+def test_links_to_a_bundle_and_hard_links_inside_it_are_accepted(few: Path, tmp_path: Path) -> None:
+    """Kubernetes mounts volumes with links, and `cp -al` makes hard links."""
     real = tmp_path / "..2026_11_30" / "gru" / "1"
     real.mkdir(parents=True)
     for file in (few / "gru" / "1").iterdir():
@@ -153,7 +155,7 @@ def test_a_version_that_is_a_mounted_configmap_is_read(few: Path, tmp_path: Path
 
 
 def trial_of(server: int) -> int:
-    """The process in which the server tries a bundle, once it uses its processor."""
+    """Wait for the server's trial process to use its processor, and return it."""
     found: list[int] = []
 
     def look() -> bool:
@@ -174,7 +176,7 @@ def children(process: int) -> list[int]:
 
 
 def seconds(process: int) -> float:
-    """Processor time."""
+    """Return the processor time of a process."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:

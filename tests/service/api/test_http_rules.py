@@ -1,4 +1,4 @@
-"""RFC 9110 and 9112: requests that are not valid, or not understood here, are refused, and none is left unanswered."""
+"""RFC 9110 and 9112: invalid and unsupported requests are refused, and every request is answered."""
 
 from collections.abc import Callable, Iterator
 
@@ -21,7 +21,7 @@ STREAM = "/v1/models/lstm/stream"
 
 @pytest.fixture
 def session(client: httpx.Client) -> Iterator[str]:
-    """Its path. Nothing that is refused changes it."""
+    """The path of a session. No refused request may change it."""
     name = client.post("/v1/models/lstm/sessions").raise_for_status().json()["session_id"]
     path = f"/v1/models/lstm/sessions/{name}"
     yield path
@@ -56,14 +56,14 @@ def test_the_body_behind_an_offer_is_kept_however_it_arrives(wire: Wire, client:
     body = b'{"session_id": "offered-%d", "static": null}' % cut
     sent = request("/v1/models/lstm/sessions", body, *H2C).replace(b"octet-stream", b"json")
     wire.send(sent[:cut])
-    assert client.get("/livez").status_code == 200  # by now the first part has been read
+    assert client.get("/livez").status_code == 200  # the first part has been read by now
     wire.send(sent[cut:])
     status, _, content = wire.answer()
     assert status == 201
     assert b'"offered-%d"' % cut in content
 
 
-def test_an_offer_behind_a_request_that_runs_waits(serve: Callable[..., Running]) -> None:
+def test_upgrade_offer_waits_for_the_running_request(serve: Callable[..., Running]) -> None:
     running = serve()
     with running.holding("lstm") as held:
         wire = Wire(running.port)
@@ -84,7 +84,7 @@ def test_an_offer_behind_a_request_that_runs_waits(serve: Callable[..., Running]
     ],
     ids=["plain", "1.0", "body", "version 8"],
 )
-def test_a_stream_wants_a_websocket(wire: Wire, sent: bytes) -> None:
+def test_stream_requires_a_websocket(wire: Wire, sent: bytes) -> None:
     wire.send(sent)
     status, headers, content = wire.answer()
     assert (status, headers["upgrade"], headers["sec-websocket-version"]) == (426, "websocket", "13")
@@ -135,7 +135,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("sent", "status"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_at_its_head(wire: Wire, sent: bytes, status: int) -> None:
+def test_invalid_head_is_refused(wire: Wire, sent: bytes, status: int) -> None:
     wire.send(sent)
     found, headers, content = wire.answer()
     assert (found, headers["connection"]) == (status, "close"), content
@@ -180,8 +180,8 @@ def test_a_long_body_in_many_pieces_is_no_head(wire: Wire, client: httpx.Client)
     assert wire.answer()[0] == 200
 
 
-async def test_a_body_that_was_announced_and_is_not_there(server: Running) -> None:
-    """Another server may lose it. Without a body the session would get a random id."""
+async def test_missing_announced_body_is_refused(server: Running) -> None:
+    """A proxy may lose the body. Without it the session would get a random id."""
     sent: list[dict] = []
 
     async def receive() -> dict:
@@ -197,20 +197,20 @@ async def test_a_body_that_was_announced_and_is_not_there(server: Running) -> No
     assert sent[0]["status"] == 400
 
 
-def test_trailers_are_no_headers(wire: Wire, session: str) -> None:
+def test_trailers_are_not_headers(wire: Wire, session: str) -> None:
     chunks = b"c\r\n" + STEP.tobytes() + b"\r\n0\r\nUnroll-Position: 77\r\n\r\n"
     wire.send(request(f"{session}/steps", chunks, "Transfer-Encoding: chunked"))
     assert wire.answer()[0] == 200
 
 
-def test_what_is_refused_waits_for_the_answers_before_it(wire: Wire, session: str) -> None:
+def test_refusal_waits_for_earlier_answers(wire: Wire, session: str) -> None:
     wire.send(get("/v1/models") + request(f"{session}/steps") + without_host(get()) + request(f"{session}/steps"))
     assert [wire.answer()[0] for _ in range(3)] == [200, 200, 400]
     assert wire.closed()
 
 
 def test_the_answer_reaches_a_client_that_is_still_sending(wire: Wire) -> None:
-    """A connection closed with unread data would be reset, and the answer lost."""
+    """Closing a connection with unread data would reset it and lose the answer."""
     head = without_host(request("/v1/models/lstm/sequences", bytes(10_000_000)))
     wire.send(head)
     assert wire.answer()[0] == 400
@@ -231,7 +231,7 @@ def test_an_absolute_url(wire: Wire, session: str) -> None:
     assert wire.answer()[1]["unroll-position"] == "1"
 
 
-# ── a client that sends no more ──────────────────────────────────────────────────────────────────
+# ── half-closed connections ──────────────────────────────────────────────────────────────────────
 
 
 def test_requests_before_the_end_of_a_half_closed_connection_are_answered(wire: Wire, session: str) -> None:
@@ -241,8 +241,8 @@ def test_requests_before_the_end_of_a_half_closed_connection_are_answered(wire: 
     assert wire.closed()
 
 
-def test_work_that_takes_long_is_answered_behind_the_end_of_the_request(serve: Callable[..., Running]) -> None:
-    """The client may have gone: an interim answer finds out."""
+def test_long_work_is_answered_after_the_client_half_closes(serve: Callable[..., Running]) -> None:
+    """The client may have disconnected; an interim answer detects that."""
     running = serve()
     with running.holding("lstm") as held:
         wire = Wire(running.port)

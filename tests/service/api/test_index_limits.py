@@ -1,4 +1,4 @@
-"""Integers that index a table: what the model does not take is refused, wherever forward uses it."""
+"""Integers that index a table: out-of-range values are refused wherever forward uses them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from serving import Oracle, Running
 
 from unroll.service.settings import Settings
 
-#: A step that the model takes.
+#: A valid step.
 GOOD = {"token": 8, "kind": 3, "any": 3, "pair": [8, 4], "month": 12}
 
 
@@ -42,7 +42,7 @@ def test_limits_are_found_inside_a_loop(tables: Path) -> None:
         ({"token": -20}, "input_out_of_range"),
         ({"token": 999}, "input_out_of_range"),
         ({"kind": 4}, "input_out_of_range"),
-        # The manifest has one limit for both elements and none from below: the graph itself checks these.
+        # The manifest has one limit for both elements and no lower limit, so the graph checks these itself.
         ({"pair": [-1, 0]}, "non_finite_output"),
         ({"pair": [0, 5]}, "non_finite_output"),
         ({"pair": [9, 0]}, "non_finite_output"),

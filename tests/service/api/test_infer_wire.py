@@ -1,4 +1,4 @@
-"""Open Inference requests no library would send: each is refused with a 4xx and a reason, and touches nothing."""
+"""Open Inference requests no library would send: each is refused with a 4xx and a reason, and changes nothing."""
 
 import json
 from itertools import count
@@ -98,7 +98,7 @@ def test_binary_data_size_disagrees(client: httpx.Client, size: object) -> None:
         [1],
         [1, 2],
         [1, 2, 3, 1],
-        [2, 1, 3],  # as many values, as two sequences of one step: right, and tested below
+        [2, 1, 3],  # the same values as two sequences of one step are valid, and tested below
         [1, 3, 2],
         [0, 2, 3],
         [1, 0, 3],

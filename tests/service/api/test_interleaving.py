@@ -1,4 +1,4 @@
-"""Hundreds of sessions at once, every way of sending, every mistake: no state is lost, mixed, or moved twice."""
+"""Hundreds of concurrent sessions, every transport, every mistake: no state is lost, mixed up or advanced twice."""
 
 import asyncio
 import os
@@ -16,14 +16,14 @@ from serving import Oracle, Running, Serve, SlowEngine, metric
 from unroll.service import app
 from unroll.service.engine import backend
 
-#: `make crowd-test` has more of them, and more rounds.
+#: `make crowd-test` runs more seeds and more rounds.
 SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "20261").split(",")]
 CLIENTS = 200
 ROUNDS = 16 if "UNROLL_TEST_SEEDS" in os.environ else 4
 AT_ONCE = 64
 BATCH_SECONDS = 0.02
 
-#: What has to happen at least once, or the test says little.
+#: Events that must each happen at least once for the test to be meaningful.
 EVERYTHING = {
     *("step", "retry", "twins", "leave_and_retry", "fork", "close", "finish", "restart", "start", "look", "save"),
     *("restore", "position_gap", "payload_mismatch", "position_too_old", "malformed_request", "non_finite_input"),
@@ -33,7 +33,7 @@ EVERYTHING = {
 
 @pytest.fixture(params=["cpu", pytest.param("two GPUs", marks=pytest.mark.long)])
 def settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """The GPUs are in host memory, and onnxruntime runs the layers on the CPU: so there, too, it is bit for bit."""
+    """The fake GPUs use host memory and onnxruntime runs their layers on the CPU, so results are bit for bit too."""
     if request.param == "cpu":
         return {"session_capacity": 140, "spill_bytes": 0}
     monkeypatch.setattr(app, "resolve_devices", lambda wanted: (("cuda:0", "cuda:1"), "there are two"))
@@ -74,7 +74,7 @@ async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], set
 
 
 async def _all(turns: list[Client]) -> None:
-    """Every turn, AT_ONCE clients at a time, each client one thing at a time."""
+    """Run all turns, AT_ONCE clients at a time, with one action at a time per client."""
     busy: set[int] = set()
     free = asyncio.Condition()
     waiting = list(reversed(turns))
@@ -101,7 +101,7 @@ async def _all(turns: list[Client]) -> None:
 
 
 async def _settle(track: Track, wires: Wires, outcomes: Counter[str]) -> None:
-    """The last look at a session: where it is, the very bits of its state, and the outputs it gave."""
+    """Check a session at the end: its position, the exact bits of its state, and its outputs."""
     reply = await wires.call("GET", track, "/state")
     track.check()
     if track.gone is not None:
@@ -118,7 +118,7 @@ async def _settle(track: Track, wires: Wires, outcomes: Counter[str]) -> None:
 
 
 def _account(running: Running, text: str, tracks: list[Track], outcomes: Counter[str]) -> None:
-    """The server's own figures agree with what the clients saw."""
+    """Check that the server's metrics agree with the clients' counts."""
     assert metric(text, "unroll_chunks_in_flight") == 0
     assert metric(text, "unroll_estimated_wait_seconds") == 0
     for name in ("hot", "gru"):
@@ -131,7 +131,7 @@ def _account(running: Running, text: str, tracks: list[Track], outcomes: Counter
         assert min(newest) > 0.2 * sum(newest), "one of the devices has hardly any sessions"
     rows, alone = metric(text, "unroll_batch_rows_sum"), metric(text, "unroll_batch_rows_bucket", le="1")
     devices = len({model.serving.device for model in running.server.models})
-    # With two there are four places where a step may run next: each has two batches under way.
+    # Two devices with two batches in flight each: a step has four places to run next.
     assert alone < (0.75 if devices == 1 else 0.9) * rows, "sessions hardly ever shared a batch"
     applied = sum(track.applied for track in tracks)
     assert applied <= metric(text, "unroll_steps_total") <= applied + sum(track.doubtful for track in tracks)

@@ -1,4 +1,4 @@
-"""Steps of all protocols that are read together, with heads that are known, are answered as each would be alone."""
+"""Steps of all protocols that are read together, with repeated heads, are answered as each would be separately."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
 
 
 class Conversation:
-    """What one client sends: mostly its next step, now and then a retry, or something else that is wrong."""
+    """The requests of one client: mostly its next step, sometimes a retry or an invalid request."""
 
     def __init__(self, chance: Random, session: str, model: str, specs: tuple[TensorSpec, ...]) -> None:
         self.chance = chance
@@ -139,7 +139,7 @@ class InferBinary(Infer):
     binary = True
 
 
-#: What is done to the text of a request, in either protocol.
+#: Changes to the text of a request, in either protocol.
 ODDITIES: list[Callable[[str], str]] = [
     lambda text: text.replace("0.", "1e60", 1),
     lambda text: text.replace("0.", "1e999", 1),
@@ -174,7 +174,7 @@ MORE_ODDITIES: list[Callable[[str], str]] = [
 
 
 @pytest.mark.parametrize("model", ["gru", "two", "tokens", "hot"])
-def test_together_each_is_answered_as_alone(
+def test_requests_read_together_get_the_same_answers_as_separately(
     server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     specs, chance, joined = server.model(model).manifest.inputs, Random(model), []
@@ -212,7 +212,7 @@ def opened(client: httpx.Client, conversations: list[Conversation]) -> None:
 
 
 def answer_alone(server: Running, conversation: Conversation) -> tuple[bytes, Answer]:
-    """The next request, and its answer on a connection of its own."""
+    """Return the next request and its answer on a separate connection."""
     request, wire = conversation.next(), Wire(server.port)
     with closing(wire.socket):
         wire.send(request)

@@ -1,4 +1,4 @@
-"""JWTs of an identity provider: what opens the server, what does not, and how its keys are kept up to date."""
+"""JWTs of an identity provider: which ones are accepted, and how the provider's keys are kept up to date."""
 
 import base64
 import hmac
@@ -37,7 +37,7 @@ DAY = 86_400
 
 
 def public(key: Any, kid: str | None, **members: object) -> dict[str, Any]:
-    """The entry of a key in a JWK set."""
+    """A key as an entry of a JWK set."""
     algorithm = {"R": RSAAlgorithm, "E": ECAlgorithm}.get(type(key).__name__[0], OKPAlgorithm)
     if isinstance(key, ed25519.Ed25519PrivateKey):
         algorithm = OKPAlgorithm
@@ -49,7 +49,7 @@ KEYS = [public(RSA, "rsa"), public(ELLIPTIC, "ec"), public(EDWARDS, "ed")]
 
 
 def claims(**changes: object) -> dict[str, Any]:
-    """Good ones; a change to None leaves one out."""
+    """Return valid claims with changes; None removes a claim."""
     now = int(time.time())
     good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "edge", "tenant": "acme", "scope": "infer", "exp": now + DAY}
     return {name: value for name, value in (good | {"nbf": now - DAY} | changes).items() if value is not None}
@@ -61,14 +61,14 @@ def token(key: Any = ELLIPTIC, algorithm: str = "ES256", kid: str | None = "ec",
 
 
 def by_hand(header: dict[str, Any], body: dict[str, Any], sign: Callable[[bytes], bytes]) -> str:
-    """What no library makes."""
+    """Encode a JWT that no library would make."""
     parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in (header, body)]
     signature = base64.urlsafe_b64encode(sign(b".".join(parts))).rstrip(b"=")
     return b".".join([*parts, signature]).decode()
 
 
 class Provider:
-    """An identity provider on this machine: serves its JWK set, and remembers what it was asked for."""
+    """A local identity provider: serves its JWK set and records the requests."""
 
     def __init__(self) -> None:
         self.content, self.status = json.dumps({"keys": KEYS}).encode(), 200
@@ -105,7 +105,7 @@ def provider() -> Iterator[Provider]:
 
 
 class Guarded:
-    """A server that takes JWTs of the provider and one API key."""
+    """A server that accepts the provider's JWTs and one API key."""
 
     def __init__(self, repository: Path, folder: Path, keys: str) -> None:
         self.api_key, entry = new_key("edge", "acme", ["infer"])
@@ -227,7 +227,7 @@ def test_a_claim_with_a_lone_surrogate_is_named(guarded: Guarded, claim: str) ->
     assert f"its claim {claim!r}" in answer.json()["detail"]
 
 
-def test_scopes_of_others_open_nothing(guarded: Guarded) -> None:
+def test_unknown_scopes_grant_nothing(guarded: Guarded) -> None:
     assert guarded.get(token(scope="openid profile")).json()["code"] == "forbidden"
     assert guarded.get(token(scope="metrics")).json()["code"] == "forbidden"
     answer = guarded.client.get("/metrics", headers={"Authorization": f"Bearer {token(scope='metrics')}"})
@@ -248,7 +248,7 @@ def test_the_sessions_and_the_quota_are_of_the_tenant_in_the_jwt(guarded: Guarde
     assert guarded.client.get("/v1/models/gru/sessions/a", headers=mine).status_code == 404
 
 
-def test_a_jwt_is_verified_once(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jwt_is_verified_only_once(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     verified = []
     decode = jwt.PyJWT.decode
     monkeypatch.setattr(jwt.PyJWT, "decode", lambda *args, **kwargs: verified.append(1) or decode(*args, **kwargs))
@@ -289,7 +289,7 @@ def test_a_ticket_of_a_jwt_lasts_no_longer_than_the_jwt(guarded: Guarded) -> Non
 def test_a_provider_changes_its_keys(
     guarded: Guarded, provider: Provider, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """The new set is asked for by the first JWT of a new key. What is no good set leaves the earlier one."""
+    """The first JWT with a new key triggers a request for the new set. An invalid set leaves the earlier one in use."""
     monkeypatch.setattr(jwts, "LEAST_SECONDS", 0.01)
     new, old = token(NEXT, kid="next"), token()
     with guarded.stream(old) as stream, guarded.stream(token(RSA, "RS256", "rsa")) as kept:
@@ -312,7 +312,7 @@ def test_a_provider_changes_its_keys(
     until(lambda: guarded.get(old).status_code == 200, "the old key is back")
 
 
-def test_an_unknown_key_is_asked_for_only_now_and_then(
+def test_requests_for_unknown_keys_are_rate_limited(
     guarded: Guarded, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(provider.asked)
@@ -341,7 +341,7 @@ def test_a_new_key_is_not_refused_while_the_set_is_read(
     until(lambda: guarded.get(new).status_code == 401, "the set was read, and has no such key")
 
 
-def test_a_provider_that_does_not_answer_yet(repository: Path, tmp_path: Path) -> None:
+def test_unreachable_provider_gives_keys_unavailable(repository: Path, tmp_path: Path) -> None:
     guarded = Guarded(repository, tmp_path, "http://127.0.0.1:1/jwks")
     try:
         assert guarded.get(guarded.api_key).status_code == 200
@@ -376,7 +376,7 @@ def test_a_set_that_is_refused_says_why(content: bytes | dict, reason: str) -> N
         KeySet.read(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
-def test_keys_of_a_kind_to_come_are_left_out() -> None:
+def test_unknown_key_types_are_skipped() -> None:
     later = {"kty": "AKP", "alg": "ML-DSA-44", "kid": "later", "pub": "AAAA"}
     assert KeySet.read(json.dumps({"keys": [later, public(ELLIPTIC, "ec")]}).encode()).keys() == {"ec"}
 
@@ -396,7 +396,7 @@ def test_the_only_key_of_a_set_needs_no_kid(tmp_path: Path) -> None:
     assert not found.is_good(key), "another key under the same kid, or without one, did not sign it"
 
 
-def test_without_pyjwt_the_server_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_without_pyjwt_names_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jwt", None)
     for module in ("jwts", "jwt_verifier"):
         monkeypatch.delitem(sys.modules, f"unroll.service.access.{module}", raising=False)

@@ -1,4 +1,4 @@
-"""What export puts into the state row besides h and c, of clients that are not equally far, through a server."""
+"""State that export adds to the row besides h and c, served to clients at different positions."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def running(serve: Serve, mixed: Path) -> Running:
     return serve(repository=mixed)
 
 
-def test_sessions_that_are_not_equally_far(running: Running) -> None:
+def test_sessions_at_different_positions_share_batches(running: Running) -> None:
     rng = np.random.default_rng(2)
     x, known = rng.standard_normal((3, 20, 3), np.float32), rng.standard_normal((3, 2), np.float32)
     model = models.build("mixed/1").module
@@ -47,7 +47,7 @@ def test_sessions_that_are_not_equally_far(running: Running) -> None:
                     ).content
                 )
                 done[row] += steps
-            if 8 < done[0] < 20:  # continues in another session, from a snapshot
+            if 8 < done[0] < 20:  # continue in another session from a snapshot
                 snapshot = http.get(f"/sessions/{names[0]}/state").content
                 names[0] = http.post("/sessions", content=snapshot, headers=RAW).json()["session_id"]
     found = np.stack([np.frombuffer(b"".join(parts), np.float32).reshape(20, 4) for parts in answers])

@@ -1,4 +1,4 @@
-"""An input that may hold NaN takes it over every transport, as the model in PyTorch does; no other input does."""
+"""An input that allows NaN takes it over every transport, as the PyTorch model does; other inputs refuse it."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ X = np.random.default_rng(3).standard_normal((12, 3)).astype("<f4")
 X[[0, 0, 2, 3, 3, 3, 7, 11], [0, 2, 1, 0, 1, 2, 1, 0]] = np.nan
 KNOWN = np.random.default_rng(4).standard_normal((12, 1)).astype("<f4")
 RAW = {"Content-Type": "application/octet-stream"}
-#: As they are in JSON.
+#: The inputs as JSON.
 NULLS = [[None if np.isnan(value) else value for value in row] for row in X.tolist()]
 
 
@@ -41,7 +41,7 @@ def http(server: Running) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def expected() -> Any:
-    """Of PyTorch, (12, 2)."""
+    """The outputs of PyTorch, (12, 2)."""
     with torch.no_grad():
         return models.build("gaps/1").module(torch.from_numpy(X)[None], torch.from_numpy(KNOWN)[None])[0].numpy()
 

@@ -1,4 +1,4 @@
-"""Every error code, met over HTTP: its status, its form, and what it tells the client to do next."""
+"""Every error code over HTTP: its status, its format, and its advice to the client."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ STEP = np.float32(GOOD).tobytes()
 
 
 class Client(httpx.Client):
-    """What these tests do again and again."""
+    """A client with the common actions of these tests."""
 
     def open(self, model: str = "lstm", **body: object) -> str:
         answer = self.post(f"/v1/models/{model}/sessions", json=body).raise_for_status()
@@ -35,7 +35,7 @@ class Client(httpx.Client):
 
 @pytest.fixture
 def start(serve: Serve) -> Iterator[Callable[..., tuple[Running, Client]]]:
-    """A server with those settings, and its client."""
+    """A server with these settings, and its client."""
     clients: list[Client] = []
 
     def start(clock: ManualClock | None = None, **settings: object) -> tuple[Running, Client]:
@@ -50,7 +50,7 @@ def start(serve: Serve) -> Iterator[Callable[..., tuple[Running, Client]]]:
 
 Start = Callable[..., tuple[Running, Client]]
 
-#: Every code, and the test that meets it.
+#: Every code and the test that covers it.
 MET = {
     "malformed_request": "test_native_inputs.test_malformed",
     "body_too_large": "test_native_inputs.test_a_body_too_large_by_its_declared_length",
@@ -61,10 +61,10 @@ MET = {
     "input_out_of_range": "test_native_inputs.test_wrong_tokens",
     "non_finite_output": "test_native_inputs.test_an_answer_that_is_not_finite",
     "model_unknown": "test_native_inputs.test_paths",
-    "model_unavailable": "test_refused_bundles.test_who_asks_for_a_refused_version_is_told_why",
+    "model_unavailable": "test_refused_bundles.test_request_for_a_refused_version_gets_the_reason",
     "unauthenticated": "test_tenants.test_the_scope_of_every_route",
     "forbidden": "test_tenants.test_the_scope_of_every_route",
-    "host_refused": "test_tenants.test_a_name_that_points_here_is_refused",
+    "host_refused": "test_tenants.test_foreign_host_name_is_refused",
     "origin_refused": "test_tenants.test_a_page_of_another_origin_can_change_nothing",
     "quota_exceeded": "test_tenant_quotas.test_the_steps_of_a_tenant",
     "session_unknown": "test_native_inputs.test_paths",
@@ -72,16 +72,16 @@ MET = {
     "map_invalid": "test_session_rollout.test_a_map_that_does_not_fit_the_model",
     "not_streamable": "test_native_sessions.test_a_model_that_needs_whole_sequences",
     "model_changed": "test_native_sessions.test_a_session_is_found_by_its_models_name_alone",
-    "session_closed": "test_native_sessions.test_close_and_open_anew",
-    "durability_unavailable": "test_durable.test_what_needs_a_store",
-    "store_unavailable": "test_durable.test_a_store_that_is_down",
+    "session_closed": "test_native_sessions.test_close_and_reopen",
+    "durability_unavailable": "test_durable.test_requests_that_need_a_store_are_refused_without_one",
+    "store_unavailable": "test_durable.test_store_outage_is_reported",
     "session_contended": "test_durable.test_steps_from_everywhere_at_once_each_count",
     "session_exists": "test_native_errors.test_opening_what_is_open",
     "session_expired": "test_native_errors.test_idle_expiry",
     "session_evicted": "test_native_errors.test_eviction",
     "capacity_exhausted": "test_native_errors.test_capacity",
-    "keys_unavailable": "test_jwts.test_a_provider_that_does_not_answer_yet",
-    "version_unavailable": "test_rollout.test_a_session_of_a_version_that_is_not_here_yet_is_told_to_retry",
+    "keys_unavailable": "test_jwts.test_unreachable_provider_gives_keys_unavailable",
+    "version_unavailable": "test_rollout.test_session_of_a_version_not_yet_present_is_retryable",
     "draining": "test_drain.test_while_load_balancers_notice",
     "queue_full": "test_native_errors.test_queue_full",
     "too_many_connections": "test_connection_limits.test_beyond_the_limit_probes_are_answered_and_others_refused",
@@ -91,11 +91,11 @@ MET = {
     "position_gap": "test_positions.test_a_gap",
     "position_too_old": "test_positions.test_too_old",
     "payload_mismatch": "test_positions.test_another_payload",
-    "cancelled": "test_positions.test_a_retry_of_a_chunk_whose_client_went_away",  # nobody should
+    "cancelled": "test_positions.test_a_retry_of_a_chunk_whose_client_went_away",  # never reached
 }
 
 
-def test_every_code_is_met() -> None:
+def test_every_code_is_covered() -> None:
     tree = ast.parse(inspect.getsource(errors))
     codes = {
         node.value.value
@@ -140,7 +140,7 @@ def assert_gone(client: Client, session: str, status: int, code: str) -> None:
         client.delete(session),
     ):
         if answer.request.method == "PUT" and answer.status_code == 422:
-            continue  # which of the two errors comes first is not promised
+            continue  # the order of the two errors is not specified
         assert_problem(answer, status, code)
 
 
@@ -162,7 +162,7 @@ def test_idle_expiry(start: Start) -> None:
     assert_gone(client, session, 404, "session_unknown")
 
 
-def test_an_expired_id_can_be_opened_anew(start: Start) -> None:
+def test_expired_id_can_be_reopened(start: Start) -> None:
     clock = ManualClock()
     _, client = start(clock, idle_timeout=10)
     session = client.open(session_id="s")
@@ -173,7 +173,7 @@ def test_an_expired_id_can_be_opened_anew(start: Start) -> None:
     assert client.step(session).content == first
 
 
-def test_idle_sessions_never_expire_when_told_so(start: Start) -> None:
+def test_sessions_never_expire_without_an_idle_timeout(start: Start) -> None:
     clock = ManualClock()
     _, client = start(clock, idle_timeout=0)
     session = client.open()
@@ -182,7 +182,7 @@ def test_idle_sessions_never_expire_when_told_so(start: Start) -> None:
     assert client.step(session).status_code == 200
 
 
-def test_the_clock_may_stand_still_or_leap(start: Start) -> None:
+def test_clock_may_stop_or_jump(start: Start) -> None:
     clock = ManualClock(-1e9)
     _, client = start(clock, idle_timeout=10)
     session = client.open()
@@ -207,7 +207,7 @@ def test_a_fork_may_evict_but_never_its_origin(start: Start) -> None:
     origin, other = client.open(), client.open()
     client.step(origin)
     client.step(other)
-    forked = client.post(f"{origin}/fork")  # the origin is the least recently used, but it is at work
+    forked = client.post(f"{origin}/fork")  # the origin is the least recently used, but it is busy
     assert forked.status_code == 201
     assert_gone(client, other, 410, "session_evicted")
     assert client.get(origin).json()["position"] == 1
@@ -300,7 +300,7 @@ def test_no_time_at_all(start: Start) -> None:
 
 
 class Broken:
-    """An engine that cannot run rows whose first value is 13."""
+    """An engine that fails rows with 13 as their first value."""
 
     def __init__(self, engine: object) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""v1 and what must not be taken: each bad body has its status and code, and leaves the session as it was."""
+"""Invalid input to v1: each bad body gets its status and code and leaves the session unchanged."""
 
 import socket
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Watched:
-    """A session three steps old, and a check that it is still what it was."""
+    """A session after three steps, and a check that it has not changed."""
 
     def __init__(self, client: httpx.Client, model: str, inputs: object) -> None:
         self.client = client
@@ -29,7 +29,7 @@ class Watched:
         return self.client.get(f"{self.path}/state").content, self.client.get(self.path).json()
 
     def refuses(self, status: int, code: str, **request: object) -> httpx.Response:
-        """The answer to `steps`, once its status, code, form and harmlessness are seen to."""
+        """Post to `steps`, check the status, code, format and that the session is unchanged, and return the answer."""
         answer = self.client.post(f"{self.path}/steps", **request)  # type: ignore[arg-type]
         assert_problem(answer, status, code)
         assert self._all() == self.before, "the session was touched"
@@ -108,7 +108,7 @@ def test_wrong_values(lstm: Watched, inputs: object, code: str | None) -> None:
         inputs = 1
         for _ in range(70):
             inputs = [inputs]
-    if code is None:  # a number JSON allows and nothing holds
+    if code is None:  # valid JSON, but too large for any dtype
         lstm.refuses(400, "malformed_request", json={"inputs": inputs})
     else:
         lstm.refuses(422, code, json={"inputs": inputs})

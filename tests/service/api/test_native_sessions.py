@@ -1,4 +1,4 @@
-"""v1 from the client's side: open, step, look, save, restore, fork, close. Every number is compared bit for bit."""
+"""v1 from the client's side: open, step, inspect, save, restore, fork, close. Numbers are compared bit for bit."""
 
 import base64
 import json
@@ -29,7 +29,7 @@ def from_raw(answer: httpx.Response, width: int = 2) -> np.ndarray:
     return np.frombuffer(answer.content, "<f4").reshape(-1, width)
 
 
-def test_open_says_what_the_client_may_count_on(client: httpx.Client, oracle: Oracles) -> None:
+def test_open_reports_the_guarantees_of_the_session(client: httpx.Client, oracle: Oracles) -> None:
     info = client.post("/v1/models/lstm/sessions").json()
     assert len(info.pop("session_id")) >= 22, "128 random bits in Base64"
     assert info == {
@@ -269,7 +269,7 @@ def test_a_snapshot_of_another_model_is_refused(client: httpx.Client) -> None:
         ([], 400, "malformed_request"),
     ],
 )
-def test_an_open_that_cannot_be(client: httpx.Client, body: object, status: int, code: str) -> None:
+def test_invalid_open_is_refused(client: httpx.Client, body: object, status: int, code: str) -> None:
     before = client.get("/v1/models/lstm").json()["sessions"]
     answer = client.post("/v1/models/lstm/sessions", json=body)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
@@ -285,7 +285,7 @@ def test_a_lone_surrogate_is_no_id(client: httpx.Client) -> None:
 # ── fork and close ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_fork_goes_its_own_way(client: httpx.Client, oracle: Oracles, rng: np.random.Generator) -> None:
+def test_fork_is_independent_of_its_origin(client: httpx.Client, oracle: Oracles, rng: np.random.Generator) -> None:
     x = rng.standard_normal((6, 3)).astype(np.float32)
     session = stepped(client, "lstm", x[:3])
     forked = client.post(f"{session}/fork")
@@ -314,7 +314,7 @@ def test_a_fork_outlives_its_origin(client: httpx.Client, oracle: Oracles, rng: 
     session = stepped(client, "lstm", x[:2])
     name = client.post(f"{session}/fork").json()["session_id"]
     client.delete(session).raise_for_status()
-    stepped(client, "lstm", 9 * x)  # it may take the row that became free
+    stepped(client, "lstm", 9 * x)  # it may take the freed row
     answer = client.post(f"/v1/models/lstm/sessions/{name}/steps", content=x[2:].tobytes(), headers=raw_steps(x[2:]))
     assert np.array_equal(from_raw(answer), oracle("lstm")(x)[2:])
 
@@ -328,7 +328,7 @@ def test_a_fork_under_a_living_or_bad_id_is_refused(client: httpx.Client) -> Non
     assert client.post(f"{session}/fork", content=b"x", headers=RAW).status_code == 415
 
 
-def test_close_and_open_anew(client: httpx.Client, oracle: Oracles, rng: np.random.Generator) -> None:
+def test_close_and_reopen(client: httpx.Client, oracle: Oracles, rng: np.random.Generator) -> None:
     x = rng.standard_normal((2, 3)).astype(np.float32)
     session = opened(client, "lstm", session_id="anew")
     client.post(f"{session}/steps", content=x.tobytes(), headers=raw_steps(x))
@@ -343,7 +343,7 @@ def test_close_and_open_anew(client: httpx.Client, oracle: Oracles, rng: np.rand
     assert np.array_equal(from_raw(answer), oracle("lstm")(x))
 
 
-def test_close_lets_what_runs_finish_and_fails_what_waits(
+def test_close_completes_running_work_and_fails_waiting_work(
     serve: Callable[..., Running], rng: np.random.Generator, background: Callable
 ) -> None:
     server = serve()

@@ -1,4 +1,4 @@
-"""The operator's port: what it has that the main port has not, and what an operator may do to a running server."""
+"""The operator port: routes that only it offers, and operations on a running server."""
 
 import itertools
 import json
@@ -75,7 +75,7 @@ def test_models_are_unloaded_and_loaded(operated: Running, shelf: Path, reposito
     client = triton.InferenceServerClient(operated.operator_url.removeprefix("http://"))
     sessions = f"{operated.url}/v1/models/gru/sessions"
     assert httpx.post(sessions, json={"session_id": "open"}).status_code == 201
-    for _ in range(2):  # of several workers, one may have done it already
+    for _ in range(2):  # another worker may already have done it
         client.unload_model("gru")
         assert httpx.post(sessions).json()["code"] == "model_unknown"
     step = httpx.post(f"{sessions}/open/steps", content=X.tobytes(), headers=raw_steps(X))
@@ -99,7 +99,7 @@ def test_models_are_unloaded_and_loaded(operated: Running, shelf: Path, reposito
     client.close()
 
 
-#: Bodies of requests that would bring a model.
+#: Request bodies that would upload a model.
 BRINGING = (
     {"parameters": {"config": "{}", "file:1/model.onnx": "AAAA"}},
     {"parameters": {"config": '{"backend": "python"}'}},
@@ -110,7 +110,7 @@ BRINGING = (
 )
 
 
-def test_a_request_brings_no_model(operated: Running) -> None:
+def test_request_cannot_upload_a_model(operated: Running) -> None:
     with httpx.Client(base_url=f"{operated.operator_url}/v2/repository/models") as client:
         for name, verb, body in itertools.product(("gru", "..%2Fgru", "%2Fetc"), ("load", "unload"), BRINGING):
             assert client.post(f"/{name}/{verb}", json=body).status_code == 400, (name, verb, body)

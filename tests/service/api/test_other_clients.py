@@ -1,4 +1,4 @@
-"""Clients that offer HTTP/2 on a plain connection, as some do without being told: their requests arrive whole."""
+"""Requests from clients that offer HTTP/2 on a plain connection, as some do by default, arrive complete."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ public class Client {
 
 @pytest.mark.skipif(JAVA is None or shutil.which("javac") is None, reason="a JDK is missing")
 def test_java(server: Running, tmp_path: Path) -> None:
-    """Its client offers h2c with each request, and sends the header of a WebSocket frame apart from the payload."""
+    """Java's client offers h2c with each request and sends a WebSocket frame's header separately from its payload."""
     (tmp_path / "Client.java").write_text(JAVA_CLIENT)
     ran = subprocess.run(
         [str(JAVA), "-XX:TieredStopAtLevel=1", "Client.java", server.url],

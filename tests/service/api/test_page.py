@@ -1,4 +1,4 @@
-"""The page at `/` as HTTP sees it, and pages of other origins."""
+"""The page at `/` over HTTP, and access by pages of other origins."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ FRIEND, STRANGER = "https://app.example", "https://evil.example"
 
 @pytest.fixture(scope="module")
 def friendly(few: Path) -> Iterator[Running]:
-    """A server that one other origin may use, and that shows no page."""
+    """A server that allows one other origin and serves no page."""
     running = Running(Settings(repository=few, page=False, allowed_origins=(FRIEND,)))
     yield running
     running.stop()

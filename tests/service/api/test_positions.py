@@ -1,4 +1,4 @@
-"""A chunk is applied once however often it is sent: by each of the ways it can be sent."""
+"""A chunk is applied once however often it is sent, over every transport."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _ids = count(1)
 
 @dataclass
 class Stream:
-    """One session, stepped in one of the ways there are."""
+    """One session, stepped over one of the transports."""
 
     way: str
     client: httpx.Client
@@ -151,7 +151,7 @@ def test_a_failed_chunk_leaves_its_place_free(way: str, client: httpx.Client, x:
     assert stream.position(stream.send(x[2:4], 2)) == 4
 
 
-def test_any_way_recognises_what_another_sent(client: httpx.Client, x: np.ndarray) -> None:
+def test_every_transport_recognises_retries_of_another(client: httpx.Client, x: np.ndarray) -> None:
     first = opened("json", client)
     outputs = first.outputs(first.send(x[:3], 0))
     after = first.digest()
@@ -161,12 +161,12 @@ def test_any_way_recognises_what_another_sent(client: httpx.Client, x: np.ndarra
     assert first.digest() == after
 
 
-# ── while the first is in flight ─────────────────────────────────────────────────────────────────
+# ── while the original is in flight ──────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def own(serve: Serve) -> Iterator[tuple[Running, httpx.Client]]:
-    """A server that nothing else is using."""
+    """A server that no other test uses."""
     running = serve()
     with httpx.Client(base_url=running.url, limits=httpx.Limits(max_connections=None)) as client:
         yield running, client
@@ -216,7 +216,7 @@ def test_a_pipeline_keeps_its_order_and_knows_each_of_its_chunks(
 def test_many_at_the_same_place_at_once(
     own: tuple[Running, httpx.Client], x: np.ndarray, background: Background, oracle: Callable[..., Oracle]
 ) -> None:
-    """Without holding anything still: one of the payloads wins, its twins get its reply, the others a conflict."""
+    """One payload wins; identical requests get its reply, and different ones a conflict."""
     _, client = own
     stream = opened("raw", client)
     history: list[np.ndarray] = []
@@ -239,7 +239,7 @@ def test_many_at_the_same_place_at_once(
 def test_a_retry_of_a_chunk_whose_client_went_away(
     own: tuple[Running, httpx.Client], background: Background, oracle: Callable[..., Oracle]
 ) -> None:
-    """The first client leaves while a piece of its long chunk runs; the retry comes before that piece is done."""
+    """The first client leaves while a piece of its long chunk runs; the retry arrives before that piece completes."""
     running, client = own
     stream = opened("raw", client)
     x = np.tile(np.float32([[0.1, -0.2, 0.3]]), (2000, 1))  # several pieces; large enough to be cancelled
@@ -257,7 +257,7 @@ def test_a_retry_of_a_chunk_whose_client_went_away(
 
 
 def test_a_reply_too_large_to_keep_is_marked_and_its_retry_is_refused(serve: Serve) -> None:
-    """64 of the largest replies fit: one of 16 bytes is a single step of two outputs, and that has its own place."""
+    """The limit fits 64 of the largest replies. The 16-byte reply of one step with two outputs has its own space."""
     running = serve(reply_bytes=64 * 16)
     x = np.tile(np.float32([[0.1, -0.2, 0.3]]), (2, 1))
     with httpx.Client(base_url=running.url) as client:
@@ -275,7 +275,7 @@ def test_a_reply_too_large_to_keep_is_marked_and_its_retry_is_refused(serve: Ser
                     assert (retry.json()["expected"], "too large" in retry.text) == (7, True)
 
 
-# ── sequences: the requests that begin and end one ───────────────────────────────────────────────
+# ── requests that begin and end sequences ────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("binary", [False, True])

@@ -1,4 +1,4 @@
-"""`unroll serve` as a process: what it does on SIGHUP and SIGTERM, and when it cannot start."""
+"""`unroll serve` as a process: SIGHUP, SIGTERM, and failed starts."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def test_signals(
         second = client.post(f"{session}/steps", content=x[2:].tobytes(), headers=raw_steps(x[2:])).content
         assert np.array_equal(np.frombuffer(first + second, "<f4").reshape(-1, 2), oracle("gru", "1")(x))
 
-        work = np.tile(x, (128, 500, 1))  # long enough to be caught at work
+        work = np.tile(x, (128, 500, 1))  # long enough to be running when the signal arrives
         running = background(wire.infer, client, "gru", work)
         until(lambda: metric(client.get("/metrics").text, "unroll_chunks_in_flight") > 0, "work in flight")
         process.popen.send_signal(signal.SIGTERM)
@@ -75,7 +75,7 @@ def test_the_log_has_no_headers_at_any_level(start_process: StartProcess) -> Non
 
 
 def test_a_drain(start_process: StartProcess) -> None:
-    """Not ready at once; it ends when a second signal cuts the delay short, and in order."""
+    """The server turns unready at once; a second signal cuts the delay short and shuts it down cleanly."""
     process = start_process("--drain-delay", "1000")
     stream = connect(f"{process.url.replace('http', 'ws')}/v1/models/gru/stream")
     with httpx.Client(base_url=process.url) as client, stream:
@@ -95,7 +95,7 @@ def test_a_drain(start_process: StartProcess) -> None:
     assert process.end() == 0
 
 
-#: The server, whose keys are replaced, with a SIGHUP, after they were read and before it serves.
+#: A server with its keys replaced, and a SIGHUP sent, after it read them and before it serves.
 REVOKING = """
 import os, signal, sys
 from unroll.cli import main
@@ -128,7 +128,7 @@ def test_a_key_that_is_removed_during_the_start_is_refused(start_process: StartP
     assert process.end() == 0
 
 
-#: The server, whose loop fails on its first batch.
+#: A server with a loop that fails on its first batch.
 CRASHING = """
 import sys
 from unroll.cli import main
@@ -150,7 +150,7 @@ def test_a_crash(start_process: StartProcess) -> None:
     assert "a crash" in next(str(line) for line in process.log if line["event"] == "crashed")
 
 
-#: The server, whose shutdown fails at its last step.
+#: A server with a shutdown that fails at its last step.
 UNSTOPPABLE = """
 import sys
 from unroll.service.models.repository import ModelRepository
@@ -164,14 +164,14 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
 
-def test_a_stop_that_fails_is_no_success(start_process: StartProcess) -> None:
+def test_failed_shutdown_has_a_failure_status(start_process: StartProcess) -> None:
     process = start_process(script=UNSTOPPABLE)
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 1
     assert "a failure at the end" in str(process.log)
 
 
-#: The server on a system that has neither Linux's scheduler calls nor /proc, such as macOS.
+#: The server on a system without Linux's scheduler calls and /proc, such as macOS.
 NOT_LINUX = """
 import io, os, sys
 del os.sched_getaffinity, os.sched_setaffinity
@@ -196,7 +196,7 @@ def test_a_system_other_than_linux(start_process: StartProcess) -> None:
     assert process.end() == 0
 
 
-#: Starts with each of several lists of flags, in one process; its exit statuses are lines on stderr, as its log is.
+#: Starts the server with each list of flags in one process; writes the exit statuses to stderr, next to the log.
 STARTS = """
 import json, sys
 from unroll.cli import main
@@ -208,7 +208,7 @@ for flags in json.loads(sys.argv[1]):
     print("ended", status, file=sys.stderr, flush=True)
 """
 
-#: Flags of starts that fail, and the reason.
+#: Flags of failing starts, and the reason.
 FAILING = {
     ("--repository", "tests/service"): "holds no bundle",
     ("--repository", "nowhere"): "the repository cannot be read: [Errno 2] No such file",
@@ -220,13 +220,13 @@ FAILING = {
 }
 
 
-#: Flags that are wrong.
+#: Invalid flags.
 WRONG = [(), ("--repository", ".", "--port", "abc"), ("--bogus",)]
 
 
 @pytest.fixture(scope="module")
 def failed_starts(few: Path) -> dict[tuple[str, ...], tuple[int, list[str]]]:
-    """By flags: the exit status, and what came on stderr."""
+    """Return the exit status and the stderr lines for each list of flags."""
     usual = ("--repository", str(few), "--port", "0", "--device", "cpu")
     starts = {flags: usual + flags for flags in FAILING} | {flags: flags for flags in WRONG}
     process = Launched(json.dumps([*starts.values()]), script=STARTS)
@@ -268,7 +268,7 @@ def test_a_port_that_is_taken_is_noticed_before_the_models_are_loaded(shelf: Pat
     assert line["reason"] == f"cannot listen on 127.0.0.1, port {port}: Address already in use; see --host and --port"
 
 
-#: The server without standard descriptors, and what becomes of them.
+#: The server without standard descriptors; prints their targets after the start.
 DETACHED = """
 import os, sys
 from unroll import cli

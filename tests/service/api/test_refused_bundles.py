@@ -1,4 +1,4 @@
-"""A bundle that cannot be served takes no other one with it, and everyone who asks for it is told why."""
+"""A bundle that cannot be served affects no other bundle, and requests for it get the reason."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ def running(shelf: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def second(running: Running, shelf: Path, repository: Path) -> Iterator[Path]:
-    """Version 2, intact and not loaded."""
+    """Version 2, intact and not yet loaded."""
     shutil.copytree(repository / "gru" / "2", shelf / "gru" / "2")
     yield shelf / "gru" / "2"
     for path in shelf.glob("gru/*"):
@@ -97,7 +97,7 @@ def test_what_is_served_was_read_before_its_files_changed(
     assert versions(running) == ["1", "2"]
 
 
-def test_a_folder_that_cannot_be_listed_takes_nothing_away(running: Running, shelf: Path) -> None:
+def test_unlistable_folder_unloads_nothing(running: Running, shelf: Path) -> None:
     away = (shelf / "gru").rename(shelf.with_name("away"))
     (shelf / "gru").symlink_to("nowhere")
     assert discover(shelf) == [shelf / "gru"]
@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_listed_takes_nothing_away(running: Running, she
     assert running.server.models.refused == {}
 
 
-async def test_who_asks_for_a_refused_version_is_told_why(running: Running, second: Path) -> None:
+async def test_request_for_a_refused_version_gets_the_reason(running: Running, second: Path) -> None:
     describe(second, parity=None)
     await asyncio.to_thread(running.rescan_now)
     async with httpx.AsyncClient(base_url=running.url) as http:

@@ -1,4 +1,4 @@
-"""Bundles come, change and go while sessions run: a session never leaves the weights it began with."""
+"""Bundles are added, changed and removed while sessions run; a session keeps the weights it began with."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ X = np.random.default_rng(3).standard_normal((400, 3)).astype(np.float32)
 
 @pytest.fixture
 def shelf(repository: Path, tmp_path: Path) -> Path:
-    """A repository of its own with `gru` version 1 and `lstm`."""
+    """A private repository with `gru` version 1 and `lstm`."""
     for path in ("gru/1", "lstm/1"):
         shutil.copytree(repository / path, tmp_path / path)
     return tmp_path
@@ -44,7 +44,7 @@ async def http(running: Running) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def add(repository: Path, shelf: Path, version: str) -> None:
-    """Put a version on the shelf in one rename, as export does."""
+    """Add a version by one rename, as export does."""
     shutil.copytree(repository / "gru" / version, shelf / ".coming")
     (shelf / ".coming").rename(shelf / "gru" / version)
 
@@ -115,7 +115,7 @@ async def test_a_new_version_under_load(
     assert all(task.result() >= 20 for task in old + new)
 
 
-async def test_the_other_version_must_not_be_asked_for(
+async def test_naming_another_version_than_the_sessions_is_refused(
     running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path, oracle: Oracles
 ) -> None:
     session = await opened(http)
@@ -166,7 +166,7 @@ async def test_a_removed_version_stays_while_a_session_without_a_row_is_on_it(
     async with httpx.AsyncClient(base_url=running.url) as http:
         session = await opened(http, "gru:1")
         first = await step(http, session, X[:3])
-        await http.delete(await opened(http, "gru:1"))  # took the row
+        await http.delete(await opened(http, "gru:1"))  # takes the row
         shutil.rmtree(shelf / "gru" / "1")
         await rescanned(running, [("1", True), ("2", False)])
         assert np.array_equal(np.concatenate([first, await step(http, session, X[3:5])]), oracle("gru", "1")(X[:5]))
@@ -203,7 +203,7 @@ async def test_a_version_is_replaced_in_place(
 async def test_a_bundle_is_loaded_again_if_any_of_its_files_changed(
     running: Running, http: httpx.AsyncClient, shelf: Path, oracle: Oracles, changed: str
 ) -> None:
-    """A session stays where it began, and its snapshots are of the same weights as before."""
+    """A session stays on its version, and its snapshots still match the same weights."""
     session = await opened(http)
     first = await step(http, session, X[:3])
     saved = (await http.get(f"{session}/state")).content
@@ -240,7 +240,7 @@ async def test_a_bundle_that_is_refused_changes_nothing(
     await step(http, await opened(http), X[:1])
 
 
-async def test_what_became_of_a_session_outlives_its_version(
+async def test_tombstones_outlive_the_version(
     running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path
 ) -> None:
     session = await opened(http)
@@ -255,7 +255,7 @@ async def test_what_became_of_a_session_outlives_its_version(
 
 
 @pytest.mark.parametrize("position", [{}, {"sequence_position": 0}])
-async def test_a_sequence_that_starts_anew_gets_the_newest_version(
+async def test_restarted_sequence_gets_the_newest_version(
     running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path, position: dict[str, int]
 ) -> None:
     def start(end: bool, x: np.ndarray) -> wire.Body:
@@ -271,7 +271,7 @@ async def test_a_sequence_that_starts_anew_gets_the_newest_version(
     assert wire.outputs(answer)[0]["model_version"] == "2"
 
 
-async def test_an_empty_repository_takes_nothing_away(running: Running, http: httpx.AsyncClient, shelf: Path) -> None:
+async def test_empty_repository_unloads_nothing(running: Running, http: httpx.AsyncClient, shelf: Path) -> None:
     session = await opened(http)
     away = Path(shutil.move(shelf, shelf.with_name("away")))
     await asyncio.to_thread(running.rescan_now)

@@ -1,4 +1,4 @@
-"""A client that sends the same head again and again is not read anew each time: nothing of what it asks gets lost."""
+"""The server does not parse a repeated head again, and still honours every part of the request."""
 
 import asyncio
 import itertools
@@ -70,7 +70,7 @@ def wires(server: Running) -> Iterator[Callable[[int], list[Wire]]]:
 
 
 @pytest.mark.parametrize(("model", "version"), [("gru", "2"), ("two", "1"), ("last", "1")])
-def test_clients_that_step_together_get_what_each_would_get_alone(
+def test_clients_that_step_together_get_the_same_answers_as_separately(
     server: Running, wires: Callable, open_session: Callable, oracle: Callable[..., Oracle], model: str, version: str
 ) -> None:
     alone = oracle(model, version)
@@ -93,7 +93,7 @@ def test_clients_that_step_together_get_what_each_would_get_alone(
             assert body == b"".join(output.tobytes() for output in last)
 
 
-def test_what_waits_together_fails_is_cancelled_and_is_closed_one_by_one(
+def test_joined_steps_fail_cancel_and_close_individually(
     server: Running, client: httpx.Client, wires: Callable, open_session: Callable, oracle: Callable[..., Oracle]
 ) -> None:
     names = [open_session(f"crowd-{i}") for i in range(6)]
@@ -112,7 +112,7 @@ def test_what_waits_together_fails_is_cancelled_and_is_closed_one_by_one(
         assert connections[2].answer()[0] == 410
         connections[3].socket.close()
         until(lambda: scheduler.in_flight == len(names) - 2)
-        other.send(head("gru", names[4], position=2) + STEP.tobytes())  # a retry: its first answer may be lost
+        other.send(head("gru", names[4], position=2) + STEP.tobytes())  # a retry: the first answer may be lost
         assert step(wires(1)[0], names[5], 2 * STEP, 2)[0] == 409
     third = oracle("gru", "2")(np.repeat(STEP, 3, axis=0))[2:].tobytes()
     for wire in (connections[0], connections[4], connections[5], other):
@@ -124,7 +124,7 @@ def test_what_waits_together_fails_is_cancelled_and_is_closed_one_by_one(
     assert step(connections[1], names[1], STEP, 2)[2] == third
 
 
-def test_a_position_is_read_although_the_rest_of_the_head_is_known(wire: Wire, open_session: Callable) -> None:
+def test_position_in_a_repeated_head_is_read(wire: Wire, open_session: Callable) -> None:
     name = open_session("known")
     first = step(wire, name, STEP, 0)
     assert step(wire, name, STEP, 0) == first
@@ -145,7 +145,7 @@ def test_a_position_is_read_although_the_rest_of_the_head_is_known(wire: Wire, o
         ("unroll-steps: 1", "unroll-steps: 1\r\ninference-header-content-length: 5"),
     ],
 )
-def test_a_body_of_another_length_is_refused_and_harms_none_of_the_turn(
+def test_body_of_another_length_is_refused_without_affecting_the_rest_of_the_turn(
     server: Running, wires: Callable, open_session: Callable, line: str, with_line: str
 ) -> None:
     wrong, right = (open_session(f"{each}-{len(with_line)}") for each in ("wrong", "right"))
@@ -162,9 +162,7 @@ def test_a_body_of_another_length_is_refused_and_harms_none_of_the_turn(
         assert other.answer()[1]["unroll-position"] == str(position + 1)
 
 
-def test_a_session_that_was_opened_again_is_the_one_that_steps(
-    client: httpx.Client, wire: Wire, open_session: Callable
-) -> None:
+def test_repeated_head_steps_the_reopened_session(client: httpx.Client, wire: Wire, open_session: Callable) -> None:
     name = open_session("twice")
     for _ in range(3):
         last = step(wire, name)
@@ -187,9 +185,7 @@ def test_several_requests_in_one_segment_are_all_read(wire: Wire, open_session: 
     assert step(wire, name)[1]["unroll-position"] == "5"
 
 
-def test_a_request_that_is_read_while_a_long_body_waits_for_its_turn_keeps_its_headers(
-    wire: Wire, open_session: Callable
-) -> None:
+def test_request_read_while_a_long_body_waits_keeps_its_headers(wire: Wire, open_session: Callable) -> None:
     name, path = open_session("behind"), "POST /v1/models/gru/sequences HTTP/1.1\r\nhost: localhost\r\n"
     long = json.dumps({"inputs": [[[0.125, 0.25, 0.5]] * 5000]}).encode()
     complete = f"{path}content-type: application/json\r\ncontent-length: {len(long)}\r\n\r\n".encode() + long
@@ -197,7 +193,7 @@ def test_a_request_that_is_read_while_a_long_body_waits_for_its_turn_keeps_its_h
     assert [wire.answer()[0] for _ in range(2)] == [200, 200]
 
 
-def test_a_head_inside_a_field_of_another_is_not_taken_for_one(
+def test_head_inside_a_header_field_is_not_parsed_as_a_head(
     client: httpx.Client, wire: Wire, open_session: Callable
 ) -> None:
     mine, theirs = open_session("mine"), open_session("theirs")
@@ -205,7 +201,7 @@ def test_a_head_inside_a_field_of_another_is_not_taken_for_one(
     begun = f"POST /v1/models/gru/sessions/{mine}/steps HTTP/1.1\r\nx-field: ".encode()
     wire.send(head("gru", mine) + STEP.tobytes() + begun)
     wire.answer()
-    wire.send(complete)  # its first line is the value of the field
+    wire.send(complete)  # the first line is the value of the field
     wire.answer()
     assert (position_of(client, mine), position_of(client, theirs)) == (2, 0)
     wire.send(complete)
@@ -213,7 +209,7 @@ def test_a_head_inside_a_field_of_another_is_not_taken_for_one(
     assert (position_of(client, mine), position_of(client, theirs)) == (2, 1)
 
 
-def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_comes_behind_it(
+def test_retry_waiting_for_the_store_keeps_its_position_ahead_of_the_next_step(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle: Callable[..., Oracle]
 ) -> None:
     running = serve(store=f"file://{tmp_path}/store")
@@ -242,10 +238,10 @@ def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_
         assert (status, headers["unroll-position"], body) == (200, "2", outputs[1:].tobytes())
 
 
-def test_a_step_that_comes_after_a_lookup_was_sent_is_not_refused_by_what_that_found(
+def test_step_sent_after_a_lookup_is_not_refused_by_its_result(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another replica takes a step between the two, and its client sends the next one here."""
+    """Another replica runs a step between the two, and its client sends the next step here."""
     running = serve(store=f"file://{tmp_path}/store")
     store = running.server.sessions._store  # type: ignore[attr-defined]
     load, looked_up, may_end = store.load_all, threading.Event(), threading.Event()
@@ -278,10 +274,10 @@ def test_a_step_that_comes_after_a_lookup_was_sent_is_not_refused_by_what_that_f
         assert (status, headers["unroll-position"]) == (200, "3")
 
 
-def test_a_step_that_is_stored_just_before_its_session_is_closed_is_answered_with_its_own_position(
+def test_step_committed_just_before_close_is_answered_with_its_own_position(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: Callable
 ) -> None:
-    """The store is done with both before the server hears of the first."""
+    """The store completes both before the server sees the first result."""
     running = serve(store=f"file://{tmp_path}/store")
     store = running.server.sessions._store  # type: ignore[attr-defined]
     commit, close = store.commit, store.close
@@ -424,7 +420,7 @@ def test_a_session_is_opened_although_its_client_disconnects(
         until(lambda: client.get("/v1/models/gru/sessions/left").status_code == 200)
 
 
-def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:
+def test_heads_that_never_repeat_are_all_parsed(wire: Wire, open_session: Callable) -> None:
     name = open_session("unlike")
     for i in range(12):
         wire.send(
@@ -437,9 +433,7 @@ def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Call
 def outcomes(
     taken: list[np.ndarray], sent: list[tuple[int | None, np.ndarray]]
 ) -> Iterator[tuple[list[np.ndarray], list[int | str]]]:
-    """For each order that steps may come in: what their session has taken afterwards, and the position, or the code of
-    the error, that each gets.
-    """
+    """For each order of the steps, yield the session's inputs afterwards and each step's position or error code."""
     for order in itertools.permutations(range(len(sent))):
         after, got = [*taken], dict[int, int | str]()
         for i in order:
@@ -457,7 +451,7 @@ def outcomes(
         yield after, [got[i] for i in range(len(sent))]
 
 
-def test_steps_that_are_read_at_once_get_what_they_would_get_in_some_order(
+def test_steps_read_at_once_are_answered_as_in_some_serial_order(
     server: Running, wires: Callable, open_session: Callable, oracle: Callable[..., Oracle]
 ) -> None:
     chance, alone = random.Random(3), oracle("gru", "2")

@@ -1,4 +1,4 @@
-"""The log of requests: which leave a line, and what it says."""
+"""The request log: which requests write a line, and its content."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def digest(session_id: str) -> str:
 
 @pytest.fixture(scope="module")
 def server(repository: Path) -> Iterator[Running]:
-    """One of its own: a server has only so many lines for a second, and other tests leave many."""
+    """A separate server, as lines per second are limited and other tests write many."""
     running = Running(Settings(repository=repository))
     yield running
     running.stop()
@@ -93,7 +93,7 @@ def test_a_refused_step_of_a_sequence(client: httpx.Client, lines: Lines):
 
 
 def test_a_step_that_fails_later(client: httpx.Client, lines: Lines):
-    """Its request is gone by then."""
+    """The request object no longer exists at that time."""
     session = client.post("/v1/models/hot/sessions").json()["session_id"]
     client.post(f"/v1/models/hot/sessions/{session}/steps", json={"inputs": [[3e38, 1, 1]], "position": 0})
     (line,) = lines()

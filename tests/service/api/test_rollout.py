@@ -1,4 +1,4 @@
-"""A version comes to one replica before the others, and goes: where sessions begin, and what is told of the others."""
+"""Rolling out a version, replica by replica: where sessions begin, and the errors for versions not present."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,25 +29,25 @@ GRU = "/v1/models/gru/sessions"
 
 @dataclass
 class Replica:
-    """A server with a repository of its own."""
+    """A server with a private repository."""
 
     shelf: Path
     running: Running
     http: httpx.Client
 
     def add(self, source: Path, version: str) -> None:
-        """Put a version into the repository in one rename; the server is not told."""
+        """Add a version to the repository by one rename, without a rescan."""
         shutil.copytree(source / "gru" / version, self.shelf / ".coming")
         (self.shelf / ".coming").rename(self.shelf / "gru" / version)
 
     def point(self, version: str | None) -> None:
-        """Write the model's pointer, or remove it, and rescan."""
+        """Write or remove the model's pointer, and rescan."""
         pointer = self.shelf / "gru" / "serve"
         pointer.unlink(missing_ok=True) if version is None else pointer.write_text(version)
         self.running.rescan_now()
 
     def opened(self, model: str = "gru", **body: object) -> tuple[str, str]:
-        """Path and version of a new session."""
+        """Open a session; return its path and version."""
         answer = self.http.post(f"/v1/models/{model}/sessions", json=body)
         assert answer.status_code == 201, answer.text
         return f"{GRU}/{answer.json()['session_id']}", answer.json()["model_version"]
@@ -72,7 +72,7 @@ def replica(source: Path, shelf: Path, *versions: str, **settings: object) -> Re
 def pair(
     repository: Path, tmp_path_factory: pytest.TempPathFactory, redis_process: RedisServer
 ) -> Iterator[tuple[Replica, Replica]]:
-    """`early` has versions 1 and 2, `late` version 1 only; both begin sessions on their highest."""
+    """`early` has versions 1 and 2, `late` only version 1. Each opens sessions on its highest version."""
     redis_process.flush()
     store = redis_process.url
     early = replica(repository, tmp_path_factory.mktemp("early"), "1", "2", store=store)
@@ -90,7 +90,7 @@ def early(pair: tuple[Replica, Replica]) -> Replica:
 
 @pytest.fixture
 def late(pair: tuple[Replica, Replica], repository: Path) -> Iterator[Replica]:
-    """After the test it has version 1 again, and knows nothing of another."""
+    """After the test it serves version 1 only, as before."""
     late = pair[1]
     yield late
     for model in late.running.server.models.of("gru"):
@@ -112,7 +112,7 @@ def both(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 def alone(both: Replica) -> Replica:
-    """The same without a pointer."""
+    """The same server without a pointer."""
     both.point(None)
     return both
 
@@ -129,9 +129,7 @@ def problem(answer: httpx.Response) -> tuple[int, str]:
 NOT_HERE = 503, "version_unavailable"
 
 
-def test_a_session_of_a_version_that_is_not_here_yet_is_told_to_retry(
-    early: Replica, late: Replica, oracle: Oracles
-) -> None:
+def test_session_of_a_version_not_yet_present_is_retryable(early: Replica, late: Replica, oracle: Oracles) -> None:
     session, version = early.opened()
     assert version == "2"
     first = outputs(early.step(session, X[:3], 0))
@@ -152,7 +150,7 @@ def test_a_session_of_a_version_that_is_not_here_yet_is_told_to_retry(
     assert np.array_equal(np.concatenate([first, outputs(early.step(session, X[3:5], 3))]), oracle("gru", "2")(X[:5]))
 
 
-def test_a_stream_is_told_to_retry(early: Replica, late: Replica, oracle: Oracles) -> None:
+def test_stream_of_a_version_not_yet_present_is_retryable(early: Replica, late: Replica, oracle: Oracles) -> None:
     session, _ = early.opened()
     stream = Stream(late.running, oracle("gru").manifest)
     name = session.rpartition("/")[2]
@@ -164,10 +162,8 @@ def test_a_stream_is_told_to_retry(early: Replica, late: Replica, oracle: Oracle
     stream.socket.close()
 
 
-def test_a_frame_of_a_session_that_was_opened_again_on_a_version_that_is_not_here(
-    early: Replica, late: Replica, oracle: Oracles
-) -> None:
-    """The handle means the session before it, which ended; closing the handle says so, too."""
+def test_frame_of_a_session_reopened_on_an_absent_version(early: Replica, late: Replica, oracle: Oracles) -> None:
+    """The handle refers to the earlier session, which ended; closing the handle reports that as well."""
     stream = Stream(late.running, oracle("gru").manifest)
     stream.bind(0, session_id="again-on-a-stream")
     stream.step((0, 0, X[:1]))
@@ -237,7 +233,7 @@ def test_closing_and_opening_anew_need_no_weights(early: Replica, late: Replica,
     assert np.array_equal(outputs(early.step(session, X[:5], 0)), oracle("gru", "1")(X[:5]))
 
 
-def test_a_sequence_is_restarted_where_its_version_is_not(early: Replica, late: Replica, oracle: Oracles) -> None:
+def test_sequence_restarts_on_a_server_without_its_version(early: Replica, late: Replica, oracle: Oracles) -> None:
     def infer(one: Replica, x: np.ndarray, **parameters: object) -> httpx.Response:
         return wire.infer(one.http, "gru", x, sequence_id="restarted", **parameters)
 
@@ -262,7 +258,7 @@ def test_the_retry_of_a_closing_chunk_is_answered_by_its_own_version(early: Repl
     assert infer(early).content == first.content
 
 
-def test_a_memory_session_in_the_store_is_lost_neither_for_want_of_its_version_nor_of_a_row(
+def test_spilled_memory_session_survives_a_missing_version_and_a_missing_row(
     late: Replica, repository: Path, tmp_path: Path, redis_process: RedisServer, oracle: Oracles, background: Background
 ) -> None:
     small = {"store": redis_process.url, "durability": "memory", "session_capacity": 1, "spill_bytes": 0}
@@ -285,9 +281,7 @@ def test_a_memory_session_in_the_store_is_lost_neither_for_want_of_its_version_n
         one.running.stop()
 
 
-def test_a_memory_session_of_a_version_that_is_not_here_is_kept_until_it_is_closed(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_memory_session_of_an_absent_version_is_kept_until_closed(repository: Path, tmp_path: Path) -> None:
     state_file = tmp_path / "sessions"
     before = replica(repository, tmp_path / "before", "2", state_file=state_file)
     sessions = [before.opened()[0] for _ in range(2)]
@@ -309,10 +303,10 @@ def test_a_memory_session_of_a_version_that_is_not_here_is_kept_until_it_is_clos
     after.running.stop()
 
 
-def test_a_version_that_has_come_is_loaded_when_a_session_asks_for_it(
+def test_new_version_is_loaded_on_a_sessions_request(
     early: Replica, late: Replica, oracle: Oracles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The repository is looked at once a second at most, however many ask."""
+    """The repository is scanned at most once a second, however many sessions ask."""
     session, _ = early.opened()
     looks: list[Path] = []
     read = repositories.read_contents
@@ -338,10 +332,8 @@ def test_a_version_that_has_come_is_loaded_when_a_session_asks_for_it(
     assert np.array_equal(outputs(late.step(session, X[1:5], 1)), oracle("gru", "2")(X[:5])[1:])
 
 
-def test_a_version_that_is_announced_is_said_to_come_and_loaded_when_it_is_asked_for(
-    early: Replica, late: Replica, oracle: Oracles
-) -> None:
-    """By an empty folder, or by a pointer."""
+def test_announced_version_is_retryable_and_loaded_on_request(early: Replica, late: Replica, oracle: Oracles) -> None:
+    """An empty folder or a pointer announces the version."""
 
     def asked(version: str) -> list[httpx.Response]:
         return [
@@ -364,8 +356,8 @@ def test_a_version_that_is_announced_is_said_to_come_and_loaded_when_it_is_asked
     assert {problem(answer) for answer in asked("3")} == {(404, "model_unknown")}
 
 
-def test_a_session_of_a_retired_version_is_told_so(early: Replica, late: Replica) -> None:
-    """A version is retired where its folder was removed, or bears the mark."""
+def test_session_of_a_retired_version_gets_that_reason(early: Replica, late: Replica) -> None:
+    """A version is retired if its folder was removed or is marked as retired."""
     session, _ = early.opened()
     late.add(early.shelf, "2")
     late.running.rescan_now()
@@ -389,7 +381,7 @@ def test_a_session_of_a_retired_version_is_told_so(early: Replica, late: Replica
     assert late.http.delete(other).status_code == 200
 
 
-def test_a_pointer_says_where_new_sessions_begin(alone: Replica, oracle: Oracles) -> None:
+def test_pointer_selects_the_version_of_new_sessions(alone: Replica, oracle: Oracles) -> None:
     old, version = alone.opened()
     assert version == "2", "the highest, without a pointer"
     alone.point("1\n")
@@ -423,7 +415,7 @@ def test_a_pointer_that_cannot_be_followed_changes_nothing_and_is_reported(alone
 
 
 def test_a_start_with_a_pointer_that_cannot_be_followed(repository: Path, tmp_path: Path) -> None:
-    """The model is served to those who name a version; `--strict` refuses to start, and so does a wrong flag."""
+    """Requests that name a version are served; `--strict` refuses to start, and so does a wrong flag."""
     (tmp_path / "gru").mkdir()
     (tmp_path / "gru" / "serve").write_text("2")
     one = replica(repository, tmp_path, "1")
@@ -444,7 +436,7 @@ def test_a_start_with_a_pointer_that_cannot_be_followed(repository: Path, tmp_pa
             app.build(Settings.model_validate({"repository": tmp_path, **settings}))
 
 
-def test_the_flag_stands_above_the_pointer(repository: Path, tmp_path: Path) -> None:
+def test_flag_overrides_the_pointer(repository: Path, tmp_path: Path) -> None:
     flagged = replica(repository, tmp_path, "1", "2", serve={"gru": 1})
     flagged.point("2")
     assert flagged.opened()[1] == "1"

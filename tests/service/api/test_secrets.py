@@ -1,4 +1,4 @@
-"""Secrets that are planted in a run appear in nothing that it prints, answers, or shows of its processes."""
+"""Secrets planted in a run appear neither in its output, nor in its answers, nor in its process information."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ from unroll.service.doctor import ask
 
 X = np.ones((1, 3), np.float32)
 PASSWORD, SNAPSHOT_KEY = "canary-redis-/+password", "canary-snapshot-key-of-old"
-#: A server that fails in an unexpected way when it looks one session up, and logs a traceback.
+#: A server that raises an unexpected error on one session's lookup and logs a traceback.
 SCRIPT = """
 import sys
 from unroll import cli
@@ -48,11 +48,11 @@ PROVIDER = ec.generate_private_key(ec.SECP256R1())
 
 
 class Planted:
-    """A server of two workers with every kind of secret, and what became of them.
+    """A server of two workers with every kind of secret, and all of its output.
 
     Attributes:
-        secrets: By what they are.
-        heard: All that the run has printed and answered, by where.
+        secrets: The planted secrets by kind.
+        heard: All output and answers of the run, by source.
     """
 
     def __init__(self, start: StartProcess, redis_server: RedisServer, folder: Path) -> None:
@@ -97,7 +97,7 @@ class Planted:
         return answer
 
     def found(self) -> list[tuple[str, str]]:
-        """Where a secret was found, and which."""
+        """Return the secrets found, with their source."""
         forms = {}
         for name, secret in self.secrets.items():
             encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
@@ -125,7 +125,9 @@ def test_secrets_appear_nowhere(
     planted.heard["settings"] = capsys.readouterr().out
     ask_everything(planted)
     break_things(planted)
-    monkeypatch.setattr(ask, "_run", Mock(side_effect=ask.TrialFailed("not tried")))  # seconds, and has no secrets
+    monkeypatch.setattr(
+        ask, "_run", Mock(side_effect=ask.TrialFailed("not tried"))
+    )  # takes seconds and holds no secrets
     main(["doctor", "--store", f"@{planted.wrong_store}", "--device", "cpu"])
     planted.heard["doctor"] = capsys.readouterr().out
     assert "invalid username-password" in planted.heard["doctor"]
@@ -139,7 +141,7 @@ def test_secrets_appear_nowhere(
 
 
 def ask_everything(planted: Planted) -> None:
-    """Every kind of request, that succeeds or fails; some bring a secret where none belongs."""
+    """Send every kind of request, valid and invalid, some with a secret in the wrong place."""
     api_key, session = planted.secrets["API key"], "/v1/models/gru/sessions"
     raw = {"content": X.tobytes(), "headers": raw_steps(X)}
     for key in (None, planted.jwt):
@@ -178,7 +180,7 @@ def ask_everything(planted: Planted) -> None:
 
 
 def break_things(planted: Planted) -> None:
-    """A record that cannot be read, and a worker that dies."""
+    """Cause an unreadable record and the death of a worker."""
     assert planted.send("GET", "/v1/models/gru/sessions/broken").status_code == 422
     for path in ("/v2/repository/models/gru/unload", "/v1/admin/drain"):
         planted.send("POST", path)

@@ -1,4 +1,4 @@
-"""Any string is a session id, and names the same session wherever it stands: in a path, in JSON, on the wire of v2."""
+"""Any string is a session id and names the same session everywhere: in a path, in JSON, in a v2 request."""
 
 from collections.abc import Callable
 from urllib.parse import quote, unquote

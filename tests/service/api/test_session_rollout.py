@@ -1,4 +1,4 @@
-"""Rollouts: outputs fed back as inputs, on a fork and on the session, against a client that does it step by step."""
+"""Rollouts feed outputs back as inputs, on a fork or on the session; a step-by-step client gives the expectation."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 from unroll.service.settings import Settings
 
 X = [[0.5, -1.0, 0.25], [1.0, 0.0, -0.5]]
-#: The models of three inputs and two outputs: one value is scaled, one is constant, one is as it was.
+#: The map for models of three inputs and two outputs: one value is scaled, one constant, one unchanged.
 COLUMNS = {
     "kind": "columns",
     "columns": [{"from": 1}, {"from": 0, "scale": -0.7, "offset": 0.1}, {"constant": 0.25}],
@@ -27,11 +27,11 @@ COLUMNS = {
 
 def columns(outputs: list[float], position: int) -> list[float]:
     scaled = np.float32(float(np.float32(outputs[0])) * -0.7 + 0.1)
-    return [outputs[1], float(str(scaled)), 0.25]  # the fewest digits, as JSON has them
+    return [outputs[1], float(str(scaled)), 0.25]  # the shortest digits, as in JSON
 
 
 def opened(client: httpx.Client, model: str, inputs: Any, **body: Any) -> tuple[str, Any]:
-    """A new session that has taken these steps, and the outputs of the last."""
+    """Open a session and run these steps; return it and the outputs of the last step."""
     answer = client.post(f"/v1/models/{model}/sessions", json=body)
     assert answer.status_code == 201, answer.text
     session = f"/v1/models/{model}/sessions/{answer.json()['session_id']}"
@@ -51,7 +51,7 @@ def raw_rollout(session: str, **body: Any) -> bytes:
 
 
 def pairs(steps: list[dict]) -> list[tuple]:
-    """(inputs, outputs) of each time step."""
+    """Return (inputs, outputs) of each time step."""
     return [pair for step in steps for pair in zip(step["inputs"], step["outputs"], strict=True)]
 
 
@@ -70,12 +70,12 @@ def store_client(with_store: Running) -> Iterator[httpx.Client]:
         yield client
 
 
-# ── the same as by hand ──────────────────────────────────────────────────────────────────────────
+# ── equality with a step-by-step client ──────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("model", ["lstm", "gru:1"])
 @pytest.mark.parametrize("on", ["fork", "session"])
-def test_a_rollout_is_what_a_client_does_step_by_step(client: httpx.Client, model: str, on: str) -> None:
+def test_rollout_equals_a_step_by_step_client(client: httpx.Client, model: str, on: str) -> None:
     session, last = opened(client, model, X)
     twin, _ = opened(client, model, X)
     steps, end = roll(client, session, steps=9, map=COLUMNS, on=on, outputs=last, position=2)
@@ -123,7 +123,7 @@ def test_many_steps_in_an_event_are_several_events_of_no_more_than_is_encoded_at
     assert pairs(first) == pairs(again)
 
 
-def test_the_server_knows_the_outputs_of_the_last_step(client: httpx.Client) -> None:
+def test_rollout_starts_from_the_outputs_of_the_last_step(client: httpx.Client) -> None:
     session, last = opened(client, "lstm", X)
     known, _ = roll(client, session, steps=4, map=COLUMNS)
     said, _ = roll(client, session, steps=4, map=COLUMNS, outputs=last)
@@ -152,7 +152,7 @@ def test_sampled_tokens_are_those_of_the_documented_generator(client: httpx.Clie
     assert found[0] != found[2**53 - 1]
 
 
-def test_a_rollout_that_begins_where_another_ended_draws_on(client: httpx.Client) -> None:
+def test_rollout_continues_the_random_draws_of_the_one_before(client: httpx.Client) -> None:
     session, last = opened(client, "tokens", [3, 1])
     sampled = {"kind": "sample", "seed": 5, "temperature": 2.0}
     whole, _ = roll(client, session, steps=8, map=sampled)
@@ -204,7 +204,7 @@ def test_an_output_without_a_time_axis(client: httpx.Client) -> None:
 def test_rollouts_share_batches_with_each_other_and_with_steps(
     serve: Serve, background: Callable[..., Future], name: str
 ) -> None:
-    """Eight rollouts and eight clients that step: everyone gets what it gets alone."""
+    """Eight rollouts and eight stepping clients each get the same results as when run separately."""
     running = serve()
     with httpx.Client(base_url=running.url, timeout=60) as client:
         sessions = [opened(client, name, [[i / 7, 1.0, -0.5]]) for i in range(8)]
@@ -212,7 +212,7 @@ def test_rollouts_share_batches_with_each_other_and_with_steps(
         alone = [roll(client, session, steps=20, map=COLUMNS)[0] for session, _ in sessions]
         scheduler = running.model(name).scheduler
         batches = scheduler.counters.batches
-        with running.holding(name):  # all of them are ready when the first batch ends
+        with running.holding(name):  # all are ready when the first batch ends
             stepping = [background(by_hand, client, session, columns, last, 1, 20) for session, last in sessions]
             rolling = [
                 background(roll, client, twin, steps=20, map=COLUMNS, on="session", outputs=last)
@@ -224,7 +224,7 @@ def test_rollouts_share_batches_with_each_other_and_with_steps(
     assert scheduler.counters.batches - batches < 16 * 20
 
 
-# ── on the session: once, as a whole ─────────────────────────────────────────────────────────────
+# ── on the session: applied once, as a whole ─────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("durability", ["memory", "stored"])
@@ -247,7 +247,7 @@ def test_a_retry_gets_the_same_and_applies_nothing(store_client: httpx.Client, d
     assert client.post(f"{session}/rollout", json=body).json()["code"] == "position_too_old"
 
 
-def test_others_are_answered_while_a_retry_gets_its_steps(server: Running) -> None:
+def test_other_clients_are_answered_during_a_retried_rollout(server: Running) -> None:
     steps = {"op": "steps", "handle": 1, "position": 0, "inputs": X}
     wanted = {"steps": 1000, "map": COLUMNS, "on": "session", "inputs": X, "position": 0, "values": "json"}
     rollout = json.dumps({"op": "rollout", "handle": 0, **wanted})
@@ -307,7 +307,7 @@ def test_steps_wait_for_a_rollout_on_the_session(server: Running, client: httpx.
     assert after.result().json() == client.post(f"{twin}/steps", json={"inputs": X[:1]}).json()
 
 
-# ── its end ──────────────────────────────────────────────────────────────────────────────────────
+# ── how a rollout ends ───────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("on", ["fork", "session"])
@@ -351,7 +351,7 @@ def test_closing_the_session_ends_its_rollout(server: Running, client: httpx.Cli
     assert (name, problem["code"], problem["status"]) == ("error", "session_closed", 410)
 
 
-def test_a_value_that_no_input_takes_ends_it(client: httpx.Client) -> None:
+def test_invalid_fed_back_value_ends_the_rollout(client: httpx.Client) -> None:
     session, _ = opened(client, "lstm", X)
     growing = {"kind": "columns", "columns": [{"from": 0, "scale": 1e39, "offset": 1e39}] * 3}
     with client.stream("POST", f"{session}/rollout", json={"steps": 9, "map": growing, "inputs": X}) as answer:
@@ -361,7 +361,7 @@ def test_a_value_that_no_input_takes_ends_it(client: httpx.Client) -> None:
     assert position_of(client, session) == 2
 
 
-# ── what is refused ──────────────────────────────────────────────────────────────────────────────
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_map_that_does_not_fit_the_model(
     answer = client.post(f"/v1/models/{model}/sessions", json={})
     session = f"/v1/models/{model}/sessions/{answer.json()['session_id']}"
     answer = client.post(f"{session}/rollout", json={"steps": 2, "map": mapped, "inputs": given})
-    if answer.status_code == 200:  # the second step is the first with a value of the map
+    if answer.status_code == 200:  # the second step is the first to use a value of the map
         ((_, _), (name, problem)) = events(iter(answer.text.splitlines()))
         assert name == "error"
     else:
@@ -453,7 +453,7 @@ def test_the_position_may_be_a_header(client: httpx.Client) -> None:
     assert client.post(f"{session}/rollout", json=body, headers={"Unroll-Position": "2"}).status_code == 200
 
 
-def test_a_session_that_is_not_here(client: httpx.Client) -> None:
+def test_rollout_on_an_unknown_session_is_refused(client: httpx.Client) -> None:
     for on in ("fork", "session"):
         body = {"steps": 2, "map": COLUMNS, "inputs": X, "on": on}
         answer = client.post("/v1/models/lstm/sessions/nobody/rollout", json=body)

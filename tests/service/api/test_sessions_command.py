@@ -1,4 +1,4 @@
-"""`unroll sessions` on the store of a server that runs meanwhile."""
+"""`unroll sessions` on the store of a running server."""
 
 import json
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def test_a_damaged_file_imports_nothing(redis_server: RedisServer, tmp_path: Pat
         (["list", "--store", "redis://x", "--idle-timeout", "0", "--min-idle", "3"], "remove --min-idle"),
     ],
 )
-def test_what_cannot_be_done_is_said(words: list[str], why: str, capsys: Capture) -> None:
+def test_impossible_operations_are_reported(words: list[str], why: str, capsys: Capture) -> None:
     status, out = run(capsys, *words)
     assert status == 2
     assert why in out

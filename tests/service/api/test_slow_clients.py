@@ -1,4 +1,4 @@
-"""Clients that are silent, slow, or do not read: each is answered or disconnected in time, and others are served."""
+"""Clients that are silent, slow, or do not read are answered or disconnected in time; other clients are served."""
 
 import asyncio
 import socket
@@ -20,7 +20,7 @@ SEQUENCES, SESSIONS = "/v1/models/lstm/sequences", "/v1/models/lstm/sessions"
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server that waits for half a second, and then for a thousand bytes in each."""
+    """A server with short timeouts and a minimum rate."""
     repository = models.link(tmp_path_factory.mktemp("impatient"), "lstm")
     running = Running(Settings(repository=repository, head_timeout=0.5, keep_alive=0.5, min_rate=1000))
     yield running
@@ -28,7 +28,7 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def waited(server: Running) -> None:
-    """Return when more than the head_timeout has passed."""
+    """Wait for longer than `head_timeout`."""
     silent = Wire(server.port)
     assert silent.closed()
     silent.socket.close()
@@ -66,7 +66,7 @@ def test_a_connection_without_another_request_is_closed(slow: Wire) -> None:
     ],
     ids=["request line", "head", "handshake", "body", "body of a route of FastAPI", "chunk", "before a body"],
 )
-def test_a_request_that_does_not_go_on_is_answered_by_408(slow: Wire, begin: bytes) -> None:
+def test_stalled_request_is_answered_by_408(slow: Wire, begin: bytes) -> None:
     slow.send(begin)
     status, headers, content = slow.answer()
     assert (status, headers["connection"]) == (408, "close")
@@ -98,8 +98,8 @@ def test_a_slow_body_that_keeps_coming_is_served(impatient: Running, slow: Wire)
     slow.send(sent[:200])
     waiting = Wire(impatient.port)
     waiting.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    assert waiting.answer()[0] == 200  # by now the first part has been read
-    slow.send(sent[200:100_000])  # as many as may take 100 seconds
+    assert waiting.answer()[0] == 200  # the first part has been read by now
+    slow.send(sent[200:100_000])  # enough bytes to allow for 100 seconds
     waited(impatient)
     slow.send(sent[100_000:])
     assert slow.answer()[0] == 200
@@ -137,12 +137,12 @@ def test_a_client_that_does_not_read_is_disconnected(impatient: Running) -> None
         assert received.count(b"HTTP/1.1 200 ") < 200
 
 
-async def test_what_a_client_takes_of_the_kernel_s_buffer_counts() -> None:
-    """The transport's own buffer stands still meanwhile, so that a slow reader would look like none."""
+async def test_bytes_read_from_the_kernels_buffer_count_as_progress() -> None:
+    """The transport's own buffer does not shrink during this time, so a slow reader would look like a stalled one."""
     opened = asyncio.get_running_loop().create_future()
     server = await asyncio.start_server(lambda _, writer: opened.set_result(writer.transport), "127.0.0.1", 0)
     with socket.socket() as reader:
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)  # little of it free is told to the sender
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)  # a small window
         reader.connect(server.sockets[0].getsockname())
         transport = await opened
         transport.write(bytes(40_000_000))  # more than the kernel holds

@@ -1,4 +1,4 @@
-"""`--state-file`: sessions go from one process to the next, or their loss is an exit status and a count."""
+"""`--state-file`: sessions move from one process to the next; losses show in the exit status and a count."""
 
 import json
 import resource
@@ -35,7 +35,7 @@ def start(start_process: StartProcess, path: Path) -> Callable[..., Process]:
 
 
 def step(url: str, session: str) -> int:
-    """The session's position afterwards; -1 if it is unknown."""
+    """Step a session; return its position, or -1 if the session is unknown."""
     answer = httpx.post(f"{url}{SESSIONS}/{session}/steps", json={"inputs": [[0.1, 0.2, 0.3]]})
     return answer.json().get("position", -1)
 
@@ -67,13 +67,13 @@ def at_position_1(repository: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def written(at_position_1: Path, path: Path) -> Path:
-    """A copy of it."""
+    """Return a copy of the file."""
     return Path(shutil.copy(at_position_1, path))
 
 
 @pytest.fixture
 def positions(serve: Serve, shelf: Path) -> Callable[[Path], list[int]]:
-    """The positions of the sessions after a step at a server that begins with this file, and ends."""
+    """Run a server on this file, step each session, stop, and return the positions."""
 
     def call(path: Path) -> list[int]:
         running = serve(repository=shelf, state_file=path)
@@ -85,7 +85,7 @@ def positions(serve: Serve, shelf: Path) -> Callable[[Path], list[int]]:
 
 
 @pytest.mark.parametrize(("place", "reason"), [("nowhere/sessions", "No such file"), (".", "not a file")])
-def test_a_place_that_cannot_be_written_stops_the_start(shelf: Path, place: str, reason: str) -> None:
+def test_unwritable_path_prevents_the_start(shelf: Path, place: str, reason: str) -> None:
     refused = Launched(
         *("--repository", str(shelf), "--port", "0", "--device", "cpu"), "--state-file", str(shelf / place)
     )
@@ -113,7 +113,7 @@ def test_sessions_that_cannot_be_written_are_counted(start: Callable[..., Proces
     assert not path.parent.exists() or not [*path.parent.iterdir()]
 
 
-#: The server, which sends itself a signal after a method of its state file, and another one at its end.
+#: A server that signals itself after one method of its state file and again at exit.
 INTERRUPTED = """
 import atexit, signal, sys
 from unroll.cli import main
@@ -156,7 +156,7 @@ def test_a_signal_at_any_moment_of_a_start_loses_nothing(
     assert "Traceback" not in log
     kept = not (
         method == "remove" and number == signal.SIGKILL
-    )  # they were being served: a crash loses memory sessions
+    )  # the sessions were already served, and a crash loses memory sessions
     assert positions(written) == [2 if kept else -1] * 3
 
 
@@ -227,7 +227,7 @@ def test_sessions_of_a_bundle_that_is_refused_wait_for_its_repair(
     assert step(running.url, "a") == 2
 
 
-def test_beside_a_store_each_keeps_its_own_sessions(
+def test_state_file_and_store_each_keep_their_sessions(
     written: Path, start: Callable[..., Process], tmp_path: Path
 ) -> None:
     store = ("--store", f"file://{tmp_path}/store")

@@ -1,4 +1,4 @@
-"""A model with static inputs: given once, when a session opens or a sequence begins, by every way there is."""
+"""A model with static inputs, given once when a session opens or a sequence begins, over every transport."""
 
 import base64
 from collections.abc import Callable, Iterator
@@ -98,7 +98,7 @@ def test_streams_begin_with_them(running: Running, voices: Path, right: Callable
         ({**ONE, "gain": [1e39, 0.0]}, "non_finite_input"),
     ],
 )
-def test_wrong_ones(http: httpx.Client, static: dict | None, code: str):
+def test_wrong_static_inputs_are_refused(http: httpx.Client, static: dict | None, code: str):
     answer = http.post("/sessions", json={"static": static})
     assert (answer.status_code, answer.json()["code"]) == (422, code), answer.text
     several = None if static is None else {name: [value] for name, value in static.items()}
@@ -106,7 +106,7 @@ def test_wrong_ones(http: httpx.Client, static: dict | None, code: str):
     assert (answer.status_code, answer.json()["code"]) == (422, code), answer.text
 
 
-def test_where_they_cannot_be_given(http: httpx.Client, running: Running):
+def test_raw_and_open_inference_sequences_cannot_give_static_inputs(http: httpx.Client, running: Running):
     assert http.post("/sequences", content=X.tobytes(), headers=raw_steps(X)).json()["code"] == "invalid_shape"
     answer = http.post("/sessions", json={"static": ONE, "state": [0.0] * 11})
     assert answer.json()["code"] == "malformed_request"
@@ -117,7 +117,7 @@ def test_where_they_cannot_be_given(http: httpx.Client, running: Running):
     assert [spec["name"] for spec in info["static"]] == ["speaker", "gain"]
 
 
-def test_a_model_without_any(serve: Serve):
+def test_model_without_static_inputs_refuses_them(serve: Serve):
     with httpx.Client(base_url=f"{serve().url}/v1/models/lstm") as client:
         assert client.post("/sessions", json={"static": {"a": 1}}).json()["code"] == "invalid_shape"
         assert client.post("/sessions", json={"static": {}}).status_code == 201

@@ -83,7 +83,7 @@ def test_a_row_that_failed_is_no_success() -> None:
 
 @pytest.fixture
 def fresh(serve: Serve) -> Running:
-    """A server whose counts are all this test's."""
+    """A server used by this test only, so all counts are its own."""
     return serve()
 
 
@@ -141,7 +141,7 @@ def test_what_was_asked_for_is_what_is_counted(client: triton.InferenceServerCli
     assert stats["queue"]["ns"] > 0
 
 
-def test_the_warm_up_is_told(client: triton.InferenceServerClient) -> None:
+def test_warm_up_is_reported(client: triton.InferenceServerClient) -> None:
     (model,) = client.get_inference_statistics("lstm")["model_stats"]
     assert {"rows": 1, "steps": 1} in [{"rows": w["rows"], "steps": w["steps"]} for w in model["warm_up"]]
     assert all(w["ns"] > 0 for w in model["warm_up"])

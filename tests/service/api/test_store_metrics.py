@@ -1,4 +1,4 @@
-"""What `/metrics` says of the session store."""
+"""Metrics of the session store."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Quotas: how many sessions, streams and steps a tenant may have, and that no tenant takes the place of another."""
+"""Quotas: limits on a tenant's sessions, streams and steps; no tenant takes another's place."""
 
 import json
 import random
@@ -36,7 +36,7 @@ Limited = Callable[..., tuple[Running, dict[str, httpx.Client]]]
 
 @pytest.fixture
 def limited(few: Path, tmp_path: Path) -> Iterator[Limited]:
-    """`limited(quotas, **settings)`: a server with these quotas, and a client of each tenant."""
+    """`limited(quotas, **settings)`: a server with these quotas, and a client per tenant."""
     with ExitStack() as at_end:
         yield partial(_limited, few, tmp_path, at_end)
 
@@ -79,7 +79,7 @@ def test_no_tenant_evicts_the_session_of_another(limited: Limited, spill_bytes: 
 def test_the_number_of_sessions_of_a_tenant(limited: Limited) -> None:
     quota = "\n[tenants.acme]\nsessions = 3\n"
     running, clients = limited(quota, session_capacity=2)
-    for i in range(3):  # one is in host memory
+    for i in range(3):  # one session is in host memory
         clients["acme"].post("/v1/models/gru/sessions", json={"session_id": f"s{i}"}).raise_for_status()
     made = wire.body({"x": X[np.newaxis]}, sequence_id=9, sequence_start=True)
     headers = {"X-API-Key": clients["acme"].headers["x-api-key"]}
@@ -146,7 +146,7 @@ def dialled(running: Running) -> Iterator[Wire]:
 
 
 def test_the_bytes_that_requests_and_answers_of_a_tenant_hold(limited: Limited) -> None:
-    """Bodies of routes of every sort, and messages of a stream."""
+    """Covers the bodies of every kind of route, and stream messages."""
     limit, half = 400_000, 250_000
     running, clients = limited(f"\n[tenants.acme]\nbytes = {limit}\n")
     key = f"X-API-Key: {clients['acme'].headers['x-api-key']}"
@@ -188,7 +188,7 @@ def test_the_bytes_that_requests_and_answers_of_a_tenant_hold(limited: Limited) 
 
 
 def test_answers_that_a_tenant_does_not_read_are_its_own(limited: Limited) -> None:
-    """Of requests that are sent one behind the other, when only the first of them is being answered."""
+    """The requests are pipelined, and only the first is being answered."""
     running, clients = limited("\n[tenants.acme]\nbytes = 1_000_000\n")
     key = f"X-API-Key: {clients['acme'].headers['x-api-key']}"
     with dialled(running) as wire:
@@ -215,7 +215,7 @@ def test_a_sequence_that_is_open_survives_a_start_that_the_quota_refuses(limited
 def test_sessions_that_are_opened_at_once_are_counted_one_by_one(
     limited: Limited, tmp_path: Path, stored: bool, background: Callable[..., Future]
 ) -> None:
-    """Those with an id wait for the store, and forks for the work before them."""
+    """Opening with an id waits for the store, and a fork waits for the work before it."""
     store = {"store": f"file://{tmp_path}/store"} if stored else {}
     running, clients = limited("\n[tenants.acme]\nsessions = 3\n", **store)
     client = clients["acme"]
@@ -238,7 +238,7 @@ def test_sessions_that_are_opened_at_once_are_counted_one_by_one(
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_count_of_sessions_does_not_drift(limited: Limited, tmp_path: Path, stored: bool) -> None:
-    """Over random histories of what opens and ends sessions, or fails to."""
+    """Runs random histories of requests that open and end sessions, or fail to."""
     store = {"store": f"file://{tmp_path}/store"} if stored else {}
     quota = "\n[tenants.acme]\nsessions = 6\n"
     running, clients = limited(quota, session_capacity=8, spill_bytes=4000, **store)

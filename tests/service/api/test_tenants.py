@@ -1,6 +1,6 @@
-"""Who may do what: every route of the OpenAPI document, every scope, two tenants, every transport.
+"""Authorization: every route of the OpenAPI document, every scope, two tenants, every transport.
 
-A route that is added without a rule here fails `test_every_route_has_a_rule`.
+A new route without a rule here fails `test_every_route_has_a_rule`.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ X = np.random.default_rng(3).standard_normal((6, 3)).astype(np.float32)
 
 MAP = {"kind": "columns", "columns": [{"future": [0.5]}] * 3}
 PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
-#: Every other route needs `infer`.
+#: All other routes need `infer`.
 OTHER_SCOPES = {
     "/metrics": "metrics",
     "/v2/models/stats": "metrics",
@@ -39,7 +39,7 @@ OTHER_SCOPES = {
     "/v2/repository/models/{model}/load": "models:admin",
     "/v2/repository/models/{model}/unload": "models:admin",
 }
-#: Routes of one session, with a request that changes something if the route can.
+#: Routes of one session, with a request that changes state where possible.
 SESSION_ROUTES = {
     ("get", "/v1/models/{model}/sessions/{session_id}"),
     ("delete", "/v1/models/{model}/sessions/{session_id}"),
@@ -49,7 +49,7 @@ SESSION_ROUTES = {
     ("post", "/v1/models/{model}/sessions/{session_id}/rollout"),
     ("put", "/v1/models/{model}/sessions/{session_id}/state"),
 }
-#: Routes that name no session in the path.
+#: Routes without a session in the path.
 OTHER_ROUTES = {
     ("get", "/livez"),
     ("get", "/readyz"),
@@ -83,7 +83,7 @@ OTHER_ROUTES = {
 
 
 class Keyed:
-    """A server with the tenants `acme` and `other`, and a key of `acme` for each scope."""
+    """A server with the tenants `acme` and `other`, and an `acme` key per scope."""
 
     def __init__(self, repository: Path, folder: Path) -> None:
         self.secrets: dict[str, str] = {}
@@ -138,7 +138,7 @@ def keyed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed
 
 
 def send(client: httpx.Client, method: str, template: str, session_id: str = "none") -> httpx.Response:
-    """A request of a route that would succeed, if the session is there and the key is good."""
+    """Send a request that succeeds if the session exists and the key is valid."""
     path = template.format(model="gru", version="1", session_id=session_id)
     if template.endswith(("/steps", "/sequences")):
         return client.request(method, path, content=X[:1].tobytes(), headers=raw_steps(X[:1]))
@@ -148,7 +148,7 @@ def send(client: httpx.Client, method: str, template: str, session_id: str = "no
     if (method, template[-6:]) == ("put", "/state"):
         content, headers = b"no snapshot", {"Content-Type": "application/octet-stream"}
         return client.request(method, path, content=content, headers=headers)
-    if template.endswith(("load", "/drain", "/log-level")):  # let in, and refused for what they would do
+    if template.endswith(("load", "/drain", "/log-level")):  # authenticated, but refused for the action
         return client.request(method, path, json={"unknown": 1})
     if template.endswith("/rollout"):
         return client.request(method, path, json={"steps": 1, "map": MAP, "inputs": {"x": X[:1].tolist()}})
@@ -208,7 +208,7 @@ def test_no_ending_of_a_path_gets_around_its_scope(keyed: Keyed, method: str, te
 
 
 @pytest.mark.parametrize(("method", "template"), sorted(SESSION_ROUTES))
-def test_the_session_of_another_tenant_is_as_one_that_never_was(keyed: Keyed, method: str, template: str) -> None:
+def test_session_of_another_tenant_looks_nonexistent(keyed: Keyed, method: str, template: str) -> None:
     path = keyed.open("acme", "secret")
     try:
         keyed.step("acme", path, X[:3])
@@ -220,11 +220,11 @@ def test_the_session_of_another_tenant_is_as_one_that_never_was(keyed: Keyed, me
         assert keyed.clients["acme"].get(path).json()["position"] == 3
     finally:
         keyed.clients["acme"].delete(path)
-    if method != "post" or not template.endswith("/fork"):  # also after its end
+    if method != "post" or not template.endswith("/fork"):  # also after the session ends
         assert code(send(keyed.clients["other"], method, template, "secret")) == (404, "session_unknown")
 
 
-def test_the_number_of_sessions_is_that_of_the_tenants_own(keyed: Keyed) -> None:
+def test_session_count_covers_only_the_tenants_own(keyed: Keyed) -> None:
     def counts(tenant: str) -> tuple[int, int]:
         listed = {model["name"]: model for model in keyed.clients[tenant].get("/v1/models").json()}
         return keyed.clients[tenant].get("/v1/models/gru").json()["sessions"], listed["gru"]["sessions"]
@@ -283,7 +283,7 @@ def test_a_fork_and_a_random_id_are_the_tenants(keyed: Keyed) -> None:
     keyed.clients["acme"].delete(path)
 
 
-def test_a_state_that_a_client_holds_is_the_tenants(keyed: Keyed) -> None:
+def test_client_held_state_belongs_to_its_tenant(keyed: Keyed) -> None:
     held = keyed.clients["acme"].post("/v1/models/gru/sessions", json={"session_id": "held", "durability": "client"})
     snapshot = held.json()["snapshot"]
     assert held.json()["session_id"] == "held"
@@ -345,9 +345,7 @@ def test_a_ticket_opens_a_stream_in_place_of_the_key(keyed: Keyed) -> None:
     assert code(keyed.nobody.post("/v1/tickets")) == (401, "unauthenticated")
 
 
-def test_a_key_that_is_taken_away_ends_its_streams_and_is_read_again_on_its_connections(
-    few: Path, tmp_path: Path
-) -> None:
+def test_removed_key_ends_its_streams_and_is_refused_on_open_connections(few: Path, tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     (leaked, first), (kept, second) = new_key("leaked", "acme", ["infer"]), new_key("kept", "acme", ["infer"])
     path.write_text(first + second)
@@ -423,8 +421,8 @@ def test_a_page_of_another_origin_can_change_nothing(server: Running, client: ht
     assert client.delete(path, headers=own).json()["position"] == 1
 
 
-def test_a_name_that_points_here_is_refused(server: Running, client: httpx.Client) -> None:
-    """The page's origin is then the server's own: only the name gives it away."""
+def test_foreign_host_name_is_refused(server: Running, client: httpx.Client) -> None:
+    """The page's origin then equals the server's own; only the host name reveals the attack."""
     evil = {"Host": f"evil.example:{server.port}", "Origin": f"http://evil.example:{server.port}"}
     for answer in (
         client.post("/v1/models/gru/sessions", headers=evil),

@@ -1,4 +1,4 @@
-"""TLS of the server itself: HTTP, streams, certificates of clients, a new certificate while streams run."""
+"""TLS in the server: HTTP, streams, client certificates, and a new certificate while streams run."""
 
 import signal
 import socket
@@ -20,7 +20,7 @@ from unroll.service.settings import Settings
 
 
 class Authority:
-    """A CA, and files of certificates that it signed."""
+    """A CA and certificate files signed by it."""
 
     def __init__(self, folder: Path) -> None:
         self._ca = trustme.CA()
@@ -29,14 +29,14 @@ class Authority:
         self._ca.cert_pem.write_to_path(str(self.file))
 
     def certificate(self, name: str) -> Path:
-        """A file with key and chain."""
+        """Write a file with key and chain."""
         path = self._folder / f"{name}.pem"
         made = self._ca.issue_cert("localhost", "127.0.0.1", common_name=name)
         made.private_key_and_cert_chain_pem.write_to_path(str(path))
         return path
 
     def context(self, client: Path | None = None) -> ssl.SSLContext:
-        """Of a client, which has the certificate."""
+        """The TLS context of a client with this certificate."""
         context = ssl.create_default_context(cafile=self.file)
         if client is not None:
             context.load_cert_chain(client)
@@ -50,7 +50,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="module")
 def secure(few: Path, authority: Authority) -> Iterator[Running]:
-    """A server with TLS that waits for half a second."""
+    """A TLS server with a half-second timeout."""
     running = Running(Settings(repository=few, tls_cert=authority.certificate("server"), head_timeout=0.5))
     yield running
     running.stop()
@@ -63,7 +63,7 @@ def secured(running: Running, context: ssl.SSLContext) -> Wire:
 
 
 def subject(port: int, context: ssl.SSLContext) -> str:
-    """The common name of the certificate that a new connection gets."""
+    """Connect and return the common name of the server's certificate."""
     with (
         socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as wrapped,

@@ -1,4 +1,4 @@
-"""HTTP as clients may send it, not only as they usually do: the short way and FastAPI's answer alike."""
+"""Unusual but legal HTTP: the fast path and FastAPI give the same answers."""
 
 import asyncio
 import itertools
@@ -25,7 +25,7 @@ _ids = itertools.count()
 
 @pytest.fixture
 def path(client: httpx.Client) -> str:
-    """Of the steps of a new session."""
+    """Open a session; return the path of its steps."""
     session_id = f"wire-{next(_ids)}"
     client.post("/v1/models/lstm/sessions", json={"session_id": session_id}).raise_for_status()
     return f"/v1/models/lstm/sessions/{session_id}/steps"
@@ -52,7 +52,7 @@ def test_a_chunked_body(wire: Wire, path: str) -> None:
 def test_requests_that_do_not_wait_for_answers_are_answered_in_order(
     wire: Wire, path: str, client: httpx.Client
 ) -> None:
-    """The first goes the short way, those behind it through FastAPI: the answers must not overtake each other."""
+    """The first request takes the fast path, the rest go through FastAPI; answers must keep their order."""
     get = f"GET {path.removesuffix('/steps')} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     wire.send(request(path) + request(path) + get + request(path))
     assert reached(wire.answer()) == 1
@@ -107,13 +107,13 @@ def test_headers_that_must_not_repeat(wire: Wire, path: str) -> None:
     assert reached(wire.answer()) == 1
 
 
-def test_other_methods_are_told_so(client: httpx.Client, path: str) -> None:
+def test_other_methods_get_405(client: httpx.Client, path: str) -> None:
     assert client.put(path, content=STEP.tobytes(), headers=RAW).status_code == 405
 
 
 @contextmanager
 def _left_while_it_waits(running: Running, path: str, behind: int) -> Iterator[None]:
-    """A step is sent, and its client goes, while `behind` other sessions' steps are at their commit."""
+    """Send a step and disconnect while `behind` steps of other sessions are being committed."""
     with running.holding("lstm") as held:
         blocker = Wire(running.port)
         blocker.send(request("/v1/models/lstm/sequences"))
@@ -127,7 +127,7 @@ def _left_while_it_waits(running: Running, path: str, behind: int) -> Iterator[N
     blocker.socket.close()
 
 
-def test_a_small_step_whose_client_goes_is_not_applied(serve: Callable[..., Running]) -> None:
+def test_small_step_of_a_disconnected_client_is_not_applied(serve: Callable[..., Running]) -> None:
     running = serve()
     scheduler = running.model("lstm").scheduler
     with httpx.Client(base_url=running.url) as client:
@@ -141,7 +141,7 @@ def test_a_small_step_whose_client_goes_is_not_applied(serve: Callable[..., Runn
 
 def test_an_idle_connection_is_closed_in_time(serve: Callable[..., Running]) -> None:
     running = serve()
-    running.uvicorn.config.timeout_keep_alive = 0  # at once, when the loop comes round
+    running.uvicorn.config.timeout_keep_alive = 0  # on the next turn of the loop
     wire = Wire(running.port)
     wire.send(request("/v1/models/lstm/sequences"))
     assert wire.answer()[0] == 200
@@ -149,10 +149,10 @@ def test_an_idle_connection_is_closed_in_time(serve: Callable[..., Running]) -> 
     wire.socket.close()
 
 
-def test_a_client_that_goes_with_another_request_behind_ends_the_one_that_runs(
+def test_disconnect_with_a_pipelined_request_cancels_the_running_one(
     server: Running, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is written to a connection that is gone: that would be an error in the log."""
+    """Nothing is written to a lost connection, which would log an error."""
     rollout = {"steps": 1, "map": {"kind": "columns", "columns": [{"constant": 0.5}] * 3}, "inputs": STEP.tolist()}
     body = json.dumps(rollout)
     head = f"POST {path.removesuffix('steps')}rollout HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -170,10 +170,8 @@ def test_a_client_that_goes_with_another_request_behind_ends_the_one_that_runs(
     assert not [record.getMessage() for record in caplog.records if record.exc_info]
 
 
-def test_long_bodies_are_parsed_and_read_in_turns_of_their_own(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A turn of the event loop has no more than one part of this work, however many bodies come at the same time."""
+def test_long_bodies_are_parsed_and_read_in_separate_turns(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn of the event loop does at most one part of this work, however many bodies arrive at once."""
     ran_in: list[tuple[str, int]] = []
     turns = 0
 

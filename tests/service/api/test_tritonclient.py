@@ -1,4 +1,4 @@
-"""`tritonclient.http`, as it is published, against the server: the plain client and the one for asyncio."""
+"""The published `tritonclient.http` against the server: the sync and the asyncio client."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
@@ -57,7 +57,7 @@ def test_configuration_and_index(sync: triton.InferenceServerClient) -> None:
         (lambda client: client.get_log_settings(), "--log-level"),
     ],
 )
-def test_what_is_not_offered_says_so(sync: triton.InferenceServerClient, ask: Callable, words: str) -> None:
+def test_unsupported_calls_report_that(sync: triton.InferenceServerClient, ask: Callable, words: str) -> None:
     with pytest.raises(triton.InferenceServerException, match=words):
         ask(sync)
 
@@ -206,7 +206,7 @@ def test_a_sequence_that_was_not_started(sync: triton.InferenceServerClient) -> 
         assert error.value.status() == "400"
 
 
-def test_what_a_sequence_does_not_take(sync: triton.InferenceServerClient, server: Running) -> None:
+def test_invalid_sequence_requests_are_refused(sync: triton.InferenceServerClient, server: Running) -> None:
     name = next(_ids)
 
     def start(array: np.ndarray, input: str = "x", model: str = "lstm") -> str:

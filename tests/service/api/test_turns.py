@@ -1,4 +1,4 @@
-"""No legal request holds the event loop for long: whatever its size, others get their turn in between.
+"""No legal request blocks the event loop for long: whatever its size, other requests get turns in between.
 
 The server is a real one, whose loop says how much processor time its longest turn took. The limit is a multiple of what
 this machine needs to parse the largest JSON body that is allowed, which cannot be done in parts.
@@ -31,7 +31,7 @@ from unroll.service.api.stream.messages import MAX_HANDLES
 from unroll.service.protocol.frames import MAX_ENTRIES
 from unroll.service.settings import Settings
 
-# It measures time, if only as a ratio: not for a run in which other tests compute beside it.
+# Measures time, if only as a ratio, so it must not share the CPU with other tests.
 pytestmark = pytest.mark.long
 
 #: Of what parsing the largest body takes, which is about 20 ms; its values become arrays in another turn.
@@ -47,7 +47,7 @@ _HANDLES = range(MAX_ENTRIES)
 
 @cache
 def rows(count: int = 65_000) -> str:
-    """Steps in JSON; 65,000 are as many as its limit of values allows."""
+    """Steps as JSON; 65,000 is the most its limit of values allows."""
     return ",".join(f"[{a:.3f},{b:.3f},{c:.3f}]" for a, b, c in _X[:count].tolist())
 
 
@@ -98,13 +98,13 @@ def parsing() -> float:
 @pytest.fixture
 def holds_briefly(watched: Running, stopwatch: Stopwatch) -> Callable[[Callable[[], object]], None]:
     def turns(act: Callable[[], object]) -> float:
-        """The longest turn, in multiples of what parsing takes."""
+        """Return the longest turn as a multiple of the parsing time."""
         for stream in watched.server.streams:
             stream._errors = Allowance(1.0, 1e9)  # type: ignore[attr-defined]
         httpx.get(f"{watched.url}/livez").raise_for_status()
         stopwatch.longest = 0.0
         act()
-        httpx.get(f"{watched.url}/livez").raise_for_status()  # the turn before it is over
+        httpx.get(f"{watched.url}/livez").raise_for_status()  # the turn before this answer has ended
         return stopwatch.longest / parsing()
 
     def check(act: Callable[[], object]) -> None:
@@ -131,7 +131,7 @@ def packed(content: bytes) -> tuple[bytes, dict[str, str]]:
 
 _SESSION = "/v1/models/lstm/sessions/s"
 _MIB = 2**20
-#: The largest bodies that each route takes, or refuses only when it has read them. They are made when they are sent.
+#: The largest bodies that each route accepts, or refuses only after reading. Built when sent.
 BODIES: dict[str, Callable[[], tuple[str, str | bytes, dict[str, str]]]] = {
     "a sequence in JSON": lambda: ("/v1/models/lstm/sequences", f'{{"inputs":[[{rows()}]]}}', _JSON),
     "strings for numbers": lambda: ("/v1/models/lstm/sequences", f'{{"inputs":[[{_STRINGS}]]}}', _JSON),
@@ -163,12 +163,12 @@ BODIES: dict[str, Callable[[], tuple[str, str | bytes, dict[str, str]]]] = {
 
 
 @pytest.mark.parametrize("request_of", BODIES.values(), ids=BODIES)
-def test_no_body_holds_the_loop(watched: Running, holds_briefly: Callable, request_of: Callable) -> None:
+def test_no_body_blocks_the_loop(watched: Running, holds_briefly: Callable, request_of: Callable) -> None:
     path, body, headers = request_of()
     holds_briefly(lambda: httpx.post(watched.url + path, content=body, headers=headers))
 
 
-def test_scrapes_that_come_at_the_same_time_do_not_hold_the_loop(watched: Running, holds_briefly: Callable) -> None:
+def test_concurrent_scrapes_do_not_block_the_loop(watched: Running, holds_briefly: Callable) -> None:
     with ExitStack() as opened:
         wires = [Wire(watched.port) for _ in range(_AT_ONCE)]
         for wire in wires:
@@ -194,7 +194,7 @@ def entries(x: np.ndarray, position: int | None = None, *, uneven: bool = False)
 
 _ONE, _TWO, _NAN = _X[:1], _X[:2], np.full((2, 3), np.nan, "<f4")
 _IDS = [{"handle": i, "session_id": f"{i:0128}", "mode": "either", "depth": 64} for i in range(MAX_ITEMS)]
-#: Whether the frame's handles are bound before; the messages; and how many entries or messages answer them.
+#: Whether the frame's handles are bound first, the messages, and the number of entries or messages that answer them.
 MESSAGES: dict[str, Callable[[], tuple[bool, list[str | bytes], int]]] = {
     "sessions and their ends": lambda: (
         False,
@@ -228,7 +228,7 @@ def answers(socket: ClientConnection, count: int) -> None:
 
 
 @pytest.mark.parametrize("conversation", MESSAGES.values(), ids=MESSAGES)
-def test_no_message_holds_the_loop(watched: Running, holds_briefly: Callable, conversation: Callable) -> None:
+def test_no_message_blocks_the_loop(watched: Running, holds_briefly: Callable, conversation: Callable) -> None:
     bound, messages, count = conversation()
 
     def act() -> None:

@@ -1,4 +1,4 @@
-"""`--workers`: any of them serves any session, none is missed for long, and none outlives the one that keeps them."""
+"""`--workers`: any worker serves any session, dead workers are replaced, and none outlives the supervisor."""
 
 import asyncio
 import os
@@ -39,12 +39,12 @@ def started(start_process: StartProcess, redis_server: RedisServer, ports: list[
 
 
 def ids(started: Process) -> list[int]:
-    """The workers' processes."""
+    """Return the worker processes."""
     return [int(line["event"].split("[")[1].rstrip("]")) for line in started.log if "Started server" in line["event"]]
 
 
 def version(port: int) -> str:
-    """Of the model that a worker serves; empty if it does not answer."""
+    """Return the metrics of a worker's model; empty if the worker does not answer."""
     try:
         return httpx.get(f"http://127.0.0.1:{port}{MODEL}").json()["version"]
     except httpx.TransportError:
@@ -52,7 +52,7 @@ def version(port: int) -> str:
 
 
 def reply_to(send: Callable[[], httpx.Response]) -> httpx.Response:
-    """Send again if the connection was closed: by the worker's death, in its queue, or because it was idle for long."""
+    """Send, and retry if the connection was closed by the worker's death, in its queue, or by the idle timeout."""
     for _ in range(2):
         with suppress(httpx.NetworkError, httpx.RemoteProtocolError):
             return send()
@@ -87,7 +87,7 @@ def test_one_port_and_several_processes(
     for client in clients:
         client.close()
 
-    # Each worker has its own metrics at its own port; the shared port has those of all.
+    # Each worker serves its own metrics on its own port; the shared port merges all.
     served = [metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "unroll_steps_total") for port in ports]
     assert sum(served) >= 8 * 24
     assert min(served) > 24
@@ -102,7 +102,7 @@ def test_one_port_and_several_processes(
     started.popen.send_signal(signal.SIGHUP)
     until(lambda: [version(port) for port in ports] == ["2", "2"], "version 2")
 
-    # One dies: the other worker or the replacement answers connections.
+    # One dies; the other worker or the replacement accepts connections.
     os.kill(ids(started)[0], signal.SIGKILL)
     answers = [background(reply_to, partial(httpx.get, f"{started.url}{MODEL}/sessions/s{i % 8}")) for i in range(32)]
     assert {answer.result().json()["position"] for answer in answers} == {24}
@@ -141,7 +141,7 @@ def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: Redis
 
 
 def test_a_port_that_others_share(capfd: pytest.CaptureFixture[str]) -> None:
-    """Their connections are not for these workers."""
+    """Connections to the other process must not reach these workers."""
     with workers.bind("127.0.0.1", 0, shared=True) as others:
         assert workers.supervise("127.0.0.1", others.getsockname()[1], 2) == 1
     assert "in use" in capfd.readouterr().out
@@ -157,13 +157,13 @@ def test_a_port_that_others_share(capfd: pytest.CaptureFixture[str]) -> None:
         (("--worker-port", "9001"), "--workers"),
     ],
 )
-def test_what_does_not_go_together(flags: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conflicting_settings_are_refused(flags: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--repository", ".", *flags]) == 2
     assert why in capsys.readouterr().err
 
 
-#: A worker whose starts do what the words of a plan say, the last one again and again: report that it serves, then
-#: end by a status or a signal, or stay. Each start is a line in a file.
+#: A worker that follows a plan, one word per start, repeating the last: report that it serves, then exit with a status
+#: or a signal, or keep running. Each start appends a line to a file.
 PLANNED = """
 import os, signal, socket, sys
 number, descriptors, *_ = os.environ["UNROLL_WORKER"].split()
@@ -186,7 +186,7 @@ signal.pause()
 
 
 class Planned:
-    """A supervisor of one worker that follows a plan; pauses are a thousandth as long."""
+    """A supervisor of one worker that follows a plan; pauses are shortened to a thousandth."""
 
     def __init__(self, plan: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._starts = folder / "starts"
@@ -203,15 +203,17 @@ class Planned:
         return self._starts.read_text().splitlines()
 
     async def run(self) -> int:
-        """The exit status, after a stop as soon as the worker has come to the end of its plan."""
+        """Stop the supervisor once the worker reaches the end of its plan; return the exit status."""
         running = asyncio.create_task(self.supervisor.run())
         await reached(lambda: running.done() or len(self.starts) == self.wanted, "the end of the plan")
         self.supervisor._stop()
         return await running
 
 
-async def test_a_worker_that_dies_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is started again after a pause, in which its port is not kept for it, and on the same port."""
+async def test_worker_that_keeps_dying_is_restarted_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker restarts on the same port after a pause; the port is not reserved during the pause."""
     planned = Planned("serve-3 serve-3 serve-3 serve-stay", tmp_path, monkeypatch)
     assert await planned.run() == 0
     assert planned.listener.fileno() == -1
@@ -260,7 +262,7 @@ async def test_a_first_start_that_fails_by_itself_ends_all_with_a_line(
 async def test_a_worker_that_cannot_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], served: bool
 ) -> None:
-    """For want of processes or descriptors: the first start ends all, with a line; a later one is repeated."""
+    """Out of processes or descriptors: a failed first start ends all with one line; a later start is retried."""
     failures = iter([False] * served + [True, True, False])
     planned = Planned("serve-3 serve-3 serve-3 serve-stay" if served else "serve-stay", tmp_path, monkeypatch)
     start = asyncio.create_subprocess_exec

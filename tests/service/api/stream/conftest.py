@@ -35,7 +35,7 @@ def any_server(request: pytest.FixtureRequest) -> Running:
 
 @pytest.fixture
 def dial(server: Running, oracle: Oracles) -> Iterator[Dial]:
-    """`dial(name="lstm", model=…, running=…)`; every connection is closed after the test, and leaves nothing."""
+    """`dial(name="lstm", model=…, running=…)` connects; after the test, closes all connections and checks for leaks."""
     clients: list[tuple[Running, Client]] = []
 
     def call(name: str = "lstm", *, running: Running = server, **options: object) -> Client:

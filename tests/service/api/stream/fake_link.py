@@ -1,4 +1,4 @@
-"""A connection without any network."""
+"""A connection without a network."""
 
 import asyncio
 import json
@@ -47,7 +47,7 @@ class FakeLink:
 
 @dataclass
 class Wire:
-    """A connection of a server that is not listening."""
+    """A connection of a server that does not listen."""
 
     connection: Connection
     server: AppState

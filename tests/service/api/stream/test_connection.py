@@ -1,4 +1,4 @@
-"""A connection that breaks, and messages of any bytes."""
+"""Broken connections, and messages of arbitrary bytes."""
 
 import json
 import struct
@@ -19,7 +19,7 @@ UNBOUND = 2**32 - 1  # a handle no test binds
 
 
 def test_lost_replies_are_sent_again_after_a_reconnect(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray):
-    """Four chunks are applied, their answers stay unread, and the connection breaks."""
+    """Four chunks are applied, their answers remain unread, and the connection breaks."""
     first = dial(running=any_server)
     (name,) = first.bind(0, depth=4)
     for at in range(0, 8, 2):
@@ -40,7 +40,7 @@ def test_lost_replies_are_sent_again_after_a_reconnect(any_server: Running, dial
 def test_pending_chunks_are_cancelled_with_their_connection(
     any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray
 ):
-    """One was running, two waited: sent again, each is applied once."""
+    """One was running and two waited; after a retry, each is applied once."""
     first = dial(running=any_server)
     (name,) = first.bind(0, depth=3)
     (stream,) = any_server.server.streams
@@ -63,7 +63,7 @@ def test_pending_chunks_are_cancelled_with_their_connection(
 
 
 def test_resuming_while_the_lost_frame_runs(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
-    """Its sessions are resumed while the batch has not been committed: the retries are answered by it."""
+    """Sessions are resumed before the batch is committed, and the batch answers the retries."""
     first = dial(running=any_server)
     names = first.bind(*range(30))
     x = rng.standard_normal((30, 1, 3)).astype("<f4")
@@ -91,14 +91,14 @@ async def test_nothing_is_sent_after_the_connection_is_lost(wire: Wire):
     await reached(lambda: wire.engine.reached.is_set())
     assert model.scheduler.in_flight == 7
     wire.connection.close()
-    assert model.scheduler.in_flight == 4  # what runs, runs; what waits is dropped
+    assert model.scheduler.in_flight == 4  # running work completes; waiting work is dropped
     wire.engine.release()
     await reached(lambda: not model.scheduler.in_flight)
     assert wire.sent == []
     assert sum(session.position for session in model.scheduler.sessions) == 4
 
 
-#: A frame for handles 1 and 2 of a model with three features, and what may become of it under way.
+#: A frame for handles 1 and 2 of a model with three features, and possible damage in transit.
 _SOUND = frame((1, 0, np.ones((2, 3), "<f4")), (2, None, np.ones((1, 3), "<f4")))
 
 
@@ -114,7 +114,7 @@ _DAMAGED = st.one_of(
 
 
 def test_any_frame_is_answered(any_server: Running, dial: Dial):
-    """By outputs or by errors; the connection and the server keep working."""
+    """Outputs or errors answer it; the connection and the server keep working."""
     client = dial(running=any_server)
     client.bind(1, 2)
 

@@ -20,7 +20,7 @@ Oracles = Callable[..., Oracle]
 
 
 def test_closing_while_a_chunk_runs(dial: Dial, server: Running, oracle: Oracles, x: np.ndarray):
-    """What runs is finished and answered, what waits fails."""
+    """Running work completes and is answered; waiting work fails."""
     client = dial()
     client.bind(0, depth=2)
     with server.holding("lstm") as held:
@@ -75,7 +75,7 @@ def test_invalid_control_messages(dial: Dial, message: str, handle: int | None):
     _, (error,) = client.receive(1)
     assert error["code"] == "malformed_request"
     assert error.get("handle") == handle
-    client.bind(1)  # nothing was done, and the connection is as good as before
+    client.bind(1)  # nothing changed, and the connection still works
 
 
 @pytest.mark.parametrize("count", [MAX_ITEMS + 1, 3 * MAX_ITEMS])
@@ -114,7 +114,7 @@ def test_a_frame_above_the_limit_that_the_transport_accepted(repository: Path, d
 
 
 async def test_a_long_request_runs_in_slices_and_later_messages_wait(wire: Wire):
-    """The rest is done when the event loop comes round; what came after it waits, in its order."""
+    """The rest runs on later turns of the event loop; later messages wait in order."""
     names = [f"many-{number}" for number in range(3 * SLICE)]
     wanted = [{"handle": handle, "session_id": name} for handle, name in enumerate(names)]
     wire.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())

@@ -1,4 +1,4 @@
-"""Who may connect, and the end of a client that does not read."""
+"""Which clients may connect, and the disconnection of a client that does not read."""
 
 import asyncio
 import json
@@ -47,12 +47,12 @@ def test_a_refused_connection_is_not_logged_as_an_error(
 ):
     with pytest.raises(InvalidStatus):
         dial(model="nobody")
-    assert client.get("/livez").status_code == 200  # by now the application has returned
+    assert client.get("/livez").status_code == 200  # the application has returned by now
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_pages_of_other_origins_are_refused(any_server: Running, dial: Dial):
-    """A browser sends the origin of the page, which must be the server's own; other clients send none."""
+    """A browser sends the page's origin, which must be the server's own; other clients send none."""
     dial(running=any_server, origin=f"http://{any_server.address}")
     for origin in ("http://evil.example", "null", "http://[", f"http://{any_server.address}.evil.example"):
         with pytest.raises(InvalidStatus) as refusal:
@@ -61,7 +61,7 @@ def test_pages_of_other_origins_are_refused(any_server: Running, dial: Dial):
 
 
 async def test_a_server_without_denial_responses_closes_with_a_code(server: Running):
-    """It can only close the connection; the code has the reason."""
+    """The server can only close the connection, with a code that gives the reason."""
     sent: list[dict] = []
 
     async def receive() -> dict:
@@ -126,13 +126,13 @@ def test_a_client_that_does_not_read(
 
 
 def hang_up(connection: socket.socket) -> None:
-    """Also for who waits to write to it."""
+    """Also for coroutines waiting to write to it."""
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_pong_that_the_server_does_not_read_is_not_missed(dial: Dial, server: Running, x: np.ndarray) -> None:
-    """The server stops reading when too much is unanswered; that may take longer than a client has for its pong."""
+    """The server pauses reading when too much is unanswered, possibly for longer than the pong timeout."""
     client = dial()
     client.bind(*range(WINDOW + 1))
     (protocol,) = server.uvicorn.server_state.connections

@@ -1,4 +1,4 @@
-"""What costs a client nothing is limited for each connection, and takes turns with what others send."""
+"""Messages that cost a client nothing are limited per connection and interleaved with other clients' messages."""
 
 import json
 import threading
@@ -51,16 +51,16 @@ def test_a_flood_ends_the_connection_with_the_limit_as_the_reason(
     assert (code, why in reason, "per second" in reason) == (1008, True, True)
 
 
-def test_a_message_in_more_fragments_than_a_client_has_reason_for(stream: RawStream) -> None:
+def test_message_in_too_many_fragments_is_refused(stream: RawStream) -> None:
     stream.send(masked(BINARY & 0x7F, b"") + masked(CONTINUATION & 0x7F, b"") * (MAX_FRAGMENTS + 1))
     code, reason = stream.ending()
     assert (code, str(MAX_FRAGMENTS) in reason) == (1008, True)
 
 
-def test_others_are_answered_while_one_connection_floods(
+def test_other_connections_are_answered_during_a_flood(
     server: Running, stream: RawStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flood and a step that the server finds at the same time: the step is answered before the end of the flood."""
+    """The server finds a flood and a step at the same time, and answers the step before the flood ends."""
     number = 400
     pairs = b"".join(
         masked(TEXT, json.dumps({"op": "open", "sessions": [{"handle": handle}]}).encode())
@@ -89,7 +89,7 @@ def test_others_are_answered_while_one_connection_floods(
 
 
 def test_a_client_of_thousands_of_sessions_is_not_limited(server: Running, dial: Dial, x: np.ndarray) -> None:
-    """Neither by the number of sessions in a message, nor of entries in a frame, nor by frames that are pipelined."""
+    """No limit applies to the sessions in a message, the entries in a frame, or pipelined frames."""
     client = dial()
     number = 16 * SLICE
     client.bind(*range(number), depth=2)
@@ -111,7 +111,7 @@ def test_a_client_of_thousands_of_sessions_is_not_limited(server: Running, dial:
 def test_control_messages_beyond_their_rate_wait(
     server: Running, stream: RawStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All are answered, but the connection is not read in between."""
+    """All are answered, but the server pauses reading in between."""
     (connection,) = server.server.streams
     connection._control._allowance = Allowance(CONTROLS[0], _FEW[1])  # type: ignore[attr-defined]
     stream.send(masked(TEXT, b'{"op": "stop", "handle": 0}') * 50)

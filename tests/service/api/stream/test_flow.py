@@ -15,7 +15,7 @@ from unroll.service.api.stream.flow import WINDOW, FlowControl
 
 @dataclass
 class Calls:
-    """What flow control asks for, in order."""
+    """The calls of flow control, in order."""
 
     made: list[str] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ def test_a_drain_ends_once_with_the_last_answer():
 
 
 async def test_the_window(wire: Wire):
-    """With more unanswered entries, reading pauses until answers have left."""
+    """With more unanswered entries, reading pauses until answers have been sent."""
     await wire.bind(WINDOW + 1)
     wire.frame(range(WINDOW))
     assert wire.flow == []
@@ -78,7 +78,7 @@ async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     assert wire.flow == []
     wire.frame(range(2, 3))
     assert wire.flow == ["pause"]
-    wire.frame(range(3, 4), steps)  # refused, which is an answer: no such handle
+    wire.frame(range(3, 4), steps)  # no such handle: the refusal is an answer
     wire.connection.on_binary(frame((2, 99, np.ones((7, 3), "<f4")), (0, 99, np.ones((9, 3), "<f4"))))
     wire.engine.release()
     await reached(lambda: len(wire.answered()) == 3)

@@ -1,4 +1,4 @@
-"""Frames of WebSocket however TCP cuts them: the header here, the payload there, several of them at once."""
+"""WebSocket frames however TCP splits them: header and payload apart, or several frames at once."""
 
 import json
 import struct
@@ -15,7 +15,7 @@ from streams import Reply, frame, replies
 
 
 class RawStream:
-    """One session on one stream, whose client chooses what the server reads at once."""
+    """One session on one stream; the client controls how many bytes the server reads at once."""
 
     def __init__(self, running: Running, oracle: Oracle) -> None:
         self._manifest = oracle.manifest
@@ -30,7 +30,7 @@ class RawStream:
         assert self.message()[0] == TEXT
 
     def send(self, first: bytes, *segments: bytes) -> None:
-        """The server has read each before the next is sent: it answers another connection in between, in a task."""
+        """Send each part once the server has read the one before, which its answer on another connection shows."""
         self._wire.send(first)
         for segment in segments:
             self._other.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -38,7 +38,7 @@ class RawStream:
             self._wire.send(segment)
 
     def message(self) -> tuple[int, bytes]:
-        """The first byte of the next message from the server, and its payload."""
+        """Return the first byte and the payload of the server's next message."""
         first, size = self._wire.exactly(2)
         if size == 126:
             (size,) = struct.unpack("!H", self._wire.exactly(2))
@@ -53,7 +53,7 @@ class RawStream:
         return reply
 
     def ending(self) -> tuple[int, str]:
-        """Read to the end of the connection; the code and the reason that the server closed it with."""
+        """Read to the end of the connection; return the server's close code and reason."""
         while True:
             first, payload = self.message()
             if first == CLOSE:
@@ -72,7 +72,7 @@ def stream(server: Running, oracle: Any) -> Iterator[RawStream]:
 
 
 def test_frames_whose_masked_payload_begins_with_any_byte(stream: RawStream, x: np.ndarray) -> None:
-    """A payload that looks like the header of a frame is none."""
+    """A payload that looks like a frame header is not taken for one."""
     step = frame((0, None, x[:1]))
     for first in range(256):
         sent = masked(BINARY, step, bytes([step[0] ^ first, step[1] ^ 0x85, 0, 0]))
@@ -82,7 +82,7 @@ def test_frames_whose_masked_payload_begins_with_any_byte(stream: RawStream, x: 
 
 @pytest.mark.parametrize("steps", [1, 12, 6000])
 def test_a_frame_cut_at_every_byte_of_its_header_and_beyond(stream: RawStream, x: np.ndarray, steps: int) -> None:
-    """Lengths of 7, 16 and 64 bits."""
+    """Covers lengths of 7, 16 and 64 bits."""
     chunk = np.resize(x, (steps, 3))
     sent = masked(BINARY, frame((0, None, chunk)), bytes([0x83, 0xFF, 0x21, 0x3D]))  # payload: 82 ff 21 3d …
     cuts = range(1, min(len(sent), 60))
@@ -92,7 +92,7 @@ def test_a_frame_cut_at_every_byte_of_its_header_and_beyond(stream: RawStream, x
 
 
 def test_a_conversation_cut_at_every_byte(stream: RawStream, x: np.ndarray) -> None:
-    """Fragments with a ping between them, two frames, a text message, and a pong, in one piece and in any two."""
+    """Fragments with a ping in between, two frames, a text message and a pong, sent whole and split at every byte."""
     step = frame((0, None, x[:1]))
     sent = b"".join(
         [

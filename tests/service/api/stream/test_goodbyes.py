@@ -1,4 +1,4 @@
-"""Shutdown: everything read is answered, and each client gets the positions of its sessions."""
+"""Shutdown: every message read is answered, and each client gets the positions of its sessions."""
 
 import json
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def test_goodbyes_describe_every_session(any_server: Running, dial: Dial, oracle
 def test_goodbyes_follow_every_answer(
     repository: Path, dial: Dial, background: Background, kind: type[Running], x: np.ndarray
 ):
-    """No matter what the client still sends, it has the outputs of exactly the steps reported as applied."""
+    """Whatever the client still sends, it has the outputs of exactly the steps reported as applied."""
     running = kind(Settings(repository=repository))
     client = dial(running=running)
     client.bind(0, 1, depth=64)
@@ -121,14 +121,14 @@ async def test_a_drain_waits_for_running_chunks(wire: Wire):
     texts = [message for message in wire.sent if isinstance(message, dict)]
     assert [text["op"] for text in texts] == ["closing", "closing", "hung up"]
     assert [item["position"] for text in texts[:-1] for item in text["sessions"]] == [1] * (SLICE + 1)
-    wire.frame(range(1))  # it was on its way
+    wire.frame(range(1))  # it was in flight
     wire.connection.on_text(b"{}")
     assert wire.sent[-1] == texts[-1]
     assert wire.flow == ["pause"]
 
 
 async def test_a_drain_while_sessions_are_opened(wire: Wire):
-    """Sessions opened so far can be resumed; the others get `draining`, like the messages behind them."""
+    """Sessions opened so far can be resumed; the rest get `draining`, as do later messages."""
     wanted = [{"handle": handle} for handle in range(SLICE + 1)]
     wire.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
     wire.connection.on_text(json.dumps({"op": "open", "sessions": [{"handle": 999}]}).encode())

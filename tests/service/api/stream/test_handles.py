@@ -1,4 +1,4 @@
-"""Which session a handle means."""
+"""Which session a handle refers to."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def test_modes(dial: Dial, client: httpx.Client, x: np.ndarray):
     name, closed = f"mode-{next(_ids)}", f"mode-{next(_ids)}"
 
     def opened(handle: int, **wanted: object) -> str | int:
-        """The code of the error, or the position."""
+        """Return the error code or the position."""
         (item,) = ours.open({"handle": handle, **wanted})
         return item["error"]["code"] if "error" in item else item["position"]
 
@@ -43,7 +43,7 @@ def test_modes(dial: Dial, client: httpx.Client, x: np.ndarray):
     client.delete(f"/v1/models/lstm/sessions/{closed}").raise_for_status()
     assert opened(4, session_id=closed, mode="resume") == "session_closed"
     assert opened(4, session_id=closed, mode="either") == "session_closed"
-    assert opened(4, session_id=closed, mode="new") == 0  # who says so may start over
+    assert opened(4, session_id=closed, mode="new") == 0  # an explicit reopen may start over
 
     assert opened(0) == "malformed_request"  # bound
     assert opened(5, mode="resume") == "malformed_request"
@@ -86,7 +86,7 @@ def test_close_ends_sessions_and_detach_keeps_them(dial: Dial, client: httpx.Cli
 
 
 def test_a_session_closed_elsewhere(dial: Dial, client: httpx.Client, x: np.ndarray):
-    """The handle means the session it was bound to, and not the next one of that id."""
+    """The handle refers to the session it was bound to, not to a later one of the same id."""
     ours = dial()
     ids = ours.bind(0, 1)
     ours.step((0, 0, x[:1]), (1, 0, x[:1]))
@@ -136,7 +136,7 @@ def test_versions_on_one_connection(dial: Dial, client: httpx.Client, oracle: Or
 
 
 def test_versions_with_other_inputs(serve: Serve, dial: Dial, repository: Path, tmp_path: Path):
-    """`gru` version 2 is another model altogether: its sessions do not fit the frames of version 1."""
+    """`gru` version 2 is a different model: its sessions do not fit the frames of version 1."""
     shutil.copytree(repository / "gru" / "1", tmp_path / "gru" / "1")
     running = serve(repository=tmp_path)
     client = dial("gru", running=running)

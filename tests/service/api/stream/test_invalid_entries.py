@@ -1,4 +1,4 @@
-"""An entry that is refused fails alone."""
+"""A refused entry does not affect the rest of its frame."""
 
 from collections.abc import Callable
 

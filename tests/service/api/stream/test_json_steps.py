@@ -1,4 +1,4 @@
-"""Steps in JSON and rollouts on a stream, against onnxruntime alone."""
+"""Steps in JSON and rollouts on a stream, compared with plain onnxruntime."""
 
 import json
 import struct
@@ -14,7 +14,7 @@ from streams import Client, Dial, frame, last_messages
 from waiting import PATIENCE, until
 
 Oracles = Callable[..., Oracle]
-#: Of a model of three inputs and two outputs.
+#: The map of a model with three inputs and two outputs.
 COLUMNS = {"kind": "columns", "columns": [{"from": 1}, {"from": 0, "scale": 2.0}, {"constant": 0.5}]}
 
 
@@ -23,7 +23,7 @@ def fed(y: np.ndarray) -> np.ndarray:
 
 
 def rolled_by_hand(oracle: Oracle, x: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and outputs of the steps after x."""
+    """Compute the inputs and outputs of the steps after x."""
     for _ in range(steps):
         x = np.concatenate([x, fed(oracle(x)[-1])[np.newaxis]])
     return x[-steps:], oracle(x)[-steps:]
@@ -35,7 +35,7 @@ def message(client: Client) -> Any:
 
 
 def roll(client: Client, **members: Any) -> tuple[list[tuple[int, np.ndarray]], dict]:
-    """(position, values) of each frame, and the message at the end."""
+    """Return (position, values) of each frame, and the final message."""
     client.socket.send(json.dumps({"op": "rollout", "handle": 0, "map": COLUMNS, **members}))
     found = []
     while isinstance(received := message(client), bytes):
@@ -191,7 +191,7 @@ def test_a_message_behind_a_rollout_does_not_overtake_it(dial: Dial, oracle: Ora
     assert np.array_equal(rolled, rolled_by_hand(oracle("lstm"), x[:2], 3)[1])
 
 
-def test_steps_of_others_go_on_between_and_stop_ends_it(dial: Dial, server: Running, x: np.ndarray) -> None:
+def test_other_steps_interleave_with_a_rollout_and_stop_ends_it(dial: Dial, server: Running, x: np.ndarray) -> None:
     client, scheduler = dial(), server.model("lstm").scheduler
     client.bind(0, 1)
     run = scheduler.counters.rollout_steps
@@ -258,7 +258,7 @@ def test_refusals_of_rollouts_name_their_handle(dial: Dial, server: Running, x: 
     client = dial()
     (session_id,) = client.bind(0)
     for members, code in (
-        ({"steps": 2}, "malformed_request"),  # no outputs to begin from
+        ({"steps": 2}, "malformed_request"),  # no outputs to start from
         ({"steps": 2, "inputs": x.tolist(), "map": {"kind": "identity"}}, "map_invalid"),
         ({"steps": 5000, "inputs": x.tolist()}, "invalid_shape"),
         ({"steps": 2, "inputs": x.tolist(), "position": 3}, "position_gap"),

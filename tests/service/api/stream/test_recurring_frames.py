@@ -1,4 +1,4 @@
-"""The same sessions, frame after frame, as one cohort."""
+"""The same sessions in frame after frame, as one cohort."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ class Crew:
         assert (reply.position, reply.steps) == (self.position(handle), len(x))
 
     def step(self, *handles: int, number: int = 1, pinned: bool = True) -> list[tuple]:
-        """A frame of these, or of all."""
+        """Send a frame of these sessions, or of all."""
         at = [(handle, self.position(handle) if pinned else None) for handle in handles or self.handles]
         sent = [(handle, position, self.steps(number)) for handle, position in at]
         for handle, reply in self.client.step(*sent).items():
@@ -42,7 +42,7 @@ class Crew:
         return sent
 
     def together(self) -> list[tuple]:
-        """Step until they are one record."""
+        """Step until the sessions form a cohort."""
         for pinned in (True, True, False, True):
             sent = self.step(pinned=pinned)
         table = self.running.model("lstm").scheduler.sessions
@@ -50,13 +50,13 @@ class Crew:
         return sent
 
     def bind(self, handle: int) -> None:
-        """A handle that is free means a new session."""
+        """Open a new session on a free handle."""
         (self.ids[handle],) = self.client.bind(handle)
         self.given[handle], self.got[handle] = [], []
 
 
 def test_recurring_frames_among_other_work(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
-    """Whatever comes between: each session is where it would be by itself."""
+    """Each session ends where it would without the others, whatever runs in between."""
     model, client = oracle("lstm"), dial(running=any_server)
     crew = Crew(any_server, client, rng)
     rest = httpx.Client(base_url=f"http://{any_server.address}/v1/models/lstm/sessions")
@@ -72,7 +72,7 @@ def test_recurring_frames_among_other_work(any_server: Running, dial: Dial, orac
         crew.took(handle, x, Reply(handle, 1, reached, [np.frombuffer(answer.content, "<f4").reshape(1, 2)]))
 
     def odd_one(handle: int, position: int, x: np.ndarray, code: str, *, pinned: bool = True) -> None:
-        """One entry is refused, and the others step."""
+        """One entry is refused; the rest step."""
         sent = [(h, crew.position(h) if pinned else None, crew.steps()) for h in crew.handles if h != handle]
         sent.insert(handle, (handle, position, x))
         client.socket.send(frame(*sent))

@@ -1,4 +1,4 @@
-"""How answers leave."""
+"""How answers are sent."""
 
 from fake_link import Wire
 from streams import replies
@@ -13,7 +13,7 @@ async def test_errors_release_the_window(wire: Wire):
 
 
 async def test_a_frame_is_answered_in_few_frames(wire: Wire):
-    """Sessions that are idle by one frame; those that were busy, and so were queued one by one, by another."""
+    """One frame answers the idle sessions; another answers the busy ones, which were queued one by one."""
     await wire.bind(100, depth=2)
     wire.frame(range(50))
     wire.frame(range(100))

@@ -1,4 +1,4 @@
-"""Frames against the model run over the whole input: nothing lost, doubled or mixed, whatever they hold."""
+"""Frames compared with the model run over the whole input: no step is lost, doubled or mixed up."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def inputs_of(manifest: Manifest, rng: np.random.Generator, steps: int) -> list[
 
 
 def test_frames_of_hundreds_of_sessions(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
-    """More than fit one batch, in another order each time; now and then not all of them."""
+    """More sessions than fit one batch, in a new order each time and sometimes only a part."""
     client, model = dial(running=any_server), oracle("lstm")
     whole = rng.standard_normal((300, 7, 3)).astype("<f4")
     client.bind(*range(300))
@@ -75,7 +75,7 @@ def test_single_entry_frames(any_server: Running, dial: Dial, oracle: Oracles, x
     assert np.array_equal(np.concatenate(got), oracle("lstm")(x))
 
 
-async def test_steps_in_frames_of_their_own_join_and_leave_with_their_connection(wire: Wire):
+async def test_single_entry_frames_join_and_are_cancelled_with_their_connection(wire: Wire):
     await wire.bind(3)
     wire.engine.release()
     (model,) = wire.server.models
@@ -109,7 +109,7 @@ def test_the_largest_frame(dial: Dial, oracle: Oracles, rng: np.random.Generator
 
 
 def test_a_session_twice_in_a_frame(dial: Dial, oracle: Oracles, x: np.ndarray):
-    """In the entries' order, if the session was opened for as many chunks at once."""
+    """The entries run in order, if the session's retry depth allows that many chunks at once."""
     client = dial()
     client.bind(0, depth=3)
     client.bind(1)
@@ -134,7 +134,7 @@ def test_rest_and_stream_share_sessions(dial: Dial, client: httpx.Client, oracle
 
 
 def test_a_retry_gets_the_same_bytes(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray):
-    """Alone, among others, and from another connection."""
+    """In a frame of its own, in a shared frame, and from another connection."""
     client = dial(running=any_server)
     names = client.bind(0, 1, 2)
     first = client.step((0, 0, x[:3]), (1, 0, x[3:6]), (2, 0, x[:1]))
@@ -182,7 +182,7 @@ def test_a_chunk_older_than_the_retry_depth(dial: Dial, x: np.ndarray):
 
 
 def test_pipelining(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray):
-    """As many chunks as the session was opened for wait; one more is refused, and those behind it do not fit."""
+    """As many chunks wait as the session was opened for; one more is refused, and later ones leave a position gap."""
     client = dial(running=any_server)
     client.bind(0, depth=3)
     (stream,) = any_server.server.streams
