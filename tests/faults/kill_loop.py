@@ -1,6 +1,6 @@
 """`make kill-test`: kill replicas at random times while clients step; no step may be lost or applied twice.
 
-Three `unroll serve`, one redis-server, and 200 sessions whose clients send each chunk to random replicas, over HTTP or
+Three `unroll serve`, one redis-server, and 200 sessions. Their clients send each chunk to random replicas, over HTTP or
 WebSocket, until it is acknowledged. Each replica gets SIGKILL some time after it is ready, and is restarted, until the
 number of kills or the time is reached. Then the history checker compares every session.
 """

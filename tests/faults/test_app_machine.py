@@ -1,6 +1,6 @@
 """Any order of events over the whole application: two replicas, one store, every route, restarts, lost writes.
 
-The model of a session is the list of its inputs; the oracle runs them with onnxruntime alone. Every reply is compared
+The model of a session is the list of its inputs; the oracle runs them with plain onnxruntime. Every reply is compared
 bit for bit, and every refusal must be the expected one. `make machine-test` runs more examples.
 """
 
