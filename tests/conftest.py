@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Imported objects live for the whole run, so keep the garbage collector from scanning half a million of them."""
+    """Freeze the half million imported objects, which live for the whole run, so the garbage collector skips them."""
     gc.freeze()
     gc.enable()
 

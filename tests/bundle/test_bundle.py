@@ -140,7 +140,7 @@ def test_discover_sorts_versions_as_numbers(tmp_path: Path) -> None:
     assert found == ["a/9", "a/10", "b/1"]
 
 
-def test_a_folder_of_the_disk_that_cannot_be_listed_is_no_bundle(tmp_path: Path) -> None:
+def test_unlistable_folder_is_not_a_bundle(tmp_path: Path) -> None:
     for name in ("lost+found", "model"):
         (tmp_path / name).symlink_to("nowhere")
     assert bundle.discover(tmp_path) == [tmp_path / "model"]

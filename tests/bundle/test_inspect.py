@@ -33,7 +33,7 @@ def test_a_declared_rate_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "samples: 16000 values per second" in capsys.readouterr().out
 
 
-def test_json_is_the_manifest_and_what_the_files_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_contains_the_manifest_and_the_contents_of_the_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(BUNDLE, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     manifest = json.loads((BUNDLE / "manifest.json").read_text())

@@ -128,7 +128,7 @@ def test_a_folder_without_keys_is_refused_at_the_start(tmp_path: Path) -> None:
         settings.model_options()
 
 
-def test_a_private_key_is_no_trusted_key(keys: Path) -> None:
+def test_private_key_is_not_a_trusted_key(keys: Path) -> None:
     with pytest.raises(KeyUnusable):
         TrustedKeys.read(keys / "ours.pem")
     with pytest.raises(BundleError, match="bundle_unsigned"):

@@ -176,7 +176,7 @@ def test_bytes_of_text_and_those_that_follow(run: Run, oracle: Oracles) -> None:
     assert (status, out) == (0, bytes(logits.argmax(-1).tolist()))
 
 
-def test_a_plot_is_drawn_once_where_there_is_no_terminal(run: Run, x: np.ndarray) -> None:
+def test_plot_is_drawn_once_without_a_terminal(run: Run, x: np.ndarray) -> None:
     _, out, err = run("lstm", "--plot", stdin=as_csv(x))
     plotted = err.splitlines()
     assert len(out.splitlines()) == 151

@@ -169,7 +169,7 @@ def test_outputs_of_a_cancelled_step_do_not_answer_the_next(
     asyncio.run(run())
 
 
-def test_a_cancelled_step_leaves_the_others_their_connection(
+def test_cancelled_step_does_not_break_the_connection_for_other_tasks(
     server: Running, oracle: Oracles, rng: np.random.Generator
 ) -> None:
     """Even without retries, other tasks' steps on the same connection get their outputs."""

@@ -14,7 +14,7 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name)
-def test_page_does_what_it_shows(
+def test_code_on_the_page_runs_as_shown(
     page: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,

@@ -287,7 +287,7 @@ def decaying(s: Any, x: Tensor) -> Tensor:
     return torch.stack(outs, 1)
 
 
-def test_what_a_step_makes_of_weights_alone_is_a_constant(few_steps: None, tmp_path: Path) -> None:
+def test_values_computed_only_from_weights_are_constants(few_steps: None, tmp_path: Path) -> None:
     answers_step_by_step(made(decaying, r=nn.Parameter(torch.rand(4))), tmp_path)
     graph = onnx.ModelProto.FromString((tmp_path / "m" / "1" / "model.onnx").read_bytes()).graph
     (scan,) = (node for node in graph.node if node.op_type == "Scan")

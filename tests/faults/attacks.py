@@ -1,6 +1,7 @@
 """The attacks of `make overload`: `python -m faults.attacks NAME PORT SECONDS` prints the answers the attackers got.
 
-An attack is a coroutine function of a port and a duration, bounded in time and bytes. It only uses the loopback.
+An attack is a coroutine function that takes a port and a duration. It is bounded in time and bytes and uses only the
+loopback interface.
 """
 
 import asyncio

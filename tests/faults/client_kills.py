@@ -1,7 +1,7 @@
 """`make client-test`: kill a server under twenty clients of `unroll.client`; every output must be exact.
 
-The server keeps its sessions in a folder. It gets SIGKILL some time after it is ready, and is restarted. The clients
-are `Client` and `AsyncClient`, over HTTP and over streams; they notice only delays.
+The server keeps its sessions in a folder. It is killed some time after it is ready and then restarted. The clients are
+`Client` and `AsyncClient`, over HTTP and over streams; they must notice only delays.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A tenant that sends five times a real server's capacity, and twenty calm clients of another; for `make overload`.
+"""One tenant sends five times a server's capacity; another has twenty calm clients. For `make overload`.
 
 The engine is slowed to 200 steps a second. The flood comes from another process, which reports its answers.
 """
@@ -20,14 +20,14 @@ from serving import Running, SlowEngine
 from unroll.service.access.keys import new_key
 from unroll.service.settings import Settings
 
-#: A batch, and the seconds it takes: 200 steps a second.
+#: Rows per batch and seconds per batch: 200 steps a second.
 _ROWS, _BATCH_SECONDS = 4, 0.02
 _CALM_CLIENTS, _CALM_PAUSE = 20, 1.0
 
 
 @dataclass
 class Calm:
-    """Measurements of the calm clients' steps. batches: number that ended while a step was in flight."""
+    """Measurements of the calm clients, per step. batches: How many batches ended while the step was in flight."""
 
     seconds: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Calm:
 
 
 async def step_calmly(running: Running, key: str, calm: Calm, over: asyncio.Future[object]) -> None:
-    """Let each client step at intervals until the flood ends, at least once."""
+    """Let each client step at intervals, at least once, until the flood ends."""
     counters = running.model(MODEL).scheduler.counters
 
     async def one(number: int) -> None:

@@ -1,7 +1,7 @@
-"""Forks an `unroll serve` per request on a link until the link closes; see `preloaded.py`.
+"""Forks one `unroll serve` per request received on a socket, until the socket closes; see `preloaded.py`.
 
-A request contains the arguments, the environment, the folder, an optional script to run instead, and the output file.
-The replies are the process id, and a word once the process is orphaned.
+A request contains the arguments, the environment, the working directory, an optional script to run instead, and the
+output file. The first reply is the process id; the second says that the process has been orphaned.
 """
 
 import atexit
@@ -45,10 +45,10 @@ while True:
             status = exec(script, {"__name__": "__main__"}) if script else cli.main(["serve", *arguments])
         except SystemExit as ended:
             status = ended.code
-        except Exception:  # noqa: BLE001 the log tells it, as at the end of any program
+        except Exception:  # noqa: BLE001 logged, as the interpreter does at exit
             traceback.print_exc()
         atexit._run_exitfuncs()
-        os._exit(int(status or 0))  # libraries would wait here for threads that fork did not copy
+        os._exit(int(status or 0))  # a normal exit would wait for library threads that fork did not copy
     os.waitpid(child, 0)
     link.send(b"orphaned")
     os.close(logs[0])

@@ -1,4 +1,4 @@
-"""Requests at a steady rate, regardless of the answers: `python -m faults.open_loop PORT SECONDS` prints them.
+"""Sends requests at a steady rate: `python -m faults.open_loop PORT SECONDS` prints the answers.
 
 The API key is in the variable UNROLL_API_KEY.
 """
@@ -13,18 +13,19 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 
 MODEL, FEATURES = "tiny", 2
-#: Requests per tick, and connections: more than may wait before the server detects an overload.
+#: Enough requests per tick, and connections, for the server to detect an overload.
 _TICK_SECONDS, _REQUESTS, _CONNECTIONS = 0.01, 10, 400
 _STEP = struct.pack(f"<{FEATURES}f", *[0.5] * FEATURES)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Seconds of each answer, by status.
+    """The latencies of the answers.
 
     Attributes:
-        noticed: Seconds until the first refusal came.
-        refusals: Seconds of refusals requested after that; earlier ones had waited until then.
+        seconds: Latencies in seconds, by status.
+        noticed: Seconds from the start to the first refusal.
+        refusals: Latencies of later requests that were refused. Earlier ones waited for the overload to be detected.
     """
 
     seconds: dict[str, list[float]]
@@ -44,7 +45,7 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: s
 
 
 async def flood(port: int, key: str, seconds: float) -> Answers:
-    """Send at a steady rate, regardless of the answers, on idle connections."""
+    """Send requests at a steady rate on idle connections, without waiting for answers."""
     idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(_CONNECTIONS)]
     found, began = defaultdict[str, list[float]](list), perf_counter()
     noticed, refusals = list[float](), list[float]()

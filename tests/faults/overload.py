@@ -1,4 +1,4 @@
-"""`make overload`: attacks on a real server from another process, while a calm client steps and a probe asks.
+"""`make overload`: attack a real server from another process while a calm client steps and a probe checks it.
 
 Each attack lasts some seconds. The table shows the latencies of the calm client and the probe, the growth of the
 server's memory, and the answers to the attackers.
@@ -24,14 +24,14 @@ from faults.replica import ROOT, Replica, tiny_repository
 MODEL, FEATURES = "tiny", 2
 #: Seconds between two steps of the calm client, and between two probes.
 _STEP_PAUSE, _PROBE_PAUSE = 0.01, 0.05
-#: In addition to the attacks: a tenant that sends only valid requests, but far too many.
+#: One more attack: a tenant that sends valid requests, but far too many.
 _FLOOD = "a tenant that floods"
 _COLUMNS = ("attack", "calm p50/p99 alone, ms", "under attack", "steps", "probe", "memory", "the attackers got")
 
 
 @dataclass
 class Calm:
-    """Measurements of a calm client. steps, probes: seconds of each. memory: peak bytes."""
+    """Measurements of a calm client: seconds per step and per probe, and the server's peak memory in bytes."""
 
     steps: list[float] = field(default_factory=list)
     probes: list[float] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Calm:
 
 @dataclass
 class Row:
-    """The result of one attack. answer: the attackers' answers in words."""
+    """The result of one attack. answer: a summary of the answers the attackers got."""
 
     attack: str
     alone: Calm
@@ -84,7 +84,7 @@ class _Connection:
 
 
 async def observe(server: Replica, meanwhile: Awaitable[object]) -> Calm:
-    """Step and probe until `meanwhile` ends, at least once. Outstanding requests count once answered."""
+    """Step and probe, at least once, until `meanwhile` ends. Wait for outstanding requests and count them."""
     calm, over = Calm(), asyncio.ensure_future(meanwhile)
     session = f"/v1/models/{MODEL}/sessions/calm"
     step = "POST", f"{session}/steps", struct.pack(f"<{FEATURES}f", *[0.5] * FEATURES)

@@ -1,6 +1,6 @@
 """`make soak`: opens and closes sessions in every way, and checks for leftovers.
 
-Server and client share one process, so leaks of either show. Tombstones are kept only briefly: with the default,
+Server and client share one process, so a leak in either shows. Tombstones are kept only briefly: with the default,
 memory would grow for an hour before it levels off.
 """
 
@@ -37,7 +37,7 @@ _AT_ONCE = 100
 
 @dataclass(frozen=True)
 class Census:
-    """Resources held by the process."""
+    """The resources that the process holds."""
 
     sessions: int
     rows: int
@@ -83,7 +83,7 @@ class Soak:
         self._clients = [self._open.enter_context(client) for client in clients]
         self._streams = [self._open.enter_context(self._stream(headers)) for headers in self._keys]
         self._number = itertools.count()
-        self._tasks = 0  # of the idle server, and the census
+        self._tasks = 0  # asyncio tasks of the idle server and the census
         self.census()
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ def _resident() -> int:
 
 
 def slope(cycles: list[int], values: list[int]) -> float:
-    """Return the growth per cycle, without the first fifth, during which caches fill."""
+    """Return the growth per cycle. The first fifth is left out, because caches fill during it."""
     begin = len(cycles) // 5
     return float(np.polyfit(cycles[begin:], values[begin:], 1)[0])
 

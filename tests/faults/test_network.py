@@ -52,7 +52,9 @@ async def test_a_cut_is_answered_by_the_retry(
     assert (await wires.call("GET", server.port, f"/sessions/{session}")).position == 2
 
 
-async def test_bad_networks_everywhere(servers: Servers, oracle: Oracle, redis_server: RedisServer) -> None:
+async def test_network_faults_everywhere_lose_no_step(
+    servers: Servers, oracle: Oracle, redis_server: RedisServer
+) -> None:
     """Faults occur between clients and replicas, and between replicas and their store."""
     chance = random.Random(4)
     faults = [Fault.NONE] * 50 + [*CUTS, Fault.DELAY, Fault.SILENCE]

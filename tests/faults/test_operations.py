@@ -1,4 +1,4 @@
-"""Operator actions in any order: no step fails, and every step runs on its session's weights."""
+"""Operator actions in any order: no step fails, and every step runs on the weights of its session's version."""
 
 import asyncio
 import os
@@ -88,7 +88,7 @@ class Operator:
 
 
 class Stepper:
-    """Run one client: open a session, step it for a while, and compare it with the version it was opened on."""
+    """A client that opens a session, steps it for a while and compares it with the version it was opened on."""
 
     def __init__(self, http: httpx.AsyncClient, oracles: dict[str, Oracle], seed: int, told: Counter[str]) -> None:
         self._http, self._oracles, self._chance, self._told = http, oracles, random.Random(seed), told
@@ -152,7 +152,7 @@ async def test_operations_in_any_order(seed: int, operator: Operator, repository
             told[await operator.act(chance)] += 1
             await reached(lambda wanted=wanted: told["steps"] + told["refused"] >= wanted, "answers")
 
-        # The final state is that of the last operations.
+        # The last operations decide the final state.
         operator.put_version("2")
         operator.write_keys("guest")
         operator.replica.rescan()

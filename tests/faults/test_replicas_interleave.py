@@ -1,4 +1,4 @@
-"""Replicas with a store that reorders and delays calls and loses answers: a step is applied at most once.
+"""A store reorders and delays calls and loses answers, yet its replicas apply each step at most once.
 
 Each step has unique inputs, so the store's records show which steps were applied, in which order, and to which state.
 """
@@ -27,14 +27,14 @@ from unroll.service.store.record import Gone, Record
 T = TypeVar("T")
 
 _SESSIONS, _ACTORS, _ACTS = 5, 4, 25
-#: Replies that do not tell whether the step was applied.
+#: Outcomes that leave open whether the step was applied.
 _OPEN = {"store_unavailable", "broken"}
 #: Events that must happen for the test to be meaningful.
 _EVERYTHING = {"200", "store_unavailable", "position_gap", "position_too_old", "session_closed", "session_exists"}
 
 
 class _AnyOrder(MemoryStore):
-    """applied: the records of each session in order, by its key."""
+    """applied: Every committed record in order, by session."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _AnyOrder(MemoryStore):
 
 
 class _Actors:
-    """The clients of one session, all concurrent. steps: each step's inputs and replies, by digest."""
+    """Concurrent clients of one session. steps: Inputs and replies of each step, by digest."""
 
     def __init__(self, name: str, ports: Sequence[int], wires: Wires, chance: random.Random) -> None:
         self.steps: dict[bytes, tuple[np.ndarray, list[Reply]]] = {}
@@ -152,7 +152,7 @@ class _Actors:
         await self.open()
 
     async def fork(self) -> None:
-        """Use an id that other clients may open, step and close at the same time."""
+        """Fork to an id that other clients may open, step and close at the same time."""
         other = f"session-{self._chance.randrange(_SESSIONS)}"
         await self._call("POST", f"/sessions/{self._name}/fork", {"session_id": other})
 
@@ -202,7 +202,7 @@ async def test_every_step_is_applied_once_or_never(
         assert len(set(own)) == len(own), "a step was applied twice"
         for before, record in pairwise([None, *records]):
             assert record is not None
-            if not record.kept:  # it was opened
+            if not record.kept:  # a record of the opening
                 continue
             last = record.kept[-1]
             x, _ = steps[last.digest]

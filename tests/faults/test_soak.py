@@ -15,7 +15,7 @@ def soak(tmp_path: Path) -> Iterator[Soak]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
-def test_sessions_that_are_opened_and_closed_leave_nothing_behind(soak: Soak) -> None:
+def test_closed_sessions_leave_nothing_behind(soak: Soak) -> None:
     """`make soak` also measures memory, over a million sessions."""
     soak.round()
     before = soak.census()

@@ -92,7 +92,7 @@ async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIt
 
 
 class Session:
-    """A session with steps sent one by one, each retried until answered."""
+    """A session that is stepped once per call; a refused step is sent again by the next call."""
 
     def __init__(self, wires: Wires, port: int, name: str) -> None:
         self.wires, self.port, self.name, self.position = wires, port, name, 0
@@ -123,11 +123,13 @@ Outage = Callable[[RedisServer, FaultProxy], AbstractAsyncContextManager[None]]
 
 
 @pytest.mark.parametrize("outage", [stopped, killed, refusing, silent, full])
-async def test_an_outage(redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage) -> None:
+async def test_sessions_survive_an_outage(
+    redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage
+) -> None:
     await check(redis, servers, wires, oracle, outage)
 
 
-async def test_a_full_disk(servers: Servers, wires: Wires, oracle: Oracle, small_disk: Path) -> None:
+async def test_sessions_survive_a_full_disk(servers: Servers, wires: Wires, oracle: Oracle, small_disk: Path) -> None:
     redis = RedisServer(small_disk / "redis")
     redis.start()
     try:
@@ -208,7 +210,7 @@ async def test_server_is_ready_once_the_store_answers_and_exits_if_it_refuses(
     (at_once,) = replicas(1, "--store", f"redis://me:no@{address}")
     at_once.launch()
     assert await at_once.ended() == 1
-    *_, line = at_once.log.read_text().splitlines()  # after a warning of the password in the flag
+    *_, line = at_once.log.read_text().splitlines()  # preceded by a warning about the password in the flag
     assert "check the user and the password" in line
 
 
@@ -220,8 +222,10 @@ async def answers(wires: Wires, port: int) -> bool:
 
 
 @pytest.mark.parametrize("fsync", ["always", "everysec"])
-async def test_redis_is_killed_while_all_step(tmp_path: Path, servers: Servers, oracle: Oracle, fsync: str) -> None:
-    """Kill and restart Redis from its file repeatedly. It writes to the file before it replies."""
+async def test_sessions_survive_repeated_kills_of_redis(
+    tmp_path: Path, servers: Servers, oracle: Oracle, fsync: str
+) -> None:
+    """Redis is killed and restarted from its file repeatedly. It writes to the file before it replies."""
     redis = RedisServer(tmp_path / "redis", fsync)
     redis.start()
     try:

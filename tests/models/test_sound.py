@@ -23,7 +23,7 @@ def test_it_finds_the_events_and_raises_few_false_alarms(model: SoundDetector) -
 
 
 @torch.inference_mode()
-def test_one_clap_is_no_event_and_the_second_is(model: SoundDetector) -> None:
+def test_second_clap_is_an_event_and_a_single_one_is_not(model: SoundDetector) -> None:
     """Both frames sound alike; only the state distinguishes them."""
     highest = {}
     for kind in ("clap", "claps"):

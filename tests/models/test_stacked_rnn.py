@@ -148,7 +148,7 @@ def test_a_configuration_with_a_wrong_field_is_refused(stem: Path, change: dict[
         StackedRNN.load(stem)
 
 
-def test_a_configuration_that_is_no_json_is_refused(stem: Path) -> None:
+def test_configuration_that_is_not_json_is_refused(stem: Path) -> None:
     stem.with_suffix(".json").write_text("{")
     with pytest.raises(CheckpointError, match="json"):
         StackedRNN.load(stem)

@@ -48,7 +48,7 @@ def test_a_missing_package_is_named(package: str, arguments: tuple[str, ...], in
 
 
 @pytest.mark.parametrize("package", ["click", "rich"])
-def test_a_client_alone_has_no_commands_and_says_what_to_install(package: str) -> None:
+def test_client_only_install_has_no_commands_and_names_the_package_to_install(package: str) -> None:
     done = run(package, "--help")
     said = f"unroll: the package {package} is not installed; pip install 'unroll-serve[cli]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", said)

@@ -1,4 +1,4 @@
-"""For scripts that run over the stub: a session whose inputs and outputs are device memory, called as an engine would.
+"""For scripts that run over the stub: a session on device memory, called as an engine would.
 
 Not for the tests' own process, which has no stub.
 """

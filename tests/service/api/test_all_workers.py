@@ -29,7 +29,7 @@ def test_samples_of_all_workers_are_kept_apart_and_their_families_together() -> 
     assert found["unroll_worker_up", frozenset({("worker", "3")})] == 0.0
 
 
-def test_what_one_worker_did_not_do_is_not_done() -> None:
+def test_operation_fails_unless_every_worker_did_it() -> None:
     done, refused = WorkerAnswer(200, None, b""), WorkerAnswer(404, "application/json", b"{}")
     assert done_by_all([done, done]).status_code == 200
     answer = done_by_all([done, refused, None])

@@ -274,7 +274,7 @@ def test_memory_sessions_that_were_spilled_to_the_store(
     assert [(item["handle"], item["position"]) for item in goodbye["sessions"]] == [(5, 3)]
 
 
-def test_sessions_that_take_each_others_row_are_closed_together(
+def test_sessions_that_displace_each_other_are_closed_together(
     serve: Serve, redis_server: RedisServer, dial: Dial, x: np.ndarray
 ) -> None:
     """Each session is loaded from the store to be closed, and may lose its row again immediately."""

@@ -140,7 +140,7 @@ def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: Redis
     assert "Traceback" not in log
 
 
-def test_a_port_that_others_share(capfd: pytest.CaptureFixture[str]) -> None:
+def test_port_shared_by_another_process_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     """Connections to the other process must not reach these workers."""
     with workers.bind("127.0.0.1", 0, shared=True) as others:
         assert workers.supervise("127.0.0.1", others.getsockname()[1], 2) == 1

@@ -189,7 +189,7 @@ def test_batch_company_and_row_index_change_no_bit_within_a_bucket(found: bundle
     mine = random_inputs(found.manifest, rng, 8)
 
     def streamed(seed: int) -> list[np.ndarray]:
-        """The same session in batches with others, at another index at every step."""
+        """The same session in shared batches, at a different index at every step."""
         others, answers = np.random.default_rng(seed), []
         for t in range(8):
             count = int(others.integers(1, 64))
@@ -358,6 +358,6 @@ def test_memory_is_freed(found: bundle.Bundle, cuda: str):
     assert device.free_bytes() > before - 2**28  # kept by onnxruntime for its session
 
 
-def test_the_fake_device_offers_what_the_real_one_does(device: Device):
+def test_fake_device_has_the_interface_of_the_real_one(device: Device):
     real = {name for name in dir(device) if not name.startswith("_")}
     assert real <= {name for name in dir(fake_device.FakeDevice()) if not name.startswith("_")}

@@ -65,7 +65,7 @@ def test_a_step_is_one_launch_and_moves_no_state(lstm: bundle.Bundle):
     assert device.calls == [("launch", 0), ("gather", 4), ("commit", 4), ("wait", 0)]
 
 
-def test_a_smaller_batch_leaves_the_rows_of_the_one_before_alone(lstm: bundle.Bundle):
+def test_smaller_batch_does_not_change_rows_of_the_previous_one(lstm: bundle.Bundle):
     engine = CudaEngine(FakeDevice(), Runner(lstm.model, lstm.manifest), lstm.manifest, 16, (8,))
     x = np.random.default_rng(0).standard_normal((5, 1, 3)).astype(np.float32)
     for _ in range(2):  # in both alternating calls

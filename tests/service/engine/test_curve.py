@@ -116,7 +116,7 @@ def test_a_disturbed_small_model_is_measured_often_and_within_the_budget() -> No
     assert machine.spent <= 0.15
 
 
-def test_a_model_that_costs_what_one_built_alike_does_has_its_curve() -> None:
+def test_model_with_the_cost_of_a_similar_one_reuses_its_curve() -> None:
     alike = Machine(straight).measure()
     for cost in (straight, lambda rows, steps: 1.2 * straight(rows, steps)):
         machine = Machine(cost, slow=lambda call: call < 2)  # the first calls are slower on most machines
@@ -125,7 +125,7 @@ def test_a_model_that_costs_what_one_built_alike_does_has_its_curve() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_model_that_costs_other_than_one_built_alike_is_measured(factor: float) -> None:
+def test_model_with_another_cost_than_a_similar_one_is_measured(factor: float) -> None:
     alike = Machine(straight).measure()
     curve = Machine(lambda rows, steps: factor * straight(rows, steps)).measure(budget=0.5, alike=alike)
     assert curve.seconds(64) == pytest.approx(factor * straight(64, 1))

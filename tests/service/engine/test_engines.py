@@ -1,6 +1,6 @@
 """The real model in every engine: company, chunking and device change no bit, and a failed row affects no other.
 
-The CUDA engine runs on a device whose memory is the host's; `test_cuda_gpu.py` runs it on a GPU.
+The CUDA engine runs on a fake device in host memory; `test_cuda_gpu.py` runs it on a GPU.
 """
 
 from collections.abc import Callable
@@ -88,7 +88,7 @@ COMPANY = [
 @pytest.mark.parametrize(("name", "kind"), COMPANY)
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32), piece=st.sampled_from([1, 2, 5, 16]), rows=st.integers(1, 9))
-def test_any_chunks_in_any_company_equal_the_whole_alone(load, kind: str, name: str, seed: int, piece: int, rows: int):
+def test_any_chunks_in_any_batch_equal_the_whole_sequence(load, kind: str, name: str, seed: int, piece: int, rows: int):
     runner, manifest = load(name)
     rng = np.random.default_rng(seed)
     traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)

@@ -78,7 +78,7 @@ async def put(store: Store, *commits: Commit) -> list[type[Exception] | None]:
     return [error if error is None else type(error) for error in await store.commit(commits)]
 
 
-async def test_a_session_is_loaded_as_it_was_committed(store: Store, tokens: Tokens):
+async def test_session_is_loaded_as_committed(store: Store, tokens: Tokens):
     first, second = tokens.next(), tokens.next()
     assert await store.load(KEY) is None
     assert await put(store, commit(first)) == [None]
@@ -253,7 +253,7 @@ async def test_answers_received_in_time_but_read_late_are_not_timeouts(redis_ser
         await store.stop()
 
 
-async def test_a_record_whose_taker_gets_no_answer_is_taken_once(redis_server: RedisServer, tokens: Tokens):
+async def test_record_is_taken_once_if_the_answer_is_lost(redis_server: RedisServer, tokens: Tokens):
     """The connection breaks after Redis hands out the record; the repeated call gets it."""
     faults = iter([Fault.LOSE_REPLY])
     async with FaultProxy(redis_server.port) as proxy:
@@ -314,7 +314,7 @@ async def test_fault_of_one_key_does_not_affect_other_keys(made: RedisStore, red
     assert isinstance(await made.load(("lstm", "c")), Record)
 
 
-async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
+async def test_store_out_of_memory_refuses_writes_and_keeps_its_records(
     made: RedisStore, redis_server: RedisServer, tokens: Tokens
 ):
     first = tokens.next()
