@@ -91,7 +91,7 @@ def test_a_name_that_is_not_utf_8_is_refused_and_no_other_session(client: httpx.
 
 
 @pytest.mark.parametrize("headers", [{}, FRAMEWORK], ids=["short way", "framework"])
-@pytest.mark.parametrize("method, path", [("DELETE", "lstm/sessions/"), ("POST", "/sessions")])
+@pytest.mark.parametrize(("method", "path"), [("DELETE", "lstm/sessions/"), ("POST", "/sessions")])
 def test_an_empty_segment_is_no_route(client: httpx.Client, method: str, path: str, headers: dict[str, str]) -> None:
     answer = client.request(method, f"/v1/models/{path}", headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
