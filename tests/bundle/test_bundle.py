@@ -1,4 +1,4 @@
-"""A bundle round-trips exactly or is refused."""
+"""A bundle is read and written back exactly, or refused."""
 
 import json
 from dataclasses import asdict, replace
@@ -12,9 +12,9 @@ from unroll import bundle
 from unroll.bundle import BundleError, Golden, Manifest
 from unroll.bundle.manifest import check_name
 
-#: Models without a node, of two versions of ONNX.
+#: Models without nodes, from two versions of ONNX.
 GRAPH, OTHER = b"\x08\x0a\x3a\x00", b"\x08\x09\x3a\x00"
-#: With such a tolerance, any answer would count as PyTorch's.
+#: A tolerance so large that any output would match PyTorch's.
 UNUSABLE = (float("inf"), float("nan"), -1.0)
 
 

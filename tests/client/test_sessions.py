@@ -29,7 +29,7 @@ def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("durability", ["memory", "stored", "client"])
-def test_steps_and_chunks_are_the_whole_sequence(
+def test_steps_and_chunks_equal_the_whole_sequence(
     client: Any, oracle: Oracles, rng: np.random.Generator, durability: str
 ) -> None:
     x = floats(rng, 7, 3)
@@ -257,7 +257,7 @@ def test_invalid_timeouts_are_refused(kind: Any) -> None:
 
 
 def test_a_client_that_never_gives_up(make_client: Callable[..., Any]) -> None:
-    """Its timeout is also the longest a socket allows."""
+    """Its timeout is the longest that a socket allows."""
     attempts = itertools.count()
 
     class Late(BaseHTTPRequestHandler):

@@ -147,7 +147,7 @@ def test_the_steps_of_many_tasks_go_together(server: Running, oracle: Oracles, r
 def test_outputs_of_a_cancelled_step_do_not_answer_the_next(
     server: Running, oracle: Oracles, rng: np.random.Generator
 ) -> None:
-    """Its outputs must not answer the next step; a retry of the same step gets them."""
+    """Only a retry of the cancelled step gets its outputs."""
     x = rng.standard_normal((3, 3)).astype(np.float32)
     right = oracle("lstm")(x)
 
@@ -172,7 +172,7 @@ def test_outputs_of_a_cancelled_step_do_not_answer_the_next(
 def test_cancelled_step_does_not_break_the_connection_for_other_tasks(
     server: Running, oracle: Oracles, rng: np.random.Generator
 ) -> None:
-    """Even without retries, other tasks' steps on the same connection get their outputs."""
+    """Even without retries, other tasks on the same connection get the outputs of their steps."""
     x = rng.standard_normal((2, 3)).astype(np.float32)
     right = oracle("lstm")(x)
 

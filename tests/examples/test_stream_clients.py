@@ -1,6 +1,6 @@
-"""The two clients of the stream over breaking connections: no output is lost or duplicated.
+"""The two example stream clients lose and duplicate no output while their connections break.
 
-tests/client/test_conformance.py plays them the rest of what may happen.
+tests/client/test_conformance.py covers every other failure.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ process.exit();
 
 @pytest.fixture
 async def breaking(server: str) -> AsyncIterator[tuple[str, Counter[Fault]]]:
-    """The address of a proxy that cuts a connection at every fifth message or answer, and its faults so far."""
+    """The URL of a proxy that cuts the connection at one in five messages, and a count of its faults so far."""
     chance, faults = random.Random(5), Counter[Fault]()
 
     def draw() -> Fault:
@@ -154,7 +154,7 @@ def test_links_lead_somewhere(target: str):
 
 
 def test_wscat_conversation_on_the_page(server: str) -> None:
-    """Compared line by line; only the last digits of numbers may differ, as between processors."""
+    """Each line must match; only the last digits of numbers may differ, because they depend on the processor."""
     transcript = re.search(r"```text\n\$ wscat -c ws://127.0.0.1:8000(\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert transcript is not None
     path, lines = transcript.groups()

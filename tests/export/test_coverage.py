@@ -1,4 +1,4 @@
-"""The exporter's result for a model: its nodes and inputs; and the sources a model may come from."""
+"""Which nodes and inputs a model is exported to, and which sources a model may come from."""
 
 import copy
 from collections import Counter
@@ -23,7 +23,7 @@ from unroll.export.loading.copies import detached_copy
 
 
 class Handwritten(nn.Module):
-    """An LSTM with a custom gate order, one weight matrix, and c before h; `limit` makes it a different function."""
+    """An LSTM with a custom gate order, one weight matrix, and c before h. `limit` turns it into another function."""
 
     def __init__(self, limit: float | None = None) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def _refuses_a_wrong_beginning(manifest: Manifest) -> None:
 
 
 class Rarely(nn.Module):
-    """Code that makes a difference only late in a sequence or rarely, beyond what probes would reach."""
+    """Code that affects only late steps or rare inputs, which probes would not reach."""
 
     def __init__(self, which: str) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_a_program_of_torch_export(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.long)])
-def test_models_of_other_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_models_in_other_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
     report = export(Net().to(dtype), {"x": torch.randn(2, 7, 4, dtype=dtype)}, name="m", repository=tmp_path)
     assert report.manifest.inputs[0].dtype == "float32"
     assert any("computes in float32" in note for note in report.notes)
@@ -218,7 +218,7 @@ class Pooled(nn.Module):
         return y.mean(1), (x * x).sum(dim=1, keepdim=True)
 
 
-def test_means_and_sums_over_a_long_sequence_round_no_more_than_pytorchs(repository: Path) -> None:
+def test_long_means_and_sums_round_no_more_than_in_pytorch(repository: Path) -> None:
     module = Pooled().eval()
     export(module, {"x": torch.randn(2, 8, 3)}, name="pooled", repository=repository)
     x = torch.randn(5000, 3)
@@ -239,7 +239,7 @@ class CopiesItself(nn.Linear):
 
 
 class PicklesItself(nn.Linear):
-    """Rebuilds itself from its sizes and weights, which then require gradients again."""
+    """Is rebuilt from its sizes and weights when unpickled; the weights then require gradients again."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"sizes": (self.in_features, self.out_features), "weights": self.state_dict()}

@@ -1,4 +1,4 @@
-"""Values that a loop over time may carry: inputs and results, under several names, over several steps."""
+"""A loop over time may carry inputs and results, under several names and over several steps."""
 
 import warnings
 from collections import deque
@@ -21,7 +21,7 @@ def zeros(x: Tensor) -> Tensor:
 
 
 def many_names(s: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The last two inputs, the state before the update, and two aliased states."""
+    """Carries the last two inputs, the state before the update, and two aliased states."""
     h, older, other, before, second, outs = zeros(x), zeros(x), zeros(x) + 1, zeros(x), zeros(x), []
     for t in range(x.shape[1]):
         outs.append(torch.cat([h, before], 1))
@@ -57,7 +57,7 @@ def previous_by_index(s: Any, x: Tensor) -> Tensor:
 
 
 def delayed(s: Any, x: Tensor) -> Tensor:
-    """A loop without any computation."""
+    """Only carries values, and computes none."""
     before, outs = zeros(x), []
     for t in range(x.shape[1]):
         outs.append(before)
@@ -142,7 +142,7 @@ def layers_over_lists(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_the_first(s: Any, x: Tensor) -> Tensor:
-    """Every step reads the first one, inside the loop and outside."""
+    """Reads the first step in every step, inside the loop and after it."""
     h, outs, first = zeros(x), [], x[:, 0]
     for step in x.unbind(1):
         h = torch.tanh(s.head(step - first) + s.r * h)
@@ -245,7 +245,7 @@ class RowAfterRow(nn.Module):
 
 
 class LinearRecurrence(nn.Module):
-    """An LRU as defined in its paper."""
+    """An LRU as its paper defines it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The parts that decide: guards parsed from PyTorch's messages, samples like the example, chunkings, messages."""
+"""How export decides: guards parsed from PyTorch's messages, samples like the example, chunkings, reports."""
 
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def test_wide_outputs_make_a_short_golden(tmp_path: Path) -> None:
 
 
 class FarBack(nn.Module):
-    """A recurrent layer, with outputs that also need the input `lag` steps earlier."""
+    """A recurrent layer whose outputs also depend on the input `lag` steps earlier."""
 
     def __init__(self, lag: int) -> None:
         super().__init__()

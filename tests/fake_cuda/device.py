@@ -16,7 +16,7 @@ from unroll.service.engine.tensor_ref import TensorRef
 
 
 class FakeDevice:
-    """calls: the operations, in order. room: bytes that can be allocated. name: device for onnxruntime."""
+    """calls: Operations in order. room: Bytes that can be allocated. name: The device for onnxruntime."""
 
     name = "cpu"
     stream = 0

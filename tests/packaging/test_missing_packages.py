@@ -6,7 +6,7 @@ import sys
 import pytest
 from waiting import PATIENCE
 
-#: Runs the command as if the packages were not installed.
+#: Runs the command with imports of these packages disabled.
 COMMAND = """
 import sys
 packages, *arguments = sys.argv[1:]

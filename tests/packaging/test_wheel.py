@@ -15,7 +15,7 @@ import unroll
 
 ROOT = Path(__file__).parents[2]
 FILES = ("pyproject.toml", "README.md", "LICENSE")
-#: What src/unroll links.
+#: The targets of the links in src/unroll.
 FOLDERS = ("bundle", "client", "examples", "export", "models", "service")
 DATA = (
     "client/unroll.*",
@@ -39,7 +39,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy with the installed setuptools: needs no network and leaves no build/ in the project."""
+    """A wheel built from a copy with the installed setuptools: no network, and no build/ left in the project."""
     source = tmp_path_factory.mktemp("source")
     for name in FILES:
         shutil.copy(ROOT / name, source)
@@ -56,7 +56,7 @@ def names(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_there_is_one_package_at_the_top_level(wheel: Path, names: set[str]) -> None:
+def test_wheel_has_one_top_level_package(wheel: Path, names: set[str]) -> None:
     assert wheel.name == f"unroll_serve-{unroll.__version__}-py3-none-any.whl"
     assert {name.split("/")[0] for name in names} == {"unroll", f"unroll_serve-{unroll.__version__}.dist-info"}
 
@@ -77,7 +77,7 @@ def test_the_data_are_inside(names: set[str]) -> None:
 
 
 def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
-    """Runs in a separate environment that borrows its dependencies from ours."""
+    """The wheel runs in its own environment, which borrows the dependencies of ours."""
     environment = tmp_path / "environment"
     python = environment / "bin" / "python"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
