@@ -1,4 +1,4 @@
-"""Frames of WebSocket as a client sends them, byte by byte."""
+"""WebSocket frames as a client sends them, byte by byte."""
 
 import struct
 
@@ -7,7 +7,7 @@ MASK = bytes.fromhex("37fa213d")
 
 
 def masked(first: int, payload: bytes, mask: bytes = MASK) -> bytes:
-    """One frame. first: its first byte, FIN and the opcode."""
+    """Return one masked frame. first: The first byte, FIN and opcode."""
     size = len(payload)
     if size < 126:
         head = struct.pack("!BB", first, 0x80 | size)

@@ -1,4 +1,4 @@
-"""A repository of small models, a CUDA stub, and a Redis."""
+"""Fixtures for all tests: a repository of small models, a CUDA stub and a Redis; and faster imports."""
 
 import fcntl
 import gc
@@ -19,19 +19,19 @@ from redis_server import RedisServer
 from stub_cuda.child import Outcome, Stub
 from waiting import PATIENCE
 
-#: The fixture `made_once`.
+#: The type of the fixture `made_once`.
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
-# What Hypothesis draws is the same in every run; the long versions of tests draw anew.
+# Hypothesis draws the same examples in every run; the long versions of tests draw new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 if "UNROLL_TEST_EXAMPLES" not in os.environ:
     hypothesis.settings.load_profile("repeatable")
-gc.disable()  # until the tests are collected
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
+gc.disable()  # enabled again once the tests are collected
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # child processes inherit it
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """The process that hands out the tests runs none: the others would wait for its imports."""
+    """Import torch early, except in the xdist controller: it runs no tests, and its workers would wait for it."""
     if not session.config.pluginmanager.hasplugin("dsession"):
         import torch
 
@@ -42,21 +42,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that wait for processes run first, in parallel with those that compute; short tests run last."""
+    """Run tests that wait for processes first, in parallel with computing ones, and short tests last."""
     items.sort(key=lambda item: "faults" not in item.path.parts)
 
 
 def pytest_collection_finish() -> None:
-    """Imported objects stay: the collector need not scan half a million of them, now or while they are imported."""
+    """Make the garbage collector skip the half million imported objects, which live for the whole run."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _httpx_is_quick_and_patient() -> Iterator[None]:
-    """httpx reads all certificates for each client, which takes long and is of no use here, and gives up after 5 s.
+    """Speed up httpx and extend its timeout. By default it loads all certificates per client and gives up after 5 s.
 
-    It also imports sniffio several times in a request; where that is not installed, Python looks through all folders.
+    It also tries to import sniffio several times per request. If that is absent, Python searches all folders each time.
     """
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("sniffio") is None:
@@ -69,7 +69,7 @@ def _httpx_is_quick_and_patient() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _loggers_are_not_cached() -> Iterator[None]:
-    """A logger that is first used while a command has configured the log would keep that configuration for good."""
+    """Disable the caching of loggers, which would keep the configuration of the command that used them first."""
     configure = structlog.configure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(structlog, "configure", lambda **of: configure(**{**of, "cache_logger_on_first_use": False}))
@@ -78,7 +78,7 @@ def _loggers_are_not_cached() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
-    """A command that a test runs in this process configures the log for all that follow."""
+    """Restore the log configuration, which a command run in this process changes for all later tests."""
     before, root = structlog.get_config(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -89,7 +89,7 @@ def _log_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
-    """`made_once(name, make)`: a folder that `make` fills, once for all processes of a run; nobody changes it."""
+    """`made_once(name, make)` returns a read-only folder that `make` fills once for all processes of a run."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -109,7 +109,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of the most usual models; `gru` has two versions with different weights."""
+    """A repository of the common models; `gru` has two versions with different weights."""
     from served_models import models
 
     return models.link(tmp_path_factory.mktemp("repository"), "lstm", "gru", "last", "whole", "tokens", "two")
@@ -117,9 +117,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_with_stub(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
-    """`run_with_stub(script, *arguments)` runs Python where onnxruntime-gpu finds the CUDA of `stub_cuda/`.
+    """`run_with_stub(script, *arguments)` runs Python with `stub_cuda/` as the CUDA of onnxruntime-gpu.
 
-    What it computes means nothing; the outcome tells what was called.
+    Computed results are meaningless; the outcome lists the CUDA calls.
     """
     if missing := Stub.missing():
         pytest.skip(missing)
@@ -137,6 +137,6 @@ def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisSer
 
 @pytest.fixture
 def redis_server(redis_process: RedisServer) -> RedisServer:
-    """An empty Redis. A test that harms the process itself makes a RedisServer of its own."""
+    """An empty Redis. A test that kills or suspends Redis creates its own RedisServer."""
     redis_process.flush()
     return redis_process

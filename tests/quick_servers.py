@@ -1,4 +1,4 @@
-"""Servers of tests start and end sooner than others: `install()` changes what they wait for."""
+"""`install()` shortens waits in servers under test, so that they start and stop faster."""
 
 import asyncio
 import itertools
@@ -11,13 +11,13 @@ from unroll.service.models import loading
 
 
 def install() -> None:
-    # For a few models, 0.15 s each is most of the time of a start; a rougher curve is as good for tests.
+    # The default of 0.15 s per model would take most of the start; a rougher curve suffices for tests.
     loading.measure = partial(measure, budget_seconds=0.005)  # type: ignore[assignment]
     uvicorn.Server.main_loop = _main_loop  # type: ignore[method-assign]
 
 
 async def _main_loop(server: uvicorn.Server) -> None:
-    """uvicorn's own looks every 0.1 s whether the server is to end."""
+    """Check every 20 ms whether to exit; uvicorn's own loop checks every 0.1 s."""
     for look in itertools.count():
         if await server.on_tick(look // 5):
             return

@@ -1,6 +1,6 @@
-"""A Redis-compatible server of a test's own, on a free port of the loopback and in its own folder.
+"""A private Redis-compatible server for a test, on a free loopback port and in its own folder.
 
-It can also be treated badly: killed, stopped, left without memory; and started again on the same port from its files.
+It can be killed, suspended or starved of memory, and restarted on the same port from its files.
 """
 
 import secrets
@@ -18,7 +18,7 @@ from deploy import local_redis
 
 
 def free_port() -> int:
-    """Of the loopback, below those that connections get: none takes it before its server starts, or between two starts.
+    """Return a free loopback port below the ephemeral range, so that no connection takes it while Redis is down.
 
     A Redis Cluster also listens 10,000 ports above its own.
     """
@@ -30,9 +30,9 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """folder: where it keeps its files. appendfsync: always, everysec or no. options: further flags, by name.
+    """A Redis with its files in `folder`. Skips the test if no server is installed.
 
-    Skips the test where there is no server to start.
+    appendfsync: "always", "everysec" or "no". options: More flags by name.
     """
 
     def __init__(self, folder: Path, appendfsync: str = "everysec", **options: str) -> None:
@@ -48,7 +48,7 @@ class RedisServer:
         self.client = redis.Redis(port=self.port, socket_timeout=PATIENCE)
 
     def start(self) -> None:
-        """Return when it replies, with the data of its files, if any."""
+        """Start Redis with the data in its files, and wait until it replies."""
         self.folder.mkdir(parents=True, exist_ok=True)
         where = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)}
         flags = [word for name, value in {**where, **self._flags}.items() for word in (f"--{name}", value)]
@@ -66,7 +66,7 @@ class RedisServer:
 
     @property
     def append_only_files(self) -> Path:
-        """A folder; a single file before Redis 7."""
+        """The append-only folder; before Redis 7, a single file."""
         folder = self.folder / "appendonlydir"
         return folder if folder.exists() else self.folder / "appendonly.aof"
 
@@ -74,7 +74,7 @@ class RedisServer:
         self.client.flushall()
 
     def stop(self) -> None:
-        """Orderly: everything it accepted is in its files."""
+        """Shut Redis down cleanly, with all accepted data in its files."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:

@@ -18,6 +18,7 @@ import structlog
 
 from unroll.service.access.keys import Quota
 from unroll.service.core.errors import (
+    CapacityExhausted,
     NeedsStoreLookup,
     SessionContended,
     SessionExists,
@@ -280,7 +281,11 @@ class DurableSessions(MemorySessions):
         served.scheduler.counters.opened += 1
         found = self.directory.living(*key)
         if found is None:
-            return served.adopt(new.id, record)
+            try:
+                return served.adopt(new.id, record)
+            except CapacityExhausted:  # there was a free row before the commit
+                await self._store.take(key, record.token)
+                raise
         if found[1].origin != record.origin:  # closed, and opened again since
             raise contended(new.id)
         return found[1]  # a lookup was faster

@@ -1,1 +1,1 @@
-"""Requests made of the OpenAPI document, by Schemathesis."""
+"""Requests generated from the OpenAPI document by Schemathesis."""

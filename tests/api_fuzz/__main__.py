@@ -1,9 +1,9 @@
-"""`make api-fuzz`: a server of small models with keys, and Schemathesis with every check but one for a given time.
+"""`make api-fuzz`: run Schemathesis, with every check but one, on a server of small models with keys.
 
     python -m api_fuzz --schemathesis PROGRAM [--seconds 60] [--seed N]
 
-The check that is left out is whether whatever the document allows is accepted: what a model accepts is in its manifest.
-The exit status is 1 if any check fails, or the server does not end in order.
+The omitted check is that every request allowed by the document is accepted, as a model's manifest restricts it
+further. The exit status is 1 if any check fails or the server does not shut down cleanly.
 """
 
 import argparse

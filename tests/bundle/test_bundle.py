@@ -1,4 +1,4 @@
-"""A bundle round-trips exactly or is refused."""
+"""A bundle is read and written back exactly, or refused."""
 
 import json
 from dataclasses import asdict, replace
@@ -12,9 +12,9 @@ from unroll import bundle
 from unroll.bundle import BundleError, Golden, Manifest
 from unroll.bundle.manifest import check_name
 
-#: Models without a node, of two versions of ONNX.
+#: Models without nodes, from two versions of ONNX.
 GRAPH, OTHER = b"\x08\x0a\x3a\x00", b"\x08\x09\x3a\x00"
-#: With such a tolerance, any answer would count as PyTorch's.
+#: A tolerance so large that any output would match PyTorch's.
 UNUSABLE = (float("inf"), float("nan"), -1.0)
 
 
@@ -140,7 +140,7 @@ def test_discover_sorts_versions_as_numbers(tmp_path: Path) -> None:
     assert found == ["a/9", "a/10", "b/1"]
 
 
-def test_a_folder_of_the_disk_that_cannot_be_listed_is_no_bundle(tmp_path: Path) -> None:
+def test_unlistable_folder_is_not_a_bundle(tmp_path: Path) -> None:
     for name in ("lost+found", "model"):
         (tmp_path / name).symlink_to("nowhere")
     assert bundle.discover(tmp_path) == [tmp_path / "model"]

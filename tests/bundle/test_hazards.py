@@ -1,4 +1,4 @@
-"""Which divisions a graph may have: floats by anything, integers by constants that are not -1."""
+"""A graph may divide floats by anything, but integers only by constants other than -1."""
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ def node(operator: str, *names: str, **attributes: object) -> onnx.NodeProto:
 
 
 def found(*nodes: onnx.NodeProto) -> set[str]:
-    """What is not allowed of a graph with these nodes. Its inputs: `x` of floats, `n` of integers."""
+    """Return the forbidden operators in a graph of these nodes, with the inputs `x` (float) and `n` (integer)."""
     values = [helper.make_tensor_value_info(name, kind, [4]) for name, kind in (("x", FLOAT), ("n", INT))]
     outputs = [helper.make_tensor_value_info("y", FLOAT, None)]
     constants = [numpy_helper.from_array(np.array(value), name) for name, value in CONSTANTS.items()]

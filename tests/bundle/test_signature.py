@@ -1,4 +1,4 @@
-"""A bundle that is signed, and a server that serves only those that somebody it trusts has signed."""
+"""Bundles can be signed, and a server can require a trusted signature."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ GOOD = models.BUNDLES / "gru" / "1"
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pairs; the public key of the first is alone in the folder `trusted`."""
+    """Two key pairs; the folder `trusted` contains only the first public key."""
     path = tmp_path_factory.mktemp("keys")
     (path / "trusted").mkdir()
     for name in ("ours", "theirs"):
@@ -46,7 +46,7 @@ def swapped(path: Path) -> None:
     shutil.copy(path.parents[1] / "ours" / "1" / "signature.json", path)
 
 
-#: By model: who signs it, what then happens to it, and the code that it is refused with.
+#: By model: the signing key, a later change, and the code of the refusal, if any.
 CASES: dict[str, tuple[str | None, Callable[[Path], object], str]] = {
     "ours": ("ours", lambda path: None, ""),
     "theirs": ("theirs", lambda path: None, "bundle_signature"),
@@ -86,12 +86,12 @@ def test_only_bundles_that_a_trusted_key_has_signed_are_served(running: Running,
     assert (name in running.server.models.names()) == (not code)
 
 
-def test_a_signature_matters_to_nobody_who_does_not_ask_for_it(keys: Path, tmp_path: Path) -> None:
+def test_signature_is_ignored_unless_required(keys: Path, tmp_path: Path) -> None:
     path = signed(tmp_path, "gru", keys / "theirs.pem")
     assert bundle.read(path).manifest.name == "gru"
 
 
-def test_inspect_says_who_has_signed(keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_names_the_signer(keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = signed(tmp_path, "gru", keys / "ours.pem")
     [key] = TrustedKeys.read(keys / "ours.pub.pem").keys
     assert cli.main(["inspect", str(path)]) == 0
@@ -114,7 +114,7 @@ def test_a_pair_of_keys_replaces_no_file_and_its_private_half_is_private(
 
 
 @pytest.mark.parametrize("content", ["", "-----BEGIN PUBLIC KEY-----\nx\n-----END PUBLIC KEY-----\n", "\0"])
-def test_a_file_that_is_no_key_is_none(tmp_path: Path, content: str) -> None:
+def test_invalid_key_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "key.pem").write_text(content)
     with pytest.raises(KeyUnusable):
         TrustedKeys.read(tmp_path / "key.pem")
@@ -128,7 +128,7 @@ def test_a_folder_without_keys_is_refused_at_the_start(tmp_path: Path) -> None:
         settings.model_options()
 
 
-def test_a_private_key_is_no_trusted_key(keys: Path) -> None:
+def test_private_key_is_not_a_trusted_key(keys: Path) -> None:
     with pytest.raises(KeyUnusable):
         TrustedKeys.read(keys / "ours.pem")
     with pytest.raises(BundleError, match="bundle_unsigned"):

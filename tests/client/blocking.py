@@ -1,4 +1,4 @@
-"""The asynchronous client as a synchronous one, so that one test holds both to the same behaviour."""
+"""A synchronous interface to the asynchronous client, so that one test covers both clients."""
 
 import asyncio
 import inspect
@@ -11,7 +11,7 @@ _WRAPPED = AsyncClient | AsyncSession | AsyncStream | AsyncStreamSession
 
 
 class Blocking:
-    """An object of the asynchronous client; its coroutines run to their end."""
+    """Wraps an object of the asynchronous client and runs its coroutines to completion."""
 
     def __init__(self, target: _WRAPPED, runner: asyncio.Runner) -> None:
         self.target, self._runner = target, runner

@@ -1,4 +1,4 @@
-"""A server for all tests of the client, and both clients behind one interface."""
+"""One server for all client tests, and both clients behind one interface."""
 
 import asyncio
 import shutil
@@ -18,7 +18,7 @@ from waiting import PATIENCE
 from unroll.client import AsyncClient, Client
 from unroll.service.settings import Settings
 
-#: Makes a client of one kind or the other, for a URL.
+#: Makes a client of either kind for a URL.
 MakeClient = Callable[..., Any]
 
 
@@ -40,7 +40,7 @@ def server(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 
 @pytest.fixture(params=["sync", "async"])
 def make_client(request: pytest.FixtureRequest) -> Iterator[MakeClient]:
-    """`make_client(url, **options)`, of each kind of client; they are closed after the test."""
+    """`make_client(url, **options)` for each kind of client; clients are closed after the test."""
     with ExitStack() as ending:
         runner = ending.enter_context(asyncio.Runner())
 
@@ -58,7 +58,7 @@ def client(make_client: MakeClient, server: Running) -> Any:
 
 @pytest.fixture(scope="session")
 def node() -> list[str]:
-    """The command of a Node with WebSockets."""
+    """The command that runs a Node with WebSockets."""
     command = shutil.which("node")
     if command is None:
         pytest.skip("node is not installed")

@@ -1,4 +1,4 @@
-"""Drives examples/stream.py, which has one session on a stream of its own, for a model of one input and one output."""
+"""Drives examples/stream.py: one session per stream, for a model with one input and one output."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ class ExampleDriver(PythonDriver):
             try:
                 session._socket = session._connect()
             except ConnectionClosed:
-                continue  # as its _exchange
+                continue  # as its _exchange does
         return {"id": session.id, "position": session.position}
 
     async def _apply(self, command: Command, method: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`unroll bench` against a real server: it counts what was accepted and what was refused, and says what it cost."""
+"""`unroll bench` against a real server: it counts accepted and refused steps, and reports their cost."""
 
 import json
 from typing import Any
@@ -29,9 +29,7 @@ def steps_of(server: Running) -> float:
 
 @pytest.mark.parametrize("over", ["http", "stream"])
 @pytest.mark.parametrize("rate", [(), ("--rate", "50")])
-def test_every_accepted_step_is_one_of_the_servers(
-    bench: Any, server: Running, over: str, rate: tuple[str, ...]
-) -> None:
+def test_accepted_steps_match_the_servers_count(bench: Any, server: Running, over: str, rate: tuple[str, ...]) -> None:
     before = steps_of(server)
     found = bench("--clients", "3", "--steps", "1,4", "--over", over, *rate)
     assert found["accepted"] > 0
@@ -42,7 +40,7 @@ def test_every_accepted_step_is_one_of_the_servers(
     assert found["machine_cores"] >= 1
 
 
-def test_what_is_refused_is_counted_by_code(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_are_counted_by_code(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--seconds", "0.1", "--clients", "2", "--steps", "70000", "--json"]
     assert cli.main(["bench", "lstm", "--url", server.url, *words]) == 1
     printed = capsys.readouterr().out
@@ -58,7 +56,7 @@ def test_several_processes_share_the_clients(bench: Any) -> None:
     assert found["accepted"] > 0
 
 
-def test_the_report_says_who_had_the_cores(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_shows_the_cores_of_client_and_server(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "lstm", "--url", server.url, "--seconds", "0.2", "--clients", "2"]) == 0
     printed = capsys.readouterr().out
     for words in ("closed loop", "refused    none", "p50 ", "p99 ", "▁", "█", "cores busy", "shares this machine"):
@@ -74,7 +72,7 @@ def test_the_report_says_who_had_the_cores(server: Running, capsys: pytest.Captu
         (["lstm", "--processes", "20"], 2, "20 processes need as many clients"),
     ],
 )
-def test_what_cannot_be_measured(
+def test_unmeasurable_runs_are_refused(
     server: Running, words: list[str], status: int, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", *words, "--url", server.url]) == status

@@ -1,4 +1,4 @@
-"""The conformance suite for clients: ours master it, the examples as far as they go, and wrong ones are caught."""
+"""The client conformance suite: our clients pass, the examples pass what they support, wrong clients are caught."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PAGE = HERE.parents[1] / "docs" / "client-conformance.md"
 CONVERSATIONS = {each.name: each for each in read_conversations(sorted(suite.FOLDER.glob("*.yaml")))}
 PYTHON = (sys.executable, "-m", "unroll.client.conformance.python_driver")
 
-#: What the clients of docs/protocol.md master, which have one session, and raise every refusal.
+#: The conversations that the example clients support: they have one session and raise every refusal.
 OF_EXAMPLES = (
     *("stream-steps-and-chunks", "stream-what-is-of-a-later-version", "stream-reply-not-kept", "stream-outputs-twice"),
     *("stream-frame-lost", "stream-outputs-lost", "stream-outputs-lost-thrice", "stream-outputs-cut-in-half"),
@@ -29,10 +29,10 @@ OF_EXAMPLES = (
     *("stream-payload-mismatch", "stream-wrong-values", "stream-message-refused", "stream-message-too-large"),
 )
 
-#: Wrong as another one is, or slow, since it waits.
+#: Wrong clients that resemble another one, or that are slow because they wait.
 LONG = {"never_stops", "rolls_out_the_rest", "yields_at_the_end"}
 
-#: What finds each wrong client, and what it masters.
+#: Per wrong client: conversations that catch it, and conversations that it passes.
 CAUGHT = {
     "never_retries": (["rest-retry-after", "stream-outputs-lost", "stream-closing"], ["rest-steps-and-chunks"]),
     "retries_without_position": (["rest-answer-lost", "rest-steps-and-chunks"], ["stream-outputs-lost"]),
@@ -67,15 +67,15 @@ def not_passed(results: dict[str, Result]) -> dict[str, list[str]]:
     "options",
     [pytest.param((), id="sync"), pytest.param(("--asynchronous",), id="async", marks=pytest.mark.long)],
 )
-async def test_the_python_clients_master_every_conversation(options: Sequence[str]) -> None:
+async def test_python_clients_pass_every_conversation(options: Sequence[str]) -> None:
     assert not_passed(await played([*PYTHON, *options], list(CONVERSATIONS))) == {}
 
 
-async def test_what_an_asynchronous_client_has_received_of_a_rollout_does_not_move_it_on_before_its_caller() -> None:
+async def test_async_client_does_not_advance_before_its_caller_receives_the_step() -> None:
     assert not_passed(await played([*PYTHON, "--asynchronous"], ["stream-rollout-ended-too-late"])) == {}
 
 
-async def test_the_javascript_client_masters_every_conversation(node: list[str]) -> None:
+async def test_javascript_client_passes_every_conversation(node: list[str]) -> None:
     results = await played([*node, suite.FOLDER / "driver.mjs"], list(CONVERSATIONS))
     assert not_passed(results) == {
         "rest-a-step-by-its-number": ["unsupported", "step: no operation with a position"],
@@ -97,11 +97,11 @@ async def test_rollouts_in_json_are_judged_like_frames() -> None:
     assert not_passed(await played([sys.executable, HERE / "wrong_drivers.py", "rollouts_in_json"], names)) == {}
 
 
-async def test_the_python_example_goes_as_far_as_it_says() -> None:
+async def test_python_example_passes_its_declared_conversations() -> None:
     assert not_passed(await played([sys.executable, HERE / "example_driver.py"], OF_EXAMPLES)) == {}
 
 
-async def test_the_javascript_example_goes_as_far_as_it_says(node: list[str]) -> None:
+async def test_javascript_example_passes_its_declared_conversations(node: list[str]) -> None:
     assert not_passed(await played([*node, HERE / "example_driver.mjs"], OF_EXAMPLES)) == {}
 
 
@@ -118,7 +118,7 @@ async def test_wrong_clients_are_caught(wrong: str) -> None:
     }
 
 
-def test_a_report_says_what_was_expected_and_what_was_seen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_report_shows_expected_and_actual_messages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     client = shlex.join([sys.executable, str(HERE / "wrong_drivers.py"), "takes_any_outputs"])
     results = tmp_path / "results.json"
     assert suite.main(["--client", client, "--only", "stream-outputs-*e", "--jobs", "1", "--json", str(results)]) == 1
@@ -141,7 +141,7 @@ def test_a_report_says_what_was_expected_and_what_was_seen(capsys: pytest.Captur
         ("import time; time.sleep(600)", "no outcome within 0.5 s"),
     ],
 )
-def test_a_program_that_does_not_keep_to_the_contract(
+def test_program_that_breaks_the_contract_is_reported(
     capsys: pytest.CaptureFixture[str], program: str, says: str
 ) -> None:
     arguments = ["--client", shlex.join([sys.executable, "-c", program]), "--only", "rest-resume", "--limit", "0.5"]
@@ -163,7 +163,7 @@ def test_a_program_that_does_not_keep_to_the_contract(
         ("- {name: a, says: b}", "a: 'client'"),
     ],
 )
-def test_a_file_of_conversations_that_is_wrong(
+def test_invalid_conversation_file_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, says: str
 ) -> None:
     path = tmp_path / "rest.yaml"
@@ -172,7 +172,7 @@ def test_a_file_of_conversations_that_is_wrong(
     assert capsys.readouterr().err == f"{says}\n"
 
 
-def test_without_its_package_it_says_what_to_install() -> None:
+def test_suite_without_its_package_names_the_package_to_install() -> None:
     program = (
         "import runpy, sys; sys.modules['yaml'] = None; runpy.run_module('unroll.client.conformance', alter_sys=True)"
     )

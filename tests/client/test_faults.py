@@ -1,4 +1,4 @@
-"""What breaks under a client: connections at every place, servers, and stores."""
+"""Clients survive connections broken at every point, killed servers and temporary refusals."""
 
 import asyncio
 import random
@@ -15,10 +15,10 @@ from serving import Oracle, Running
 from unroll.client import AsyncClient, Client, errors
 
 
-async def test_connections_break_at_every_place(
+async def test_connections_may_break_at_every_point(
     server: Running, oracle: Callable[[str], Oracle], rng: np.random.Generator
 ) -> None:
-    """Requests cut in half, replies lost, late or silent: each step is applied once."""
+    """Each step is applied once despite truncated requests and lost, truncated or missing replies."""
     x = rng.standard_normal((4, 25, 3)).astype(np.float32)
     chance = random.Random(1)
     weights = {Fault.NONE: 12, Fault.CUT_REQUEST: 1, Fault.LOSE_REPLY: 1, Fault.CUT_REPLY: 1, Fault.SILENCE: 0.2}
@@ -49,7 +49,7 @@ async def test_connections_break_at_every_place(
         assert np.array_equal(outputs, oracle("lstm")(steps))
 
 
-async def test_a_server_is_killed_under_its_clients(tmp_path: Path) -> None:
+async def test_clients_survive_a_killed_server(tmp_path: Path) -> None:
     """A short version of `make client-test`."""
     result = await client_kills.run(tmp_path, 7, kills=2, of_each=2)
     assert result.faults == []
@@ -65,15 +65,15 @@ def test_headers_cannot_carry_a_second_request() -> None:
             AsyncClient("http://127.0.0.1", api_key=value)
 
 
-def test_nobody_answers() -> None:
+def test_absent_server_is_reported() -> None:
     with Client(f"http://127.0.0.1:{free_port()}", retry_for=0.2) as client:
         with pytest.raises(errors.ConnectionFailed, match="did not answer") as failed:
             client.models()
         assert isinstance(failed.value, ConnectionError)
 
 
-def test_a_refusal_for_now_is_retried_until_time_is_up(server: Running) -> None:
-    """503 with Retry-After, over HTTP and on a stream; then its error is raised, and the step can be sent again."""
+def test_temporary_refusal_is_retried_until_the_timeout(server: Running) -> None:
+    """Both over HTTP and on a stream, the error is raised in the end, and the step can be sent again."""
     with Client(server.url, retry_for=0.3) as client, client.stream("gru") as stream:
         (streamed,) = stream.open()
         with client.session("gru") as session:

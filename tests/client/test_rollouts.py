@@ -1,6 +1,6 @@
-"""Rollouts through both clients, against the same steps one by one.
+"""Rollouts through both clients, compared with the same steps one by one.
 
-test_conformance.py breaks their connections, and ends them early.
+test_conformance.py covers broken connections and rollouts that end early.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ def x(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("durability", ["memory", "stored", "client"])
-def test_a_rollout_is_the_steps_one_by_one(client: Any, x: np.ndarray, durability: str) -> None:
+def test_rollout_equals_the_steps_one_by_one(client: Any, x: np.ndarray, durability: str) -> None:
     with client.session("lstm", durability=durability) as session:
         y = session.steps(x)[-1]
         rolled = list(session.rollout(4, map=SCALED))
@@ -60,16 +60,16 @@ def test_a_rollout_is_the_steps_one_by_one(client: Any, x: np.ndarray, durabilit
         assert same(rolled, by_hand(copy, y))
 
 
-def test_on_the_session_it_is_applied_once(client: Any, x: np.ndarray) -> None:
+def test_applied_rollout_advances_the_session_once(client: Any, x: np.ndarray) -> None:
     with client.session("lstm") as session:
         y = session.steps(x)[-1]
         copy = session.fork()
         right = by_hand(copy, y)
         rolled = list(session.rollout(4, map=SCALED, on="session"))
         assert same(rolled, right)
-        rolled[-1].outputs[:] = 0  # which are the caller's
+        rolled[-1].outputs[:] = 0  # the caller owns these arrays
         assert session.position == session.refresh() == 9
-        right = by_hand(copy, right[-1][1])  # and so on, from the outputs that this client had last
+        right = by_hand(copy, right[-1][1])  # continues from this client's last outputs
         assert same(list(session.rollout(4, map=SCALED, on="session")), right)
         assert np.array_equal(session.step(x[0]), copy.step(x[0]))
 
@@ -130,7 +130,7 @@ def test_refusals_of_rollouts(client: Any, x: np.ndarray) -> None:
         list(session.rollout(4, map=SCALED, on="session", inputs=x))
 
 
-def test_on_a_stream_it_is_the_same(client: Any, x: np.ndarray) -> None:
+def test_stream_rollout_equals_the_steps_one_by_one(client: Any, x: np.ndarray) -> None:
     with client.session("lstm") as session, client.stream("lstm") as stream:
         y = session.steps(x)[-1]
         one, two, other = stream.open(3)
@@ -159,7 +159,7 @@ def test_a_rollout_on_a_stream_that_is_refused_leaves_the_stream(client: Any, x:
         one, two = stream.open(2)
         for session in (one, two):
             session.steps(x)
-        with pytest.raises(errors.InvalidRequest, match="steps"):  # about the message as a whole
+        with pytest.raises(errors.InvalidRequest, match="steps"):  # concerns the whole message
             list(one.rollout(0, map=SCALED))
         with pytest.raises(errors.MapInvalid, match="shape"):
             list(one.rollout(4, map="identity"))
@@ -170,7 +170,7 @@ def test_a_rollout_on_a_stream_that_is_refused_leaves_the_stream(client: Any, x:
         with pytest.raises(errors.InvalidInput, match="already has a rollout"):
             list(one.rollout(4, map=SCALED))
         client.session("lstm", one.id, mode="resume").step(x[0])
-        with pytest.raises(errors.PositionError):  # of the step, and not of the rollout
+        with pytest.raises(errors.PositionError):  # from the step, not from the rollout
             one.step(x[1])
         assert [step.position for step in rolling] == [7, 8, 9]
         with pytest.raises(errors.PositionTooOld):
@@ -183,7 +183,7 @@ def test_a_rollout_on_a_stream_that_is_refused_leaves_the_stream(client: Any, x:
             list(two.rollout(4, map=SCALED))
 
 
-async def test_a_rollout_on_a_stream_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
+async def test_stream_rollout_continues_after_its_server_is_killed(tmp_path: Path) -> None:
     server = Replica("server", tiny_repository(tmp_path), tmp_path, "--store", f"file://{tmp_path}/store")
     try:
         await server.start()
@@ -203,13 +203,13 @@ async def test_a_rollout_on_a_stream_goes_on_after_its_server_was_killed(tmp_pat
             over_http = await client.session("tiny", other.id, mode="resume")
             right = [(step.inputs, step.outputs) async for step in over_http.rollout(1000, map=fed)]
             assert same(rolled, right)  # type: ignore[arg-type]
-            await session.step(np.ones(features, np.float32))  # where the server has it, too
+            await session.step(np.ones(features, np.float32))  # the server is at the same position
     finally:
         server.kill()
 
 
 @pytest.mark.parametrize("on", ["fork", "session"])
-def test_whoever_stops_early_ends_the_rollout_on_a_stream(client: Any, server: Running, x: np.ndarray, on: On) -> None:
+def test_caller_that_stops_early_ends_the_stream_rollout(client: Any, server: Running, x: np.ndarray, on: On) -> None:
     loop, growing = server.model("lstm").loop, {"kind": "columns", "columns": [{"from": 0}] * 3}
     with client.stream("lstm") as stream:
         (session,) = stream.open()
@@ -219,7 +219,9 @@ def test_whoever_stops_early_ends_the_rollout_on_a_stream(client: Any, server: R
             assert next(rolling).position == 6
             rolling.close()
             until(lambda: not len(loop.scheduler.rollouts))
-        right = list(session.rollout(4, map=SCALED, outputs=y))  # late steps of the first are not taken for these
+        right = list(
+            session.rollout(4, map=SCALED, outputs=y)
+        )  # late steps of the first rollout must not count as steps of this one
         assert same(right, by_hand(session, y))
 
 

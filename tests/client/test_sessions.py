@@ -1,4 +1,4 @@
-"""Sessions, sequences and models through both clients, against onnxruntime alone."""
+"""Sessions, sequences and models through both clients, compared with plain onnxruntime."""
 
 import asyncio
 import itertools
@@ -25,11 +25,11 @@ def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-# ── what it answers ──────────────────────────────────────────────────────────────────────────────
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("durability", ["memory", "stored", "client"])
-def test_steps_and_chunks_are_the_whole_sequence(
+def test_steps_and_chunks_equal_the_whole_sequence(
     client: Any, oracle: Oracles, rng: np.random.Generator, durability: str
 ) -> None:
     x = floats(rng, 7, 3)
@@ -103,7 +103,7 @@ def test_the_description_of_a_model(client: Any) -> None:
         client.session("whole")
 
 
-# ── what it takes ────────────────────────────────────────────────────────────────────────────────
+# ── inputs ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_arrays_of_other_libraries(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
@@ -122,7 +122,7 @@ def test_arrays_of_other_libraries(client: Any, oracle: Oracles, rng: np.random.
         assert session.steps([3, 4]).shape == (2, 11)
 
 
-def test_float64_is_rounded_and_said_so_once(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
+def test_float64_is_rounded_with_one_warning(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
     x = rng.standard_normal((4, 3))
     with client.session("lstm") as session:
         with pytest.warns(PrecisionWarning, match=r"\.astype\('float32'\)"):
@@ -148,7 +148,7 @@ def test_float64_is_rounded_and_said_so_once(client: Any, oracle: Oracles, rng: 
         ("two", {"a": [1.0, 2.0], "b": [1.0]}, r"'b' has the shape \(1,\)"),
     ],
 )
-def test_what_does_not_fit_is_not_sent(client: Any, model: str, values: object, reason: str) -> None:
+def test_invalid_inputs_are_not_sent(client: Any, model: str, values: object, reason: str) -> None:
     with client.session(model) as session:
         with pytest.raises(errors.InvalidInput, match=reason):
             session.step(values)
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_not_sent(client: Any, model: str, values: object, 
         session.steps(np.zeros((0, 3), np.float32))
 
 
-# ── sessions that are copied, saved, resumed ─────────────────────────────────────────────────────
+# ── forks, snapshots, resumption ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("durability", ["memory", "stored", "client"])
@@ -207,7 +207,7 @@ def test_the_modes_of_opening(client: Any) -> None:
         client.session("lstm", name, mode="resume")
 
 
-def test_errors_have_classes_and_say_where_to_continue(client: Any) -> None:
+def test_errors_have_classes_and_give_the_position_to_continue_from(client: Any) -> None:
     with client.session("lstm", f"watched {type(client).__name__}") as session:
         session.steps(np.ones((3, 3), np.float32))
         other = client.session("lstm", session.id, mode="resume")
@@ -221,7 +221,7 @@ def test_errors_have_classes_and_say_where_to_continue(client: Any) -> None:
             session.step([np.nan, 0.0, 0.0])
         assert session.position == 5
         last = session.step([1.0, 1.0, 1.0])
-        assert np.array_equal(session.step([1.0, 1.0, 1.0], position=5), last)  # it is the same step
+        assert np.array_equal(session.step([1.0, 1.0, 1.0], position=5), last)  # the same step
         with pytest.raises(errors.PositionGap):
             session.steps([[1.0, 1.0, 1.0]], position=9)
         assert session.position == 6
@@ -240,14 +240,14 @@ def test_every_code_of_the_server_has_a_class() -> None:
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host:port", "http://host/?q"])
-def test_addresses_that_are_none(url: str) -> None:
+def test_invalid_addresses_are_refused(url: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(errors.InvalidInput, match="URL"):
             kind(url)
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_seconds_that_are_none(kind: Any) -> None:
+def test_invalid_timeouts_are_refused(kind: Any) -> None:
     for seconds in (math.inf, math.nan, 0, -1, 1e7):
         with pytest.raises(errors.InvalidInput, match=r"timeout is .*: give the seconds for one attempt"):
             kind("http://127.0.0.1", timeout=seconds)
@@ -257,7 +257,7 @@ def test_seconds_that_are_none(kind: Any) -> None:
 
 
 def test_a_client_that_never_gives_up(make_client: Callable[..., Any]) -> None:
-    """It also waits as long as a socket can."""
+    """Its timeout is the longest that a socket allows."""
     attempts = itertools.count()
 
     class Late(BaseHTTPRequestHandler):
@@ -285,7 +285,7 @@ def test_a_refusal_of_one_of_many_sequences(client: Any) -> None:
         client.sequences("lstm", [np.ones((2, 3), "f4"), np.ones((2, 2), "f4"), np.ones((2, 2), "f4")])
 
 
-def test_an_answer_of_something_else() -> None:
+def test_answer_of_another_server_is_reported() -> None:
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             moved = self.path.endswith("moved")
@@ -315,7 +315,7 @@ def test_an_answer_of_something_else() -> None:
 
 
 def test_tasks_share_a_client(server: Running, oracle: Oracles, rng: np.random.Generator) -> None:
-    """Sessions step beside each other; the steps of one wait for each other."""
+    """Different sessions step concurrently; steps of one session wait for each other."""
     x = floats(rng, 20, 12, 3)
 
     async def run() -> list[np.ndarray]:

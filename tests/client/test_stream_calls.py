@@ -1,4 +1,4 @@
-"""What messages mean on a stream, without one: answers in part, connections that end between, thousands of sessions."""
+"""Stream calls without a connection: partial answers, disconnects between them, thousands of sessions."""
 
 import json
 import struct
@@ -30,7 +30,7 @@ def outputs(handle: int, end: int, value: float) -> bytes:
 
 
 def answer(calls: StreamCalls, call: ControlCall, **items: object) -> None:
-    """Send it, and answer it: each handle is at position 0, but for those that `items` has as h0, h1, …"""
+    """Send the call's messages and answer them. Handles are opened at position 0, unless `items` has h0, h1, …"""
     call.begin()
     for message in calls.controls(call):
         sent = json.loads(message)
@@ -52,7 +52,7 @@ def opened(calls: StreamCalls, count: int) -> list[Place]:
 
 
 def test_positions_advance_with_the_outputs_and_not_before() -> None:
-    """A caller that gives up after half of the answers does not have them: it sends both steps again."""
+    """A caller that gives up after half of the answers gets none of them and sends both steps again."""
     calls = StreamCalls(MODEL)
     one, two = opened(calls, 2)
     call = calls.steps([one, two], X, chunk=False, several=True)
@@ -84,7 +84,7 @@ def test_the_callers_array_may_be_filled_again() -> None:
     assert list(calls.frames([call])) == [frame]
 
 
-def test_outputs_of_other_positions_and_handles_are_none_of_the_call() -> None:
+def test_outputs_of_other_positions_and_handles_are_ignored() -> None:
     calls = StreamCalls(MODEL)
     one, two = opened(calls, 2)
     call = calls.steps([one], X[0], chunk=False, several=False)
@@ -98,7 +98,7 @@ def test_outputs_of_other_positions_and_handles_are_none_of_the_call() -> None:
 
 
 def test_thousands_of_sessions_are_resumed_in_several_messages() -> None:
-    """A refusal of one message is that of its sessions only."""
+    """A refusal of one message affects only its sessions."""
     calls = StreamCalls(MODEL)
     places = opened(calls, 2500)
     call = calls.resume()
@@ -121,21 +121,21 @@ def test_long_static_inputs_do_not_make_a_message_too_long() -> None:
     assert max(sizes) < 2**19
 
 
-def test_what_was_opened_before_a_break_is_opened_again() -> None:
+def test_sessions_opened_before_a_break_are_reopened() -> None:
     calls = StreamCalls(MODEL)
     call = calls.open(2, "new", None, None)
     full = {"error": {"code": "capacity_exhausted", "detail": "full", "retry_after": 1}}
     answer(calls, call, h1=full)
     assert call.settled
     assert not call.complete
-    assert calls.resume() is None  # on a new connection: no session is known to be open
+    assert calls.resume() is None  # a new connection: no session is known to be open
     answer(calls, call)
     places, _, refused = calls.opened(call, "new")
     assert refused is None
     assert [place.handle for place in places] == [0, 1]
 
 
-def test_a_session_of_others_that_a_repetition_found_is_not_ours() -> None:
+def test_retried_open_does_not_adopt_another_clients_session() -> None:
     calls = StreamCalls(MODEL)
     call = calls.open(["theirs"], "new", None, None)
     answer(calls, call, h0={"session_id": "theirs", "position": 5, "durability": "memory"})

@@ -1,4 +1,4 @@
-"""`unroll stream` and `unroll rollout` against a real server: formats, wrong rows, sessions that continue."""
+"""`unroll stream` and `unroll rollout` against a real server: formats, invalid rows, continued sessions."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from unroll.client.errors import InvalidInput
 from unroll.client.tensors import Model, Tensor
 
 Oracles = Callable[[str], Oracle]
-#: Runs the command with these arguments and stdin; returns status, stdout and stderr.
+#: Runs the command with arguments and stdin and returns its status, stdout and stderr.
 Run = Callable[..., tuple[int, bytes, str]]
 
 
@@ -43,7 +43,7 @@ def as_csv(x: np.ndarray, names: str = "") -> bytes:
 
 
 def as_wav(x: np.ndarray, rate: int) -> bytes:
-    """Samples of 16 bits in one channel."""
+    """Write 16-bit samples in one channel."""
     content = io.BytesIO()
     with wave.open(content, "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
@@ -134,7 +134,7 @@ def test_a_second_run_continues_the_session(run: Run, oracle: Oracles, x: np.nda
         (("lstm", "no-such-file.csv"), b"", "No such file"),
     ],
 )
-def test_what_is_wrong_is_told(run: Run, arguments: tuple[str, ...], stdin: bytes, says: str) -> None:
+def test_errors_are_reported(run: Run, arguments: tuple[str, ...], stdin: bytes, says: str) -> None:
     status, _, err = run(*arguments, stdin=stdin)
     assert status == 1
     assert err.startswith("unroll stream: ")
@@ -170,13 +170,13 @@ def test_a_wav_that_ends_within_a_time_step_is_filled_with_zeros(run: Run, oracl
 
 
 def test_bytes_of_text_and_those_that_follow(run: Run, oracle: Oracles) -> None:
-    text = bytes([1, 5, 10, 3])  # \n is one of them
+    text = bytes([1, 5, 10, 3])  # \n is one of the input bytes
     status, out, _ = run("tokens", "--format", "lines", stdin=text)
     logits = oracle("tokens")(np.array(list(text), np.int64))
     assert (status, out) == (0, bytes(logits.argmax(-1).tolist()))
 
 
-def test_a_plot_is_drawn_once_where_there_is_no_terminal(run: Run, x: np.ndarray) -> None:
+def test_plot_is_drawn_once_without_a_terminal(run: Run, x: np.ndarray) -> None:
     _, out, err = run("lstm", "--plot", stdin=as_csv(x))
     plotted = err.splitlines()
     assert len(out.splitlines()) == 151
@@ -218,7 +218,7 @@ def test_a_rollout_draws_bytes_and_leaves_the_session_as_it_is(roll: Run, server
         (["--map", "identity"], 1, "map_invalid"),
     ],
 )
-def test_a_map_that_does_not_fit(roll: Run, words: list[str], status: int, says: str) -> None:
+def test_map_that_does_not_fit_is_refused(roll: Run, words: list[str], status: int, says: str) -> None:
     found, _, err = roll("lstm", "--steps", "2", *words, stdin=b"1,2,3\n")
     assert found == status
     assert err.startswith("unroll rollout: ")

@@ -144,8 +144,10 @@ def test_the_steps_of_many_tasks_go_together(server: Running, oracle: Oracles, r
         assert np.array_equal(outputs, oracle("lstm")(steps))
 
 
-def test_a_cancelled_step_is_not_taken_for_the_next(server: Running, oracle: Oracles, rng: np.random.Generator) -> None:
-    """Its outputs must not be the answer of the step that follows; the same step again gets them."""
+def test_outputs_of_a_cancelled_step_do_not_answer_the_next(
+    server: Running, oracle: Oracles, rng: np.random.Generator
+) -> None:
+    """Only a retry of the cancelled step gets its outputs."""
     x = rng.standard_normal((3, 3)).astype(np.float32)
     right = oracle("lstm")(x)
 
@@ -167,10 +169,10 @@ def test_a_cancelled_step_is_not_taken_for_the_next(server: Running, oracle: Ora
     asyncio.run(run())
 
 
-def test_a_cancelled_step_leaves_the_others_their_connection(
+def test_cancelled_step_does_not_break_the_connection_for_other_tasks(
     server: Running, oracle: Oracles, rng: np.random.Generator
 ) -> None:
-    """Also without retries: the other tasks' steps, sent on the same connection, get their outputs."""
+    """Even without retries, other tasks on the same connection get the outputs of their steps."""
     x = rng.standard_normal((2, 3)).astype(np.float32)
     right = oracle("lstm")(x)
 
@@ -191,7 +193,7 @@ def test_a_cancelled_step_leaves_the_others_their_connection(
     asyncio.run(run())
 
 
-def test_a_stream_is_for_whom_opened_it(server: Running) -> None:
+def test_stream_belongs_to_its_opener(server: Running) -> None:
     with Client(server.url) as client, client.stream("lstm") as stream:
         (session,) = stream.open()
         assert repr(session).startswith("<StreamSession")

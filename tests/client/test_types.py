@@ -1,4 +1,4 @@
-"""unroll.d.mts: TypeScript accepts what is right and refuses what is wrong, and the module has what it declares."""
+"""unroll.d.mts: TypeScript accepts correct programs, rejects wrong ones, and the module matches its declarations."""
 
 import json
 import os
@@ -15,7 +15,7 @@ CLIENT = ROOT / "client"
 TSC = shutil.which("tsc", path=f"{ROOT / '.tools' / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}")
 OPTIONS = ("--noEmit", "--strict", "--module", "nodenext", "--target", "es2022", "--lib", "es2022,dom", "--types", "")
 
-#: Prints {class: [members of its prototype]} of a module.
+#: Prints a module's {class: [members of its prototype]}.
 MEMBERS = """
 const module = await import(process.argv[1]);
 const members = ([name, kind]) => [name, Object.getOwnPropertyNames(kind.prototype)];
@@ -30,7 +30,7 @@ def test_a_typescript_program_compiles() -> None:
     assert (ran.returncode, ran.stdout + ran.stderr) == (0, "")
 
 
-def test_the_module_has_what_its_types_declare(node: list[str]) -> None:
+def test_module_matches_its_type_declarations(node: list[str]) -> None:
     command = [*node, "--input-type=module", "-e", MEMBERS, (CLIENT / "unroll.mjs").as_uri()]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ran.returncode == 0, ran.stderr

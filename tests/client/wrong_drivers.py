@@ -1,4 +1,4 @@
-"""Drives changed clients, as the first argument says: most are wrong, which the conversations must find."""
+"""Drives the modified client named by the first argument. Most are wrong, and the conversations must catch them."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def retries_without_position() -> None:
 
 
 def applies_twice() -> None:
-    """After a lost answer it asks where the session is, and sends the step at that position."""
+    """After a lost answer, asks for the session's position and sends the step again at that position."""
     attempt = Client._attempt
 
     def changed(self: Client, request: Request) -> Response:
@@ -56,7 +56,7 @@ def ignores_retry_after() -> None:
 
 
 def drops_a_chunk_at_reconnect() -> None:
-    """It takes the position of the resumed session for its own, and what was in flight for done."""
+    """Adopts the position of the resumed session and treats chunks in flight as done."""
     resumed = StreamCalls.resumed
 
     def changed(self: StreamCalls, call: ControlCall) -> None:
@@ -71,7 +71,7 @@ def drops_a_chunk_at_reconnect() -> None:
 
 
 def takes_any_outputs() -> None:
-    """It does not compare the position of outputs with that of the step."""
+    """Accepts outputs without comparing their position with that of the step."""
     receive = StepsCall.receive
 
     def changed(self: StepsCall, handle: int, end: int, outputs: Any) -> None:
@@ -81,7 +81,7 @@ def takes_any_outputs() -> None:
 
 
 def begins_anew() -> None:
-    """Where a session is lost it opens another one, and says nothing."""
+    """Silently opens a new session when one is lost."""
     apply = SessionCalls._apply
 
     def changed(self: SessionCalls, content: bytes, chunk: int | None, position: int | None) -> Any:
@@ -101,7 +101,7 @@ def forgets_where_a_rollout_ended() -> None:
 
 
 def yields_steps_again() -> None:
-    """After a broken connection it yields the steps of a rollout from the first."""
+    """After a broken connection, yields the steps of a rollout again from the first."""
     restart = Rollout.restart
 
     def changed(self: Rollout) -> None:
@@ -121,7 +121,7 @@ def takes_a_cut_for_the_end() -> None:
 
 
 def rolls_out_the_rest() -> None:
-    """After a broken connection it asks for the steps that have not come, from the position of the last that has."""
+    """After a broken connection, requests the missing steps as a new rollout from the last position received."""
     restart = Rollout.restart
 
     def changed(self: Rollout) -> None:
@@ -133,7 +133,7 @@ def rolls_out_the_rest() -> None:
 
 
 def never_stops() -> None:
-    """It leaves rollouts running of which it wants no more."""
+    """Does not stop abandoned rollouts."""
     roll_out, left = Client.roll_out, []
 
     def changed(self: Client, call: RolloutCall) -> Iterator[RolledStep]:
@@ -146,7 +146,7 @@ def never_stops() -> None:
 
 
 def yields_at_the_end() -> None:
-    """It yields the steps of a rollout when all have come, so nothing can be done between them."""
+    """Yields the steps of a rollout only once all have arrived, so the caller cannot act in between."""
     roll_out = Client.roll_out
 
     def changed(self: Client, call: RolloutCall) -> Iterator[RolledStep]:
@@ -156,7 +156,7 @@ def yields_at_the_end() -> None:
 
 
 def takes_rolled_steps_for_outputs() -> None:
-    """What comes of a rollout while it waits for another session, it takes for the outputs of that one."""
+    """Mistakes the steps of a rollout for the outputs of another session."""
     running = StreamCalls._running
 
     def changed(self: StreamCalls, handle: int) -> Any:
@@ -171,7 +171,7 @@ def takes_rolled_steps_for_outputs() -> None:
 
 
 def takes_late_steps() -> None:
-    """It does not tell the steps of a rollout that was stopped from those of the next."""
+    """Mistakes late steps of a stopped rollout for steps of the next one."""
 
     def running(self: StreamCalls, handle: int) -> StreamRollout | None:
         return self._places[handle].rollout
@@ -180,7 +180,7 @@ def takes_late_steps() -> None:
 
 
 def rollouts_in_json() -> None:
-    """It is right: on streams it asks for rollouts in JSON."""
+    """A correct client that requests rollouts on streams in JSON."""
     message, receive = StreamRollout.message, StreamCalls._receive_text
 
     def changed(self: StreamCalls, document: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The command line as a whole: help, wrong arguments, completion, and what they import."""
+"""The command line as a whole: help, wrong arguments, completion, and their imports."""
 
 import json
 import os
@@ -22,9 +22,9 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "command-line.md"
 #: Slow to import, or not installed everywhere.
 HEAVY = ("aiohttp", "fastapi", "lmdb", "numpy", "onnx", "onnxruntime", "onnxscript", "redis")
 HEAVY += ("pydantic", "safetensors", "starlette", "torch", "uvicorn", "websockets")
-#: Imported by help only.
+#: Imported only by help.
 FOR_HELP = "rich"
-#: Wrong options and values of every kind: unknown, missing, of another type, not allowed, and not with another one.
+#: Wrong options and values of every kind: unknown, missing, of the wrong type, not allowed, and conflicting.
 WRONG = """
 serve
 serve --repository none --max-batch abc
@@ -53,7 +53,7 @@ keys new none --tenant a --scope all
 steam
 """
 
-#: Runs each of several command lines, and prints their statuses and which modules have been imported after each.
+#: Runs several command lines; prints each status and the modules imported so far.
 LINES = """
 import contextlib, io, json, sys
 from unroll import cli
@@ -127,7 +127,7 @@ def test_no_name_is_cut_on_a_narrow_terminal(
         assert "…" not in capsys.readouterr().out
 
 
-def test_help_says_nothing_in_the_words_of_python(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_contains_no_python_terms(capsys: pytest.CaptureFixture[str]) -> None:
     for command in commands():
         assert cli.main([*command, "--help"]) == 0
         printed = capsys.readouterr().out
@@ -167,12 +167,12 @@ def test_completion_is_installed_once(
 
 
 def test_the_reference_is_the_help() -> None:
-    """If not: `python -m unroll.commands.reference docs/command-line.md` writes it anew."""
+    """If this fails, run `python -m unroll.commands.reference docs/command-line.md`."""
     head, _, written = REFERENCE.read_text(encoding="utf-8").partition(reference.MARK)
     assert head
     assert written == reference.sections()
 
 
-def test_words_that_are_checked_without_an_import_are_those_of_what_is_called() -> None:
+def test_argument_choices_match_the_lazily_imported_code() -> None:
     assert set(get_args(Dtype)) == set(input_specs._DTYPES)
     assert set(keys._SCOPES) == set(SCOPES)

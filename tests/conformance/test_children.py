@@ -1,4 +1,4 @@
-"""A job that dies or hangs is reported and affects no other job."""
+"""A job that dies or hangs is reported, and other jobs continue."""
 
 import signal
 
@@ -8,7 +8,7 @@ from conformance import children
 from conformance.children import Died
 
 
-def test_a_job_that_dies_or_hangs_costs_no_other_one() -> None:
+def test_dead_or_hung_job_affects_no_other_job() -> None:
     jobs = ["one", "dies", "two", "hangs", "three"]
     found = dict(children.run(work, jobs, children=2, each=3, seconds=6, preload=[]))
     assert {job: found[job] for job in ("one", "two", "three")} == {"one": "ONE", "two": "TWO", "three": "THREE"}

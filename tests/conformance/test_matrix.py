@@ -1,4 +1,4 @@
-"""The committed document has every row, and a few rows are remeasured; `make conformance` measures all."""
+"""The committed document has every row. A few rows are measured again; `make conformance` measures all."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ PAGE = documents.PAGE.read_text()
 
 
 def rows(title: str) -> dict[str, list[str]]:
-    """The cells of the table below a heading, by first cell."""
+    """Return the rows of the table below a heading, by first cell."""
     [table] = re.findall(rf"^### {re.escape(title)}\n\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()[2:]]
     return {row[0]: row[1:] for row in cells}
@@ -52,7 +52,7 @@ def test_every_other_part_was_measured() -> None:
         *(pytest.param(name, marks=pytest.mark.long) for name in ("bidirectional GRU", "two speeds")),
     ],
 )
-def test_a_row_is_as_the_document_says(name: str) -> None:
+def test_measured_row_equals_the_document(name: str) -> None:
     found = matrix.measure_export(name)
     assert found.outcome == OUTCOMES[name]
     if found.outcome == "streams":
@@ -152,7 +152,7 @@ def test_architectures_give_a_step_for_a_step(module) -> None:
     assert all(output.shape[:2] == size and torch.isfinite(output).all() for output in outputs)
 
 
-def test_the_spectrum_is_fourier_s() -> None:
+def test_spectrum_equals_the_fourier_transform() -> None:
     spectrum, frames = Spectrum(16), torch.randn(5, 16)
     real, imaginary = spectrum.split(frames)
     assert torch.allclose(torch.complex(real, imaginary), torch.fft.rfft(frames), atol=1e-5)

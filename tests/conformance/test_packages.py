@@ -1,4 +1,4 @@
-"""The page of public packages: a run of some rows keeps the others."""
+"""The page of public packages: a partial run keeps the remaining rows."""
 
 from conformance.packages.__main__ import block
 from conformance.packages.trial import Result
@@ -9,7 +9,7 @@ PAGE = """
 """
 
 
-def test_a_run_of_some_rows_keeps_the_others() -> None:
+def test_partial_run_keeps_the_remaining_rows() -> None:
     _, _, totals, _, _, _, *rows, _ = block({"ncps_cfc": Result("2.0", "streams", steps=2048)}, PAGE)
     assert totals == "2 modules of 2 packages: 1 refused, 1 streams."
     assert rows == [PAGE.splitlines()[1], "| ncps 2.0 | CfC | random | streams | 0 |  |  |  | 2048 |"]

@@ -1,4 +1,4 @@
-"""Random models: a few of those of `make fuzz-export`, and its tools."""
+"""A few of the random models of `make fuzz-export`, and its tools."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from conformance.trees import Along, Conv, Dense, Elementwise, Loop, Recurrent, 
 @pytest.mark.timeout(240)
 @settings(max_examples=1, derandomize=True, deadline=None, database=None)
 @given(trees())
-def test_nothing_is_silently_wrong(tree: Tree) -> None:
+def test_random_models_are_never_silently_wrong(tree: Tree) -> None:
     verdict = judge(tree)
     assert verdict.outcome not in BAD, f"{verdict.says}\npython -m conformance fuzz --tree '{verdict.tree}'"
 
@@ -52,7 +52,7 @@ def test_trees_of_every_outcome(tree: Tree, outcome: str, says: str) -> None:
     assert says in verdict.code or says in verdict.says
 
 
-def test_a_tree_is_what_it_says() -> None:
+def test_tree_matches_its_description() -> None:
     blocks = (Conv(2, 4, 3), Elementwise("gate", 4), Loop("peephole", 4, 2), Recurrent("LSTM", 2, 3, start="learned"))
     tree = Tree("floats", 2, blocks, "dict", time_first=True, seed=3)
     assert parse(repr(tree)) == tree
@@ -65,11 +65,11 @@ def test_draws_are_the_same_each_time_and_all_different() -> None:
     assert list(draw(50))[:40] == some
 
 
-def test_a_run_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_resumes_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, first = Store(tmp_path), next(draw(1))
     store.add(Verdict(repr(first), "streams"))
     with (tmp_path / "verdicts.jsonl").open("a") as file:
-        file.write('{"tree": "Tree(sou')  # killed while it wrote
+        file.write('{"tree": "Tree(sou')  # as if killed during a write
     asked: list[Tree] = []
 
     def run(work, jobs, **options):

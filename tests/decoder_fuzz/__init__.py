@@ -1,1 +1,1 @@
-"""Bytes for everything that reads bytes of others: seeds with names, and a fuzzer that is led by coverage."""
+"""Fuzzing of every decoder of untrusted bytes: named seeds and a coverage-guided fuzzer."""

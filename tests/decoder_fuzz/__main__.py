@@ -1,4 +1,4 @@
-"""`make fuzz`: Atheris on every decoder for a given time; anything but a refusal ends it, and prints the bytes.
+"""`make fuzz`: run Atheris on every decoder for a given time; any error but a refusal stops it and prints the bytes.
 
 python -m decoder_fuzz [--seconds 60] [DECODER ...]
 """

@@ -1,4 +1,4 @@
-"""The Helm chart: manifests are valid, hardened and use existing settings; contradictory values are refused."""
+"""The Helm chart renders valid, hardened manifests with existing settings, and refuses contradictory values."""
 
 import base64
 import functools
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(HELM is None, reason="helm is missing: make depl
 
 #: One replica with its own store.
 SMALL = ["redis.enabled=false", "replicas=1", "store.embedded.enabled=true"]
-#: Of the Prometheus operator, whose definitions are elsewhere.
+#: Resources of the Prometheus operator, whose definitions are not part of this repository.
 CUSTOM = ("ServiceMonitor", "PrometheusRule")
-#: Arguments of --set, by case.
+#: By case: the arguments of --set.
 CASES = {
     "default": [],
     "one-replica": ["redis.enabled=false", "replicas=1"],
@@ -68,7 +68,7 @@ def of_kind(manifests: list[Manifest], kind: str) -> Manifest:
 
 
 def workload(manifests: list[Manifest], component: str = "server") -> Manifest:
-    """The Deployment or StatefulSet of a component."""
+    """Return the Deployment or StatefulSet of a component."""
     [found] = [
         manifest
         for manifest in manifests
@@ -97,7 +97,7 @@ def test_the_chart_passes_helms_own_lint():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_it_renders_is_valid(case: str):
+def test_rendered_manifests_are_valid(case: str):
     for manifest in render(case):
         if manifest["kind"] not in CUSTOM:
             check(manifest)
@@ -166,7 +166,7 @@ def test_the_small_installation_keeps_its_sessions_on_a_volume():
     [mounted] = [each["mountPath"] for each in container(manifests)["volumeMounts"] if each["name"] == "sessions"]
     assert variables(container(manifests))["UNROLL_STORE"]["value"].startswith(f"file://{mounted}/")
     context = pod(manifests)["securityContext"]
-    assert context["fsGroup"] == context["runAsGroup"]  # it may write to the volume
+    assert context["fsGroup"] == context["runAsGroup"]  # the group may write to the volume
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -177,7 +177,7 @@ def test_a_replica_has_time_to_drain(case: str):
     assert pod(manifests)["terminationGracePeriodSeconds"] > asleep + drains
 
 
-def test_what_a_user_adds_is_in_the_pod():
+def test_user_additions_are_in_the_pod():
     manifests = render("extended")
     assert {"name": "cache", "emptyDir": {"medium": "Memory"}} in pod(manifests)["volumes"]
     assert {"name": "cache", "mountPath": "/cache"} in container(manifests)["volumeMounts"]
@@ -227,13 +227,13 @@ def test_a_rollout_needs_no_more_gpus_than_there_are(case: str, surge: int):
     assert workload(render(case))["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == surge
 
 
-def test_gpus_are_asked_for_and_insisted_on():
+def test_gpus_are_requested_and_required():
     server = container(render("gpu"))
     assert server["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert "--device=cuda:0,cuda:1" in server["args"]
 
 
-def test_it_scales_on_the_queue():
+def test_autoscaler_scales_on_the_queue():
     metrics = of_kind(render("scaled"), "HorizontalPodAutoscaler")["spec"]["metrics"]
     [queue] = [metric["pods"]["metric"]["name"] for metric in metrics if metric["type"] == "Pods"]
     assert f'"{queue}"' in (ROOT / "service/telemetry/metrics.py").read_text()
@@ -258,7 +258,7 @@ def test_it_scales_on_the_queue():
         (["redis.appendfsync=no"], "appendfsync"),
     ],
 )
-def test_values_that_cannot_be_are_refused(values: list[str], reason: str):
+def test_contradictory_values_are_refused(values: list[str], reason: str):
     flags = [flag for value in values for flag in ("--set", value)]
     refused = helm("template", "unroll", str(CHART), "--kube-version", "1.30.0", *flags)
     assert refused.returncode != 0

@@ -31,13 +31,13 @@ def test_a_server_has_time_to_drain(name: str):
     assert float(SERVICES[name]["stop_grace_period"].removesuffix("s")) > delay + most
 
 
-def test_only_what_is_asked_listens_and_only_on_the_loopback():
+def test_only_requested_services_listen_and_only_on_the_loopback():
     ports = {name: service.get("ports", []) for name, service in SERVICES.items()}
     assert [name for name in ports if ports[name]] == ["proxy", "unroll-folder", "unroll-gpu"]
     assert all(port.startswith("${ADDRESS:-127.0.0.1}:") for each in ports.values() for port in each)
 
 
-def test_redis_keeps_what_it_has():
+def test_redis_persists_its_data():
     command = SERVICES["redis"]["command"].split()
     assert command[command.index("--appendonly") + 1] == "yes"
     assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
@@ -50,4 +50,6 @@ def test_the_server_with_a_folder_needs_nothing_else():
     named, folder = service["volumes"][-1].split(":")
     assert named in FILE["volumes"]
     assert service["environment"]["UNROLL_STORE"].startswith(f"file://{folder}/")
-    assert f"install -d -o 10001 -g 10001 {folder}\n" in (ROOT / "Dockerfile").read_text()  # it may write to the volume
+    assert (
+        f"install -d -o 10001 -g 10001 {folder}\n" in (ROOT / "Dockerfile").read_text()
+    )  # the user may write to the volume

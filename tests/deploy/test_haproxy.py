@@ -1,4 +1,4 @@
-"""The proxy configuration in front of two scripted servers: routing and retries."""
+"""HAProxy with our configuration routes and retries in front of two scripted servers."""
 
 import http.client
 import json
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.skipif(HAPROXY is None, reason="haproxy is missing")
 
 @contextmanager
 def haproxy(folder: Path, servers: dict[str, int]) -> Iterator[int]:
-    """HAProxy with our configuration in front of these ports; its own port."""
+    """Start HAProxy with our configuration in front of these ports; return its port."""
     port = free_port()
     text = CONFIGURATION.read_text().replace("bind :8000", f"bind 127.0.0.1:{port}")
-    # A server that gets no processor for a second is not down.
+    # A server without CPU time for a second is not down.
     lines = text.replace("timeout connect 1s", f"timeout connect 1s\n  timeout check {PATIENCE:.0f}s").splitlines()
     [template] = [line for line in lines if "server-template" in line]
     at = lines.index(template)
@@ -59,7 +59,7 @@ def test_a_session_stays_at_one_replica_and_sessions_are_shared_out(proxy: Proxy
     check_routing(proxy)
 
 
-def test_what_is_not_ready_gets_nothing(proxy: Proxy):
+def test_unready_replica_gets_no_requests(proxy: Proxy):
     proxy.replicas[0].ready = False
     proxy.wait_for({"b"})
     assert {proxy.ask(steps(str(session)))[1] for session in range(20)} == {"b"}
@@ -72,13 +72,13 @@ def test_a_step_with_a_position_survives_the_death_of_its_replica(proxy: Proxy):
     assert {proxy.ask(steps(str(session)), Unroll_Position="3") for session in range(20)} == {(200, "b")}
 
 
-def test_a_step_without_one_is_never_sent_twice(proxy: Proxy):
+def test_step_without_a_position_is_never_sent_twice(proxy: Proxy):
     proxy.replicas[0].deadly = True
     statuses = {proxy.ask(steps(str(session)))[0] for session in range(20)}
     assert statuses == {200, 502}
 
 
-def test_what_never_arrived_is_sent_to_another(proxy: Proxy):
+def test_undelivered_request_goes_to_another_replica(proxy: Proxy):
     proxy.replicas[0].shutdown()
     proxy.replicas[0].server_close()
     assert {proxy.ask(steps(str(session))) for session in range(20)} == {(200, "b")}
@@ -98,8 +98,8 @@ def test_a_websocket_passes(proxy: Proxy):
         assert answer.read(4) == b"ping"
 
 
-def test_an_offer_of_http_2_costs_no_body(repository: Path, tmp_path: Path):
-    """Java's client sends one with each request; the proxy passes it on."""
+def test_http_2_offer_keeps_the_request_body(repository: Path, tmp_path: Path):
+    """Java's client offers HTTP/2 with each request, and the proxy passes the offer on."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "lstm").symlink_to(repository / "lstm")
     running = Running(Settings(repository=tmp_path / "models"))

@@ -1,4 +1,4 @@
-"""The KServe example: valid by the schemas of KServe and Kubernetes, and consistent between its two files."""
+"""The KServe example is valid by the schemas of KServe and Kubernetes, and its two files are consistent."""
 
 import re
 
@@ -21,7 +21,7 @@ def test_it_is_valid_by_kserves_definitions(path):
 
 
 def test_its_pod_is_valid():
-    """A ServingRuntime embeds a part of a pod."""
+    """A ServingRuntime embeds part of a pod spec."""
     spec = load(RUNTIME)["spec"]
     pod = {"containers": spec["containers"], "volumes": spec["volumes"]}
     check({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}, "spec": pod})

@@ -1,4 +1,4 @@
-"""nginx with our configuration in front of scripted servers, and of a real one."""
+"""nginx with our configuration routes in front of scripted servers and a real one."""
 
 import re
 import shutil
@@ -39,7 +39,7 @@ http {{
 
 @contextmanager
 def nginx(folder: Path, servers: dict[str, int]) -> Iterator[int]:
-    """nginx in front of servers on these ports; its own port."""
+    """Start nginx in front of servers on these ports; return its port."""
     port = free_port()
     text, listens = re.subn(r"listen 8000;", f"listen 127.0.0.1:{port};", CONFIGURATION.read_text())
     text, upstreams = re.subn(

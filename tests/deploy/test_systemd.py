@@ -1,4 +1,4 @@
-"""deploy/unroll.service: systemd takes it, and its server takes its options."""
+"""deploy/unroll.service: systemd accepts the unit, and the server accepts its options."""
 
 import shlex
 import shutil
@@ -14,7 +14,7 @@ UNIT = (Path(__file__).parents[2] / "deploy" / "unroll.service").read_text()
 PROGRAM = "/opt/unroll/bin/unroll"
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     if (analyze := shutil.which("systemd-analyze")) is None:
         pytest.skip("systemd-analyze is not installed")
     path = tmp_path / "unroll.service"
@@ -25,7 +25,7 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     assert said == []
 
 
-def test_the_server_takes_the_options_of_the_unit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_accepts_the_options_of_the_unit(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, line = UNIT.replace("\\\n", " ").partition(f"ExecStart={PROGRAM} serve ")
     assert cli.main(["config", "show", *shlex.split(line.partition("\n")[0])]) == 0
     assert "/etc/unroll/tls.key" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The fenced blocks of the pages, and a reader who pastes them one after another."""
+"""The fenced blocks of the pages, and a runner that pastes them in order."""
 
 import contextlib
 import io
@@ -22,29 +22,29 @@ from unroll import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-#: What can be run. Other blocks show something: a message, an output, a table.
+#: The languages that can run. Blocks in any other language show a message, an output or a table.
 PROGRAMS = {"bash", "python", "js"}
 
-#: A comment in front of a block: why it is not run, the test that runs it, or that it ends with an error.
+#: A block, with an optional comment: why it is not run, which test runs it, or that it ends with an error.
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>not run|run by|fails)(?:: (?P<note>[^\n]+))? -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-#: Several pages export this model, which takes seconds, so it is done once.
+#: Several pages export this model. The export takes seconds, so it runs once.
 MODULE = "my_model.py"
 EXPORT = (
     "unroll export my_model:Classifier --weights classifier.pt --input x:float32:64 "
     "--name classifier --repository bundles"
 )
 _FILE = re.compile(r"# (\w+\.py)\n")
-#: Commands that run in this process, which has torch already; importing it takes seconds.
+#: Commands that run in this process, because it has imported torch already; the import takes seconds.
 _IN_PROCESS = re.compile(r"unroll (export|inspect|verify) ")
 _ADDRESS = "127.0.0.1:8000"
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One fenced block; `mark` and `note` are those of the comment in front of it."""
+    """One fenced block; `mark` and `note` come from the comment before it."""
 
     language: str
     text: str
@@ -68,7 +68,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def train(folder: Path) -> None:
-    """`classifier.pt`, which training would have left, the bundle that EXPORT writes, and what that prints."""
+    """Create `classifier.pt` in place of a training, the bundle that EXPORT writes, and its output."""
     [module] = [block.text for block in blocks(PAGES[0]) if block.text.startswith(f"# {MODULE}")]
     (folder / MODULE).write_text(module)
     scope: dict[str, Any] = {}
@@ -81,18 +81,18 @@ def train(folder: Path) -> None:
 
 
 def command(line: str) -> tuple[int, str]:
-    """Exit status and output of a command of `unroll`, run in this process."""
+    """Run an `unroll` command in this process; return exit status and output."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
         return cli.main(shlex.split(line, comments=True)[1:]), printed.getvalue()
 
 
 def rounded(text: str) -> str:
-    """Words only, and numbers to two places, because the last digits depend on the CPU."""
+    """Normalize whitespace, and round numbers to two places because the last digits depend on the CPU."""
     return re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.2f}", " ".join(text.split()))
 
 
 class Reader:
-    """Pastes the blocks of one page, in a folder and a Python of its own."""
+    """Pastes the blocks of one page in a separate folder and Python process."""
 
     def __init__(
         self, folder: Path, trained: Path, environment: dict[str, str], serve: Callable, server: Callable[[], str]
@@ -113,7 +113,7 @@ class Reader:
                 del sys.modules[name]
 
     def paste(self, block: Block) -> str:
-        """What the block prints."""
+        """Run the block and return its output."""
         if block.language == "python":
             return self._python(block.text)
         if block.language == "js":
@@ -134,7 +134,7 @@ class Reader:
         return text.replace(_ADDRESS, urlsplit(url).netloc)
 
     def _start(self, flags: list[str]) -> None:
-        """Start the page's own server, in place of the one before."""
+        """Start the server that the page starts, in place of the previous one."""
         repository = self.folder / flags[flags.index("--repository") + 1]
         at = flags.index("--repository")
         self._servers.close()

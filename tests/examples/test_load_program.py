@@ -1,4 +1,4 @@
-"""The example program of processor load, at a real server."""
+"""The processor-load example program against a real server."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Markdown pages: their links and anchors lead somewhere, and the files they name exist."""
+"""The Markdown pages: links and anchors resolve, and named files exist."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").glob("*.md")])
 
-#: All files, so that a page can name one by the end of its path.
+#: All files; a page may name one by the end of its path.
 FILES = [
     f"/{path.relative_to(ROOT)}"
     for folder in ROOT.iterdir()
@@ -23,13 +23,13 @@ _PATH = re.compile(r"`(?:unroll/)?([\w./-]+\.(?:py|cu|lua))`")
 
 
 def prose(page: Path) -> str:
-    """The page without fenced blocks and measured tables."""
+    """Return the page without fenced blocks and measured tables."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", text, flags=re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of the headings, as code hosts make them."""
+    """Return the anchors of the headings, as code hosts generate them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -50,5 +50,5 @@ def test_named_files_exist(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_distribution_is_called_unroll_serve(page: Path):
-    """The bare name belongs to someone else on the package index."""
+    """The bare name belongs to another project on the package index."""
     assert not re.search(r"pip install '?unroll(?!-serve)", page.read_text())

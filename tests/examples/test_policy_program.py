@@ -1,4 +1,4 @@
-"""The example program of the maze, at a real server."""
+"""The maze example program against a real server."""
 
 import re
 
@@ -8,7 +8,7 @@ from unroll.examples import policy
 
 
 def left(server: str, capsys: pytest.CaptureFixture[str], *flags: str) -> int:
-    """How many of 32 mazes the policy leaves."""
+    """Return how many of 32 mazes the policy leaves."""
     assert policy.main(["--episodes", "32", "--url", server, *flags]) == 0
     printed = re.fullmatch(r"(\d+) of 32 mazes left, in \d+ steps\n", capsys.readouterr().out)
     assert printed
@@ -20,5 +20,5 @@ def test_the_policy_leaves_every_maze_with_its_state_and_few_without(server: str
     assert left(server, capsys, "--forget") <= 16  # one of the four ways, on average 8
 
 
-def test_how_many_episodes_play_at_once_changes_nothing(server: str, capsys: pytest.CaptureFixture[str]):
+def test_number_of_concurrent_episodes_changes_no_result(server: str, capsys: pytest.CaptureFixture[str]):
     assert left(server, capsys, "--at-once", "32") == 32

@@ -1,4 +1,4 @@
-"""What the README and CONTRIBUTING name exists; tests/examples/test_snippets.py runs what they show."""
+"""The commands and codes named in README and CONTRIBUTING exist; test_snippets.py runs the code in them."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`make run` and `make stop`, without make."""
+"""What `make run` and `make stop` run, without make."""
 
 import os
 import re
@@ -20,7 +20,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder with a space, the current one; stops the server that is left running in it."""
+    """An empty working directory with a space in its name. A server still running in it is stopped at the end."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -44,7 +44,7 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(
         assert ready.status == 200
     pid = int((folder / ".run" / "server.pid").read_text())
 
-    # It is the second server: the first was killed half way, and its session continued.
+    # The running server is the second one: the first was killed halfway, and its session continued.
     [(killed, successor)] = re.findall(r"process (\d+), is killed[^$]+by process (\d+), which", started.stdout)
     assert int(killed) != int(successor) == pid
     with pytest.raises(ProcessLookupError):
@@ -65,7 +65,7 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """`refused("--port", ...)`: the same in this process, which must end with status 1; returns what it prints."""
+    """`refused("--port", ...)` runs the program in this process, expects status 1, and returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> str:
@@ -90,7 +90,7 @@ def test_a_port_that_is_taken(refused: Refused):
     assert f"port {port} is in use by another program; choose another: make run PORT={port + 1}" in says
 
 
-def test_a_server_that_cannot_start_is_told_with_its_log(refused: Refused, port: int, tmp_path: Path):
+def test_failed_server_start_shows_its_log(refused: Refused, port: int, tmp_path: Path):
     bundle = tmp_path / "bundles" / "broken" / "1"
     bundle.mkdir(parents=True)
     (bundle / "manifest.json").write_text("{}")

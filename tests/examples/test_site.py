@@ -1,4 +1,4 @@
-"""The pages as a site: `make docs`."""
+"""The site that `make docs` builds from the pages."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ import pytest
 from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-#: What a browser loads by itself when it opens a page.
+#: Resources that a browser loads with a page.
 _LOADED = re.compile(
     r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* rel="(?:stylesheet|icon|preload)"[^>]* href="([^"]+)"'
 )

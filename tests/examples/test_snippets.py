@@ -1,4 +1,4 @@
-"""Every command and every program that the README and the pages show is run, or its page says why it is not."""
+"""Every command and program on the README and the pages runs, or the page states why not."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name)
-def test_page_does_what_it_shows(
+def test_code_on_the_page_runs_as_shown(
     page: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
@@ -23,7 +23,7 @@ def test_page_does_what_it_shows(
     made_once: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Its blocks run in order, in one folder; the output that follows a block is the one that it prints."""
+    """Blocks run in order in one folder. An output shown after a block must match."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     trained = made_once("classifier", train)
@@ -44,7 +44,7 @@ def test_page_does_what_it_shows(
 
 
 def test_every_block_is_run_or_says_why_not():
-    """`pytest -s` prints how many."""
+    """`pytest -s` prints the counts."""
     counts: Counter[str] = Counter()
     for page in PAGES:
         for block in blocks(page):

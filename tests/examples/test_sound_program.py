@@ -1,4 +1,4 @@
-"""The example program of sound, at a real server."""
+"""The sound example program against a real server."""
 
 import wave
 from pathlib import Path

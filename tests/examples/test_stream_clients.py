@@ -1,6 +1,6 @@
-"""The two clients of the stream over breaking connections: no output is lost or duplicated.
+"""The two example stream clients lose and duplicate no output while their connections break.
 
-tests/client/test_conformance.py plays them the rest of what may happen.
+tests/client/test_conformance.py covers every other failure.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "protocol.md"
 
 _NUMBER = re.compile(r"\d+\.\d+")
 
-#: Steps of each chunk.
+#: Steps per chunk.
 CHUNKS = [1, 1, 2, 5, 1, 3, 1, 70, 1, 1] * 8
 
 #: Runs the client over the given chunks and prints the outputs in hexadecimal.
@@ -50,7 +50,7 @@ process.exit();
 
 @pytest.fixture
 async def breaking(server: str) -> AsyncIterator[tuple[str, Counter[Fault]]]:
-    """The address of a proxy that cuts a connection at every fifth message or its answer, and the faults so far."""
+    """The URL of a proxy that cuts the connection at one in five messages, and a count of its faults so far."""
     chance, faults = random.Random(5), Counter[Fault]()
 
     def draw() -> Fault:
@@ -69,7 +69,7 @@ def ppm() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expected(server: str, ppm: np.ndarray) -> bytes:
-    """The outputs of the whole sequence."""
+    """Return the outputs of the whole sequence."""
     url = f"{server}/v1/models/co2/sequences"
     headers = {"Content-Type": "application/octet-stream", "Unroll-Steps": str(len(ppm))}
     request = urllib.request.Request(url, ppm.tobytes(), headers)
@@ -100,7 +100,7 @@ async def test_python(server: str, breaking: tuple[str, Counter[Fault]], ppm: np
 
 def test_python_without_a_server():
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # taken, and not listening
+        unused.bind(("127.0.0.1", 0))  # bound but not listening
         session = Session(f"ws://127.0.0.1:{unused.getsockname()[1]}", "co2")
         with pytest.raises(OSError, match="refused"):
             session.steps(np.array([[371.0]]))
@@ -142,7 +142,7 @@ async def test_javascript(
 
 
 @pytest.mark.parametrize(("language", "path"), [("python", "examples/stream.py"), ("js", "examples/stream.mjs")])
-def test_the_page_shows_the_clients_to_the_letter(language: str, path: str):
+def test_page_shows_the_clients_verbatim(language: str, path: str):
     (shown,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert shown == (ROOT / path).read_text()
     assert f"](../{path})" in PAGE.read_text()
@@ -153,8 +153,8 @@ def test_links_lead_somewhere(target: str):
     assert (PAGE.parent / target).is_file()
 
 
-def test_what_the_page_types_into_wscat(server: str) -> None:
-    """Line by line; only numbers may differ in their last digits, as processors do."""
+def test_wscat_conversation_on_the_page(server: str) -> None:
+    """Each line must match; only the last digits of numbers may differ, because they depend on the processor."""
     transcript = re.search(r"```text\n\$ wscat -c ws://127.0.0.1:8000(\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert transcript is not None
     path, lines = transcript.groups()

@@ -1,4 +1,4 @@
-"""Inputs that may hold NaN: proven with it, and refused where it would stay in an answer or a state."""
+"""Inputs that allow NaN: verified with NaN, and refused if NaN would reach an answer or persist in the state."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from unroll.export import ExportError, export
 
 
 class Filled(nn.Module):
-    """A missing value is zero, and its absence an input."""
+    """Replaces missing values by zero and feeds a mask to the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,14 +27,14 @@ class Filled(nn.Module):
 
 
 class Spread(Gaps):
-    """NaN * 0 is NaN."""
+    """Lets NaN reach the output, because NaN * 0 is NaN."""
 
     def forward(self, x: Tensor, known: Tensor) -> Tensor:
         return super().forward(x, known) + 0 * x[..., :2]
 
 
 class Before(nn.Module):
-    """Hands on its input, which may be NaN."""
+    """Stores its input, possibly NaN, in the state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_from_the_command_line(kind: type[nn.Module], source: str, few_steps: No
     assert cli.main(["export", source, *words, *described]) == 0
     found = bundle.read(tmp_path / "gaps" / "1")
     assert {spec.name: spec.nan for spec in found.manifest.inputs} == {"x": True, "known": False}
-    assert np.isnan(found.golden.inputs["x"]).any()  # each server proves it anew
+    assert np.isnan(found.golden.inputs["x"]).any()  # servers replay it when they load the bundle
     assert found.manifest.streamable
     x, known = torch.randn(60, 3), torch.randn(60, 1)
     x[torch.rand(60, 3) < 0.5] = torch.nan

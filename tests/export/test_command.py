@@ -1,4 +1,4 @@
-"""The command line: what it leaves on disk, what it prints, and its exit code."""
+"""The export command: the files it writes, its output, and its exit code."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def run(*arguments: str) -> int:
     return cli.main(["export", *arguments])
 
 
-def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_is_exported_the_same_each_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = StackedRNNConfig(cell="gru", hidden_size=6, layers=2, output_size=3, input_size=4, dropout=0.1)
     StackedRNN(config).save(folder / "small")
 
@@ -81,7 +81,7 @@ def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert signed_by(bundle.read_content(folder / "models/small/1")) in TrustedKeys.read(folder / "key.pub.pem").keys
     assert run("small", "--repository", "models", "--replace", "--sign", "key.pub.pem") == 1
     assert "has no private key" in capsys.readouterr().err
-    # The same model gives the same bytes, so the digest that sessions are bound to stays.
+    # The same model gives the same bytes, so the digest that binds sessions does not change.
     assert bundle.read(folder / "models/small/1").manifest.digest == manifest.digest
 
 
@@ -99,7 +99,7 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
     )
 
     printed = capsys.readouterr()
-    if suffix == ".pt":  # the weights of one direction only
+    if suffix == ".pt":  # the weights are for one direction only
         assert (code, (folder / "out").exists()) == (1, False)
         assert "checkpoint: " in printed.err
         assert "reverse" in printed.err
@@ -111,7 +111,7 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
         assert weights["embed.weight"].numpy().tobytes() in onnx_bytes
 
 
-def test_not_streamable_is_exported_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unstreamable_model_is_exported_and_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("usermodel:Net", "--arg", "bidirectional=True", *TOKEN, "--name", "b", "--repository", "out") == 0
     assert "streaming NO: layer 'rnn' is bidirectional" in capsys.readouterr().out
 
@@ -170,7 +170,7 @@ def test_a_refusal_names_the_line(folder: Path, capsys: pytest.CaptureFixture[st
     assert "no attribute 'nothing' (at faulty.py:12: return self.nothing(self.embed(token))[0])" in printed
 
 
-def test_a_fault_of_export_says_so(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_export_error_is_reported_as_one(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def lift(*_: object) -> None:
         raise KeyError("lost")
 
@@ -216,7 +216,7 @@ class Delay(nn.Module):
 """
 
 
-def test_a_state_that_forward_hands_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_state_returned_by_forward_is_carried(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "delay.py").write_text(DELAY)
     delay = ("delay:Delay", "--input", "x:float32:3", "--random-weights", "--name", "delay", "--repository", "out")
     assert run(*delay, "--state", "cache:float32:2x3") == 2
@@ -266,7 +266,7 @@ class Net(nn.Module):
 """
 
 
-def test_the_time_may_be_last(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_axis_may_be_last(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "channels.py").write_text(TIME_LAST)
     net = ("channels:Net", "--input", "x:float32:3", "--random-weights", "--repository", "out", "--name", "net")
     assert run(*net, "--time-last", "--time-first") == 1

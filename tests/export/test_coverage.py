@@ -1,4 +1,4 @@
-"""What the exporter makes of a model: which nodes, which inputs; and where the model may come from."""
+"""Which nodes and inputs a model is exported to, and which sources a model may come from."""
 
 import copy
 from collections import Counter
@@ -23,7 +23,7 @@ from unroll.export.loading.copies import detached_copy
 
 
 class Handwritten(nn.Module):
-    """An LSTM with gates in an order of its own, one matrix, and c before h; `limit` makes it another function."""
+    """An LSTM with a custom gate order, one weight matrix, and c before h. `limit` turns it into another function."""
 
     def __init__(self, limit: float | None = None) -> None:
         super().__init__()
@@ -47,9 +47,7 @@ class Handwritten(nn.Module):
     ("limit", "node", "kinds"),
     [(None, "LSTM", ["h", "c"]), pytest.param(50.0, "Scan", ["carry", "carry"], marks=pytest.mark.long)],
 )
-def test_a_cell_is_recognised_by_its_numbers(
-    few_steps: None, tmp_path: Path, limit, node: str, kinds: list[str]
-) -> None:
+def test_cell_is_recognised_by_its_results(few_steps: None, tmp_path: Path, limit, node: str, kinds: list[str]) -> None:
     report = export(Handwritten(limit), {"x": torch.randn(2, 6, 4)}, name="m", repository=tmp_path)
     nodes = Counter(each.op_type for each in onnx.load(report.path / "model.onnx").graph.node)
     assert (nodes["LSTM"], nodes["Scan"]) == (node == "LSTM", node == "Scan")
@@ -67,7 +65,7 @@ def collected(s: Any, steps: Iterable[Tensor]) -> list[Tensor]:
 
 
 def two_loops(s: Any, x: Tensor) -> Tensor:
-    """The second loop takes the steps of the first from a list."""
+    """The second loop iterates over a list of the first loop's outputs."""
     return torch.stack(collected(s, collected(s, x.unbind(1))), 1)
 
 
@@ -77,7 +75,7 @@ def three_loops(s: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.long
 @pytest.mark.parametrize("forward", [two_loops, three_loops])
-def test_loops_over_what_the_loop_before_has_collected_stream(few_steps: None, tmp_path: Path, forward: Any) -> None:
+def test_loops_over_the_outputs_of_an_earlier_loop_stream(few_steps: None, tmp_path: Path, forward: Any) -> None:
     module = made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 3))
     report = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
     assert report.manifest.streamable
@@ -85,7 +83,7 @@ def test_loops_over_what_the_loop_before_has_collected_stream(few_steps: None, t
 
 
 class Forecast(nn.Module):
-    """A series with static inputs: the item and the location."""
+    """A time series with static inputs: the item and the location."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +138,7 @@ def _refuses_a_wrong_beginning(manifest: Manifest) -> None:
 
 
 class Rarely(nn.Module):
-    """What makes a difference only later, or seldom, than anyone tries."""
+    """Code that affects only late steps or rare inputs, which probes would not reach."""
 
     def __init__(self, which: str) -> None:
         super().__init__()
@@ -163,7 +161,7 @@ class Rarely(nn.Module):
 @pytest.mark.parametrize(
     "which", [pytest.param("count", marks=pytest.mark.long), pytest.param("past", marks=pytest.mark.long), "has begun"]
 )
-def test_what_makes_a_difference_late_or_seldom_is_kept(tmp_path: Path, which: str) -> None:
+def test_late_or_rare_differences_are_kept(tmp_path: Path, which: str) -> None:
     manifest = export(Rarely(which), {"token": torch.randint(0, 500, (2, 9))}, name="m", repository=tmp_path).manifest
     assert manifest.streamable
     assert which in {slot.kind for slot in manifest.state} | {slot.module for slot in manifest.state}
@@ -204,7 +202,7 @@ def test_a_program_of_torch_export(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.long)])
-def test_models_of_other_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_models_in_other_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
     report = export(Net().to(dtype), {"x": torch.randn(2, 7, 4, dtype=dtype)}, name="m", repository=tmp_path)
     assert report.manifest.inputs[0].dtype == "float32"
     assert any("computes in float32" in note for note in report.notes)
@@ -220,7 +218,7 @@ class Pooled(nn.Module):
         return y.mean(1), (x * x).sum(dim=1, keepdim=True)
 
 
-def test_means_and_sums_over_a_long_sequence_round_no_more_than_pytorchs(repository: Path) -> None:
+def test_long_means_and_sums_round_no_more_than_in_pytorch(repository: Path) -> None:
     module = Pooled().eval()
     export(module, {"x": torch.randn(2, 8, 3)}, name="pooled", repository=repository)
     x = torch.randn(5000, 3)
@@ -232,7 +230,7 @@ def test_means_and_sums_over_a_long_sequence_round_no_more_than_pytorchs(reposit
 
 
 class CopiesItself(nn.Linear):
-    """Leaves out what else it holds, and cannot copy its weights."""
+    """Its `__deepcopy__` drops other attributes and fails for its weights."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CopiesItself":
         copied = CopiesItself(self.in_features, self.out_features)
@@ -241,7 +239,7 @@ class CopiesItself(nn.Linear):
 
 
 class PicklesItself(nn.Linear):
-    """Is made anew from its sizes and weights, which then want gradients again."""
+    """Is rebuilt from its sizes and weights when unpickled; the weights then require gradients again."""
 
     __slots__ = ("gain",)
 
@@ -254,7 +252,7 @@ class PicklesItself(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", [CopiesItself, PicklesItself])
-def test_copies_of_a_module_that_copies_itself_hold_all_that_export_put_there(kind: type[nn.Linear]) -> None:
+def test_copies_of_a_self_copying_module_keep_what_export_added(kind: type[nn.Linear]) -> None:
     module = nn.Sequential(kind(3, 2))
     if kind is PicklesItself:
         PicklesItself.gain.__set__(module[0], 3.0)  # type: ignore[attr-defined]

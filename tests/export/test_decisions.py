@@ -1,4 +1,4 @@
-"""A branch by the value of a tensor goes one way for good if forward shows that this way does what both do."""
+"""A data-dependent branch is fixed to one arm if forward shows that this arm computes the same as both."""
 
 from typing import Any
 
@@ -126,7 +126,7 @@ def decided(forward: Any) -> tuple[nn.Module, dict[str, Tensor], tuple[dict[Any,
         pytest.param(within, [True], marks=pytest.mark.long),
     ],
 )
-def test_a_way_that_does_what_both_do_is_taken(forward: Any, way: list[bool]) -> None:
+def test_branch_arm_equal_to_both_is_taken(forward: Any, way: list[bool]) -> None:
     model, _, (ways, others) = decided(forward)
     assert [*ways.values()] == way
     assert all("test_decisions.py:" in note for note in notes_on_ways(ways, others))
@@ -141,25 +141,25 @@ def test_a_way_that_does_what_both_do_is_taken(forward: Any, way: list[bool]) ->
     "forward",
     [doubled, started, counted, *[pytest.param(each, marks=pytest.mark.long) for each in (rare, both, unending)]],
 )
-def test_a_way_is_not_taken_that_differs_or_that_nothing_shows_to_be_equal(forward: Any) -> None:
+def test_branch_arm_that_differs_or_is_unproven_is_not_taken(forward: Any) -> None:
     assert decided(forward)[2][0] == {}
 
 
-def test_a_condition_that_only_other_inputs_meet_is_not_left_to_the_trace_of_a_loop() -> None:
+def test_condition_met_only_by_other_inputs_is_not_decided_by_a_loop_trace() -> None:
     _, _, (ways, others) = decided(rare)
     assert ways == {}
     with pytest.raises(ExportError, match=r"test_decisions.py:.*torch\.where"):
         check(others)
 
 
-def test_a_condition_that_no_input_meets_is_in_the_report() -> None:
+def test_condition_that_no_input_meets_is_reported() -> None:
     _, _, (ways, others) = decided(narrow)
     check(others)
     (note,) = notes_on_ways(ways, others)
     assert "as if its condition were False: no tested input changes it" in note
 
 
-def test_within_undone_forward_is_as_written() -> None:
+def test_reverted_forward_is_unchanged() -> None:
     model, example, _ = decided(doubled)
     x, zeros = example["x"].double(), torch.zeros(2, 7).double()
     expected = model(x=x, done=zeros)
@@ -171,7 +171,7 @@ def test_within_undone_forward_is_as_written() -> None:
             torch.testing.assert_close(model(x=x, done=zeros), expected)
 
 
-def test_a_refusal_writes_the_branch_with_where() -> None:
+def test_refusal_suggests_torch_where_for_the_branch() -> None:
     with pytest.raises(RuntimeError) as raised:
         started(None, torch.ones(2, 3, 4, device="meta"), torch.ones(2, 3))
     assert as_where(raised.value) == "n = torch.where(n == 0.0, step.abs() + 1, torch.max(step, n - 0.1))"

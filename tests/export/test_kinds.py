@@ -1,7 +1,7 @@
-"""Every kind of module is either exported, equal to PyTorch, or refused with its reason. Never a third thing.
+"""Every kind of module is either exported with PyTorch's results or refused with a reason.
 
-`make test` leaves out kinds that go through export as another one does, and runs loops over few steps; `make long-test`
-exports all of them, and runs loops over as many steps as for a user.
+`make test` skips kinds that take the same path through export as another, and runs loops over few steps.
+`make long-test` exports all kinds and runs loops over as many steps as a user's export.
 """
 
 import copy
@@ -23,14 +23,14 @@ from unroll import bundle
 from unroll.export import ExportError, export
 from unroll.export.signature.outputs import leaves
 
-#: Those of the exported kinds that `make test` exports: one for each way through export.
+#: The exported kinds in `make test`: one per path through export.
 SHORT = {
     "time first throughout",
     "learned initial state",
     "a GRU as a function, with a mask on its weights",
     "state in self.h",
 }
-#: Those of the refused kinds that `make test` leaves out: they are refused as another one is, and take seconds.
+#: The refused kinds that `make test` skips: they are slow, and another kind is refused for the same reason.
 LONG = {
     "an operator that ONNX lacks",
     "a loop that depends on the length",
@@ -88,7 +88,7 @@ def _export(kind: Kind, repository: Path) -> None:
     assert tuple(spec.name for spec in manifest.outputs) == kind.outputs
     assert (report.path / "golden.safetensors").stat().st_size <= 64 * 1024
     assert bundle.read(report.path).manifest == manifest
-    assert b".py" not in (report.path / "model.onnx").read_bytes()  # no stack traces of this machine
+    assert b".py" not in (report.path / "model.onnx").read_bytes()  # no stack traces with local paths
     assert module.training == training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(map(torch.equal, _tensors(given), _tensors(example))), "the caller's example was changed"
@@ -101,7 +101,7 @@ def _tensors(example: dict) -> list[torch.Tensor]:
 
 
 def _answers_like_torch(kind, module, example, report) -> None:
-    """The bundle from its initial state against the user's own, untouched module, on inputs of another size."""
+    """Compare the bundle, from its initial state, with the unmodified module on inputs of another size."""
     first, unbatched = kind.options.get("batch_first", True), "without a batch" in kind.name
     last = kind.options.get("time_last", False)
     inputs, given = {}, {}
@@ -165,13 +165,13 @@ def _refuse(kind: Kind, repository: Path) -> None:
     assert list(repository.iterdir()) == []
 
 
-def test_the_kinds_that_are_named_here_exist() -> None:
+def test_named_kinds_exist() -> None:
     assert {kind.name for kind in REFUSED} > LONG
     assert {kind.name for kind in EXPORTED} > SHORT
 
 
 def test_one_node_per_layer() -> None:
-    """Of the bundle that an export afresh must be equal to; see tests/served_models."""
+    """The committed bundle has one node per layer; tests/served_models checks that a new export equals it."""
     found = bundle.read(BUNDLES / "embedding-LSTM-norm-GRU" / "1")
     nodes = [node.op_type for node in onnx.ModelProto.FromString(found.model).graph.node]
     assert nodes.count("LSTM") == 2

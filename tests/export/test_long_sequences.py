@@ -1,6 +1,6 @@
-"""Code that does something else late in a sequence or after many calls is found; what only looks like it is not.
+"""Code that behaves differently late in a sequence or after many calls is detected; lookalikes are exported.
 
-The kinds of `conformance/kinds/late.py` are the same through `export`.
+The kinds in `conformance/kinds/late.py` test the same through `export`.
 """
 
 import cProfile
@@ -31,7 +31,7 @@ CELL = nn.GRUCell(4, 6)
 
 
 def first_irregular(module: nn.Module, steps: int = 200) -> int | None:
-    """The step that does something else, from a log of the module alone."""
+    """Return the first step that deviates, judged only by a log of the module's operations."""
 
     def logged(time: int) -> Any:
         log = OperationLog(module, [""], places=True)
@@ -100,7 +100,7 @@ def layers(s: Any, x: Tensor) -> Tensor:
 
 
 def firing(s: Any, x: Tensor) -> Tensor:
-    """Asks for a constant as a tensor in each step, and keeps the state in a buffer."""
+    """Creates a constant tensor in each step and keeps the state in a buffer."""
     s.state, outs = x.new_zeros(x.shape[0], 6), []
     for step in x.unbind(1):
         s.state = s.cell(step, s.state) * torch.as_tensor(s.scale)
@@ -115,7 +115,7 @@ def test_loops_of_every_form_are_regular(forward: Callable[..., Tensor]) -> None
 
 
 def branching(s: Any, x: Tensor) -> Tensor:
-    """Every branch is decided: both ways are seen, the other one raises, or its numbers do not grow."""
+    """Every branch is decided: both arms run, the other arm raises, or the numbers compared do not grow."""
     h, outs, t, steps = None, [], 0, x.shape[1]
     if steps == 1:
         return x.repeat(1, 1, 2)[..., :6]
@@ -194,7 +194,7 @@ def _count_down(s: Any, t: int, x: Tensor, h: Tensor) -> Tensor:
         (lambda s, t, x, h: s.cell(x, h) * {5000: 0.0}.get(t, 1.0), 1),
     ],
 )
-def test_a_number_that_grows_must_have_made_a_difference(later: Callable[..., Tensor], undecided: int) -> None:
+def test_growing_number_must_have_changed_a_result(later: Callable[..., Tensor], undecided: int) -> None:
     assert count_undecided(looping(later)) == undecided
 
 
@@ -215,7 +215,7 @@ def test_the_step_is_found_in_the_second_of_two_loops(tmp_path: Path) -> None:
 
 
 def loop(s: Any, steps: Iterable[Tensor], size: int) -> Tensor:
-    """(batch, size, 6), zeros after the last step."""
+    """Return (batch, size, 6), zero after the last step."""
     h, outs = torch.zeros(1, 6), []
     for step in steps:
         h = s.cell(step, h.expand(step.shape[0], 6).to(step.dtype))
@@ -262,7 +262,7 @@ BY_LENGTH = {
 }
 
 
-#: Found as "slice", or refused as "zip" is.
+#: Cases that are detected like "slice" or refused like "zip".
 LIKE_ANOTHER = {
     "window",
     "product",
@@ -276,7 +276,7 @@ LIKE_ANOTHER = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] if name in LIKE_ANOTHER else []) for name in BY_LENGTH]
 )
-def test_a_number_in_the_code_is_a_length_to_try(name: str, few_steps: None, tmp_path: Path) -> None:
+def test_lengths_named_in_the_code_are_tried(name: str, few_steps: None, tmp_path: Path) -> None:
     forward, parts = BY_LENGTH[name]
     with pytest.raises(ExportError, match=r"test_long_sequences\.py:\d+") as refusal:
         export(made(forward, cell=CELL, most=100, **parts), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
@@ -284,7 +284,7 @@ def test_a_number_in_the_code_is_a_length_to_try(name: str, few_steps: None, tmp
 
 
 def rarely_looks(s: Any, t: int, x: Tensor, h: Tensor) -> Tensor:
-    """Every branch is rare, and none makes a difference."""
+    """Every branch is rare, and none changes the result."""
     if t % 100 == 99:
         s.seen = h
     if t < 80:
@@ -313,7 +313,7 @@ def test_unknown_bytecode_refuses_loops(few_steps: None, tmp_path: Path, monkeyp
         branches.is_readable.cache_clear()
 
 
-def test_who_profiles_export_gets_the_whole_profile() -> None:
+def test_profiler_around_export_gets_the_whole_profile() -> None:
     with cProfile.Profile() as profile:
         assert not find_large_numbers([lambda: None], 10)
         len(())
@@ -321,7 +321,7 @@ def test_who_profiles_export_gets_the_whole_profile() -> None:
     assert any(name == "<built-in method builtins.len>" for _, _, name in profile.stats)
 
 
-def test_a_number_without_source_is_undecided() -> None:
+def test_number_without_source_is_undecided() -> None:
     names: dict[str, Any] = {}
     exec("def later(s, t, x, h): return s.cell(x, h * (t < 5000))", names)
     assert count_undecided(looping(names["later"])) == 1
@@ -336,25 +336,25 @@ def count_undecided(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("forward", "undecided"), [(branching, 0), (by_number, 1), (by_count, 1), (by_size, 1)])
-def test_a_branch_on_a_number_that_grows_must_go_both_ways(forward: Callable[..., Tensor], undecided: int) -> None:
+def test_branch_on_a_growing_number_must_take_both_arms(forward: Callable[..., Tensor], undecided: int) -> None:
     assert count_undecided(made(forward, cell=CELL)) == undecided
 
 
 @pytest.mark.parametrize("iterates", ["range", "while", "filled"])
-def test_what_stands_before_a_condition_is_no_part_of_it(iterates: Any) -> None:
+def test_code_before_a_condition_is_not_part_of_it(iterates: Any) -> None:
     assert count_undecided(LoopBlock(Loop("GRUCell", 4, 6, iterates))) == 0
 
 
 @pytest.mark.long
 def test_a_chaotic_loop_is_exported(tmp_path: Path) -> None:
-    """Rounding alone makes it another sequence after a few hundred steps."""
+    """Rounding errors alone change the outputs after a few hundred steps."""
     torch.manual_seed(0)
     module = looping(lambda s, t, x, h: torch.tanh(s.w(x) + h @ s.u), w=nn.Linear(4, 6), u=torch.randn(6, 6) * 4)
     assert export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path).manifest.streamable
 
 
 class Watching(nn.Module):
-    """Writes what it has seen, and makes a table once; the next call reads nothing of it."""
+    """Records its inputs and builds a table once; later calls read neither."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,7 +367,7 @@ class Watching(nn.Module):
         return x * self.table
 
 
-def test_what_is_written_and_not_read_is_not_kept() -> None:
+def test_values_written_but_never_read_are_not_kept() -> None:
     module = Watching()
     module(torch.zeros(2, 3, 4))
     before = kept_values(module)

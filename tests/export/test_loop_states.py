@@ -1,4 +1,4 @@
-"""What a loop over time may hand on: what it was given, what it made, under more than one name, and for how long."""
+"""A loop over time may carry inputs and results, under several names and over several steps."""
 
 import warnings
 from collections import deque
@@ -21,7 +21,7 @@ def zeros(x: Tensor) -> Tensor:
 
 
 def many_names(s: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The previous input, the one before that, the state before the update, and two states under other names."""
+    """Carries the last two inputs, the state before the update, and two aliased states."""
     h, older, other, before, second, outs = zeros(x), zeros(x), zeros(x) + 1, zeros(x), zeros(x), []
     for t in range(x.shape[1]):
         outs.append(torch.cat([h, before], 1))
@@ -57,7 +57,7 @@ def previous_by_index(s: Any, x: Tensor) -> Tensor:
 
 
 def delayed(s: Any, x: Tensor) -> Tensor:
-    """The loop itself computes nothing."""
+    """Only carries values, and computes none."""
     before, outs = zeros(x), []
     for t in range(x.shape[1]):
         outs.append(before)
@@ -112,7 +112,7 @@ def viewed(s: Any, x: Tensor) -> Tensor:
 
 
 def changed_in_place(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both states are parts of one tensor."""
+    """Both states are slices of one tensor."""
     states, outs = torch.zeros(2, x.shape[0], 4), []
     for t in range(x.shape[1]):
         states[0] = torch.tanh(s.head(x[:, t]) + s.r * states[1].clone())
@@ -130,7 +130,7 @@ def cut_before(s: Any, x: Tensor) -> Tensor:
 
 
 def layers_over_lists(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each layer goes over the list of what the layer before it made."""
+    """Each layer iterates over the list of outputs of the layer before."""
     steps, last = list(x.split(1, 1)), []
     for layer in s.layers:
         h, outs = zeros(x).unsqueeze(1), []
@@ -142,7 +142,7 @@ def layers_over_lists(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_the_first(s: Any, x: Tensor) -> Tensor:
-    """Every step takes the first one, in the loop and outside."""
+    """Reads the first step in every step, inside the loop and after it."""
     h, outs, first = zeros(x), [], x[:, 0]
     for step in x.unbind(1):
         h = torch.tanh(s.head(step - first) + s.r * h)
@@ -174,7 +174,7 @@ def running(s: Any, x: Tensor) -> Tensor:
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # deprecated, and still found in the wild
+    warnings.simplefilter("ignore")  # deprecated but still in use
     scripted = torch.jit.script(recurrence)
 
 
@@ -204,7 +204,7 @@ OTHERS: list[Forward] = [
 
 
 @pytest.mark.parametrize("forward", [cut_before, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)])
-def test_a_loop_may_hand_on_what_it_was_given_or_made(few_steps: None, tmp_path: Path, forward: Forward) -> None:
+def test_loop_may_carry_its_inputs_and_results(few_steps: None, tmp_path: Path, forward: Forward) -> None:
     layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
     answers_step_by_step(
         made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4), layers=layers), tmp_path
@@ -225,7 +225,7 @@ def answers_step_by_step(module: nn.Module, tmp_path: Path) -> None:
 
 
 class RowAfterRow(nn.Module):
-    """An LRU that takes one row of the batch after another, and keeps the state in an attribute meanwhile."""
+    """An LRU that processes the batch row by row and keeps the state in an attribute during the call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class RowAfterRow(nn.Module):
 
 
 class LinearRecurrence(nn.Module):
-    """An LRU, as its paper defines it."""
+    """An LRU as its paper defines it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class LinearRecurrence(nn.Module):
 
 
 def state_space(s: Any, x: Tensor) -> Tensor:
-    """The recurrent form of S4D, whose parameters are real."""
+    """The recurrent form of S4D with real parameters."""
     turn = torch.polar(torch.sigmoid(s.r), s.r) - 0.1j
     h, outs = x.new_zeros(x.shape[0], 4, dtype=torch.cfloat), []
     for step in x.unbind(1):
@@ -287,7 +287,7 @@ def decaying(s: Any, x: Tensor) -> Tensor:
     return torch.stack(outs, 1)
 
 
-def test_what_a_step_makes_of_weights_alone_is_a_constant(few_steps: None, tmp_path: Path) -> None:
+def test_values_computed_only_from_weights_are_constants(few_steps: None, tmp_path: Path) -> None:
     answers_step_by_step(made(decaying, r=nn.Parameter(torch.rand(4))), tmp_path)
     graph = onnx.ModelProto.FromString((tmp_path / "m" / "1" / "model.onnx").read_bytes()).graph
     (scan,) = (node for node in graph.node if node.op_type == "Scan")
@@ -303,7 +303,7 @@ def numbered(s: Any, x: Tensor) -> Tensor:
     return y
 
 
-def test_rows_that_begin_otherwise_are_refused(few_steps: None, tmp_path: Path) -> None:
+def test_rows_with_different_initial_states_are_refused(few_steps: None, tmp_path: Path) -> None:
     module = made(numbered, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
     with pytest.raises(ExportError, match=r"loops over the rows of a batch.*x\[:, t\] in place of"):
         export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
@@ -353,7 +353,7 @@ def complex_output(s: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "says"), [(squashed, "forward calls torch.tanh with"), (complex_output, "an output is complex")]
 )
-def test_other_complex_numbers_are_refused_with_what_to_change(tmp_path: Path, forward: Forward, says: str) -> None:
+def test_other_complex_numbers_are_refused_with_a_remedy(tmp_path: Path, forward: Forward, says: str) -> None:
     module = made(forward, r=nn.Parameter(torch.rand(4, dtype=torch.complex64))).eval()
     with pytest.raises(ExportError, match=rf"{says}.*two tensors, as torch\.view_as_real") as refused:
         export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)

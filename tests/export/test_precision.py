@@ -1,4 +1,4 @@
-"""Reduced precision: asked for, measured, stated in the bundle, and held to it by the server."""
+"""Reduced precision is measured at export, stated in the bundle, and enforced by the server."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,7 @@ def exported(repository: Path, module: nn.Module, **options: object) -> Report:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Report]:
-    """`reports(kind, precision)`: of the same model in each precision."""
+    """`reports(kind, precision)` exports the same model in each precision."""
 
     @cache
     def one(kind: str, precision: str) -> Report:
@@ -52,7 +52,7 @@ def counted(report: Report) -> dict[str, int]:
     return operators((report.path / "model.onnx").read_bytes())
 
 
-def test_float32_is_as_it_was(reports) -> None:
+def test_float32_export_is_unchanged(reports) -> None:
     manifest = reports("LSTM", "float32").manifest
     assert manifest.precision == "float32"
     assert manifest.bit_exact
@@ -66,7 +66,7 @@ def test_float32_is_as_it_was(reports) -> None:
         *(pytest.param("GRU", precision, marks=pytest.mark.long) for precision in ("float16", "int8")),
     ],
 )
-def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision: str) -> None:
+def test_bundle_states_its_error_and_is_served(reports, kind: str, precision: str) -> None:
     report = reports(kind, precision)
     manifest = report.manifest
     assert manifest.precision == precision
@@ -77,7 +77,7 @@ def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision
         assert reduced.tolerance >= entry.tolerance
         assert reduced.onnxruntime <= reduced.tolerance < 0.05
     assert by_output["y"].onnxruntime > 1e-5
-    # By that bound and no other the server takes it, its state in float32 as ever.
+    # The server accepts the bundle within exactly that bound. The state stays float32.
     found = bundle.read(report.path)
     backend = open_backend(found, "cpu", EngineOptions())
     assert backend.slack == 1.0
@@ -90,8 +90,8 @@ def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision
     assert cli.main(["verify", str(report.path)]) == 0
 
 
-def test_the_server_takes_no_looser_bound(reports) -> None:
-    """A model that is off by more than its own bound, though by less than another precision's, is refused."""
+def test_server_enforces_the_bound_of_the_bundle(reports) -> None:
+    """A model whose error exceeds its own bound is refused, even if another precision would allow that error."""
     coarse, fine = (bundle.read(reports("LSTM", precision).path) for precision in ("int8", "float16"))
     with pytest.raises(GoldenMismatch):
         bundle.Verifier(Runner(coarse.model, coarse.manifest), fine.manifest).replay(fine.golden)
@@ -104,20 +104,20 @@ def test_the_server_takes_no_looser_bound(reports) -> None:
         ("gru", {"GRU": 2, "MatMulInteger": 1}),
     ],
 )
-def test_what_becomes_integer(name: str, expected: dict[str, int]) -> None:
+def test_int8_quantises_weights_of_these_operators(name: str, expected: dict[str, int]) -> None:
     found = operators(reduced_graph(_graph(name), "int8"))
     names = {"LSTM", "GRU", "MatMul", "com.microsoft.DynamicQuantizeLSTM", "MatMulInteger"}
     assert {operator: count for operator, count in found.items() if operator in names} == expected
 
 
-def test_what_has_nothing_to_become_integer_is_refused() -> None:
+def test_model_without_weights_to_quantise_is_refused() -> None:
     with pytest.raises(ExportError, match="has neither") as refusal:
         reduced_graph(_graph("matrices-as-steps"), "int8")
     assert refusal.value.code == "precision"
 
 
 def _graph(name: str) -> onnx.ModelProto:
-    """Of a bundle in float32."""
+    """Return the graph of a float32 bundle."""
     return onnx.ModelProto.FromString(bundle.read(BUNDLES / name / "1").model)
 
 
@@ -129,7 +129,7 @@ def test_too_large_an_error_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_allowed_is_the_bound(reports) -> None:
+def test_allowed_error_is_the_bound(reports) -> None:
     manifest = reports("LSTM", "int8").manifest
     free, state = manifest.parity
     allowed = (free.onnxruntime + free.tolerance) / 2
@@ -141,7 +141,7 @@ def test_what_was_allowed_is_the_bound(reports) -> None:
 
 
 class ByHand(nn.Module):
-    """Makes a float32 tensor of its own, which PyTorch cannot join with float16."""
+    """Creates a float32 tensor, which PyTorch cannot concatenate with float16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,14 +151,14 @@ class ByHand(nn.Module):
         return self.rnn(x)[0] @ torch.eye(6, dtype=torch.float32)
 
 
-def test_what_pytorch_cannot_compute_in_float16_is_refused(tmp_path: Path) -> None:
+def test_model_that_pytorch_cannot_run_in_float16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="PyTorch cannot run it in float16") as refusal:
         exported(tmp_path, ByHand(), precision="float16")
     assert refusal.value.code == "precision"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_takes_no_integers_and_no_second_reduction(reports) -> None:
+def test_gpu_refuses_int8_and_a_second_reduction(reports) -> None:
     with pytest.raises(ValueError, match="is for the CPU"):
         open_backend(bundle.read(reports("LSTM", "int8").path), "cuda:0", EngineOptions())
     with pytest.raises(ValueError, match="in float16 already"):

@@ -1,4 +1,4 @@
-"""The deciding parts: guards parsed from PyTorch's messages, samples like the example, chunkings, and messages."""
+"""How export decides: guards parsed from PyTorch's messages, samples like the example, chunkings, reports."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_an_example_of_zeros_is_spread_out() -> None:
     assert 0.5 < drawn.std() < 2
 
 
-def test_states_start_with_the_initial_one() -> None:
+def test_states_start_with_the_initial_state() -> None:
     rows = states(3, np.array([0.5, 0.0], np.float32), seed=0)
     assert rows.dtype == np.float32
     assert rows[0].tolist() == [0.5, 0.0]
@@ -71,7 +71,7 @@ class Translator(nn.Module):
         return self.rnn(x, h0.transpose(0, 1).contiguous())
 
 
-def test_the_report_says_what_became_of_the_state(tmp_path: Path) -> None:
+def test_report_describes_the_state(tmp_path: Path) -> None:
     example = {"x": torch.randn(2, 5, 4), "h0": torch.linspace(-1, 1, 6).expand(2, 1, 6)}
     stages: list[str] = []
     report = export(Translator(), example, name="t", repository=tmp_path, progress=stages.append)
@@ -95,7 +95,7 @@ def test_wide_outputs_make_a_short_golden(tmp_path: Path) -> None:
 
 
 class FarBack(nn.Module):
-    """In addition to the recurrent layer, each output needs the input `lag` steps earlier."""
+    """A recurrent layer whose outputs also depend on the input `lag` steps earlier."""
 
     def __init__(self, lag: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class FarBack(nn.Module):
 
 
 @pytest.mark.parametrize("lag", [pytest.param(24, marks=pytest.mark.long), 400])
-def test_what_reaches_far_back_does_not_stream(tmp_path: Path, lag: int) -> None:
+def test_long_lookback_does_not_stream(tmp_path: Path, lag: int) -> None:
     report = export(FarBack(lag), {"x": torch.randn(2, 12, 3)}, name="far", repository=tmp_path)
     assert not report.manifest.streamable
     assert "reaches far back in time" in str(report.manifest.not_streamable_because)

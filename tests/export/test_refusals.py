@@ -1,4 +1,4 @@
-"""What users read about refusals: a section for each code, and in the text where forward does it and what to change."""
+"""Each refusal code has a section in the docs, and each message names the line in forward and the remedy."""
 
 import re
 from pathlib import Path

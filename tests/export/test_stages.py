@@ -1,4 +1,4 @@
-"""What `unroll export` says of its progress on stderr."""
+"""The progress messages of `unroll export` on stderr."""
 
 import io
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("error", [False, True])
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_long_stages_have_their_time_and_on_a_terminal_a_mark_once_done(
+def test_long_stages_show_their_time_and_a_mark_on_a_terminal(
     kind: type[io.StringIO], error: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr", out := kind())

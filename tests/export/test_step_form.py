@@ -1,4 +1,4 @@
-"""Modules whose forward makes one time step: their bundles answer as the module itself does, called again and again."""
+"""Modules whose forward computes one time step: the bundle equals repeated calls of the module."""
 
 import threading
 from collections.abc import Callable
@@ -15,14 +15,14 @@ import unroll
 from unroll import cli
 from unroll.export import ExportError
 
-#: Clients, and steps of each.
+#: Number of clients, and steps per client.
 CLIENTS, STEPS = 4, 150
 
 Arguments = dict[str, Any]
 
 
 class Policy(nn.Module):
-    """Layer first, as PyTorch's own layers have their states; an episode that is done starts anew."""
+    """Takes states with the layer axis first, as PyTorch's layers do, and resets them at the end of an episode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Policy(nn.Module):
 
 
 class Swapped(nn.Module):
-    """A dict, whose keys are returned in another order; what a client wants is given once."""
+    """Returns its dict state with the keys in another order. The client's goal is a static input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Swapped(nn.Module):
 
 
 class OneClient(nn.Module):
-    """Keeps its state in buffers for one client, changed in place."""
+    """Keeps its state in buffers for one client and changes them in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class OneClient(nn.Module):
 
 
 class Hidden(nn.Module):
-    """Keeps what its layer returns, and nothing before the first step."""
+    """Keeps the state that its layer returned; it is None before the first step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Hidden(nn.Module):
 
 
 class Optional(nn.Module):
-    """Starts without its state; counts its steps in whole numbers."""
+    """Starts without a state; counts its steps as integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Optional(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Changes the state that it is given, and returns it as the state and as an output."""
+    """Changes the given state in place and returns it both as the state and as an output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class InPlace(nn.Module):
 
 
 class RowsFirst(nn.Module):
-    """States with the client first, turned in the step; a delay that begins with one row; what training left behind."""
+    """Takes states with the client axis first, starts its delay from one row, and holds leftovers of training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class RowsFirst(nn.Module):
 
 
 class Difference(nn.Module):
-    """Keeps the input of the step before, which the same input again leaves as it is."""
+    """Keeps the previous input, which a repeated input leaves unchanged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def zeros(*size: int) -> Tensor:
 
 OBS = torch.randn(6, 3)
 GOAL = torch.randn(6, 2)
-#: The module; its example; the options; and, from what it returned or None, the states that its next step is given.
+#: By name: the module, its example, the options, and a function that maps the last result (or None) to the next states.
 CASES: dict[str, tuple[type[nn.Module], Arguments, Arguments, Callable[[Any], Arguments]]] = {
     "layer first": (
         Policy,
@@ -173,13 +173,15 @@ CASES: dict[str, tuple[type[nn.Module], Arguments, Arguments, Callable[[Any], Ar
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"rows first", "difference"}))
-def test_a_bundle_answers_as_the_module_called_again_and_again(name: str, repository: Path) -> None:
+def test_bundle_equals_repeated_calls_of_the_module(name: str, repository: Path) -> None:
     made, example, options, _ = CASES[name]
     module = made().eval()
     before = {key: value.clone() for key, value in module.state_dict().items()}
     report = unroll.export(module, example, name=made.__name__.lower(), repository=repository, step=True, **options)
     assert report.manifest.streamable
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())  # it is not stepped
+    assert all(
+        torch.equal(value, before[key]) for key, value in module.state_dict().items()
+    )  # export leaves the buffers as they were
     check(name, module, repository)
 
 
@@ -208,7 +210,7 @@ def test_from_the_command_line(name: str, described: list[str], few_steps: None,
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["rows first", "difference"])
-def test_what_a_step_hands_on_may_be_turned_an_input_or_of_one_row(name: str, few_steps: None, tmp_path: Path) -> None:
+def test_carried_state_may_be_transposed_an_input_or_one_row(name: str, few_steps: None, tmp_path: Path) -> None:
     made, example, options, _ = CASES[name]
     module = made().eval()
     unroll.export(module, example, name=made.__name__.lower(), repository=tmp_path, step=True, **options)
@@ -216,7 +218,7 @@ def test_what_a_step_hands_on_may_be_turned_an_input_or_of_one_row(name: str, fe
 
 
 def check(name: str, module: nn.Module, repository: Path) -> None:
-    """Compare the bundle over 300 steps with `module`, whose own results are its next arguments."""
+    """Compare the bundle over 300 steps with `module`, which gets its own results as states."""
     oracle, following = Oracle(repository, type(module).__name__.lower()), CASES[name][-1]
     inputs = {spec.name: torch.randn(300, *spec.shape) for spec in oracle.manifest.inputs}
     if "done" in inputs:
@@ -251,7 +253,7 @@ class Counting(nn.Module):
 
 
 class Normalising(nn.Module):
-    """Its running mean is of all clients together."""
+    """Keeps a running mean over all clients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +267,7 @@ class Normalising(nn.Module):
 
 
 class Learned(nn.Module):
-    """Begins with a state of its own, which no row of the bundle's is."""
+    """Has an initial state that does not fit into a row of the bundle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +279,7 @@ class Learned(nn.Module):
 
 
 class Locked(nn.Module):
-    """Holds a lock, which nothing copies, while it computes."""
+    """Holds a lock, which cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +292,7 @@ class Locked(nn.Module):
 
 
 class FirstStep(nn.Module):
-    """Hands on a running maximum, and counts its steps for the weight of each."""
+    """Carries a running maximum and counts its steps to weight them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,7 +304,7 @@ class FirstStep(nn.Module):
 
 
 class Several(nn.Module):
-    """Is for two clients or more."""
+    """Needs at least two clients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +316,7 @@ class Several(nn.Module):
 
 
 class OnlyState(nn.Module):
-    """Returns nothing that is for a client."""
+    """Returns no value per client."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,7 +348,7 @@ REFUSED: list[tuple[type[nn.Module], Arguments, Arguments, str, str]] = [
 
 
 @pytest.mark.parametrize(("made", "example", "options", "code", "says"), REFUSED)
-def test_what_is_refused(
+def test_unsupported_step_modules_are_refused(
     made: type[nn.Module], example: Arguments, options: Arguments, code: str, says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=says) as refusal:

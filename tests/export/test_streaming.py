@@ -1,4 +1,4 @@
-"""The promises of an exported stack, on random models, chunkings and company: equal bit for bit, and near float64."""
+"""Random models, chunkings and batches: results are bit-identical to the whole sequence and near float64."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -43,7 +43,7 @@ class Exported:
         return x, rng.uniform(-0.9, 0.9, (batch, self.manifest.state_size)).astype(np.float32)
 
     def torch(self, x: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The answers of PyTorch in float64, by way of its own state tensors (layers, batch, hidden)."""
+        """Return PyTorch's float64 results, computed with its own state tensors (layers, batch, hidden)."""
         config = self.module.config
         kinds = 2 if config.cell == "lstm" else 1
         pieces = torch.from_numpy(state).double().reshape(len(x), config.layers, kinds, config.hidden_size)
@@ -90,8 +90,8 @@ def test_manifest(index, exported) -> None:
 @models
 @examples
 @given(seed=st.integers(0, 2**32), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6))
-def test_streamed_is_whole_and_batched_is_alone(index, exported, seed: int, lengths: list[int]) -> None:
-    """One row, cut into chunks, each chunk run in other company and at another place in the batch."""
+def test_streamed_equals_whole_and_batched_equals_single(index, exported, seed: int, lengths: list[int]) -> None:
+    """One sequence is cut into chunks, and each chunk runs in a different batch at a different row."""
     model, rng = exported(index), np.random.default_rng(seed)
     x, state = model.draw(rng, 1, sum(lengths))
     whole, after = model.run(x, state)
@@ -113,7 +113,7 @@ def test_streamed_is_whole_and_batched_is_alone(index, exported, seed: int, leng
 @models
 @examples
 @given(seed=st.integers(0, 2**32), lens=st.lists(st.integers(1, 12), min_size=1, max_size=9))
-def test_padded_is_alone(index, exported, seed: int, lens: list[int]) -> None:
+def test_padded_row_equals_single_row(index, exported, seed: int, lens: list[int]) -> None:
     model, rng = exported(index), np.random.default_rng(seed)
     x, state = model.draw(rng, len(lens), 12)
     y, after = model.run(x, state, np.array(lens, np.int32))
@@ -126,7 +126,7 @@ def test_padded_is_alone(index, exported, seed: int, lens: list[int]) -> None:
 @models
 @examples
 @given(seed=st.integers(0, 2**32), batch=st.integers(1, 9), time=st.integers(1, 40))
-def test_near_float64(index, exported, seed: int, batch: int, time: int) -> None:
+def test_results_are_near_float64(index, exported, seed: int, batch: int, time: int) -> None:
     model, rng = exported(index), np.random.default_rng(seed)
     x, state = model.draw(rng, batch, time)
     tolerance = {entry.output: entry.tolerance for entry in model.manifest.parity}

@@ -1,4 +1,4 @@
-"""What a type checker sees of the public API in a user's own file, which `make check` types in this project's way."""
+"""A user's file type-checks against the public API; `make check` covers only this project's own settings."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 USER = ROOT / "conformance" / "typed_use.py"
 
-#: Torch itself is left out, since mypy reads it for half a minute.
+#: Skips torch, which takes mypy half a minute to read.
 CONFIGURATION = """
 [mypy]
 strict = True

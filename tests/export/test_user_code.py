@@ -1,7 +1,7 @@
-"""A user's own code may have any name, and is exported from the command line, from a script and from a notebook.
+"""User code may have any name, and can be exported from the command line, a script or a notebook.
 
-In processes of their own, since what they import stays imported. Importing torch is slow: one process forks others,
-each of which tries many names.
+Imports persist in a process, so each test uses child processes. Importing torch is slow, so one process imports it and
+forks the rest, and each child tries many names.
 """
 
 import json
@@ -14,7 +14,7 @@ from waiting import PATIENCE
 
 from unroll import bundle, cli
 
-#: The names of our own folders, two of the standard library that export has imported, and a usual one.
+#: This project's folders, two standard library modules that export imports, and a common name.
 NAMES = ("models", "service", "export", "bundle", "examples", "tests", "conformance", "types", "copy", "net")
 
 BLOCK = """
@@ -24,7 +24,7 @@ def block():
     return nn.GRU(3, 4, batch_first=True)
 """
 
-#: {sibling}: how the module imports the block, in its factory and, once more, in forward.
+#: {sibling}: the statement that imports the block, in the constructor and again in forward.
 NET = """
 from torch import nn
 
@@ -39,8 +39,8 @@ class Net(nn.Module):
         return self.rnn(x)[0]
 """
 
-#: The command in each folder, in a process of its own that has imported no code of the folder; with an export that
-#: calls the model and no more: all that is asked is whether its code is found.
+#: Runs the command in each folder, in a process that has imported no code from it. The patched export only calls the
+#: model, to show that its code is found.
 COMMAND = """
 import json, os, sys
 import torch
@@ -61,7 +61,7 @@ for folder, targets in json.loads(sys.argv[1]).items():
 
 
 def run(folder: Path, *arguments: str, stdin: str | None = None) -> str:
-    """What a process in `folder` prints. Its own folder is not on its path, as for the command `unroll`."""
+    """Return the output of a process in `folder`, which is not on its path, as with the `unroll` command."""
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, input=stdin, capture_output=True, text=True, timeout=2 * PATIENCE
     )
@@ -76,11 +76,11 @@ def write(folder: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-#: By layout: the model's file, the file that it imports and how, and the target.
+#: By layout: the model's file, the imported file, the import statement, and the target.
 LAYOUTS = {
-    # A module in the current directory, next to the one that it imports.
+    # A module in the current directory, next to the imported one.
     "module": ("{name}.py", "{name}_block.py", "from {name}_block import block", "{name}:Net"),
-    # A package that imports by its own name.
+    # A package with absolute imports.
     "package": ("{name}/net.py", "{name}/block.py", "from {name}.block import block", "{name}.net:Net"),
     # A file in a folder, as for `python path/to/{name}.py`.
     "file": (
@@ -89,7 +89,7 @@ LAYOUTS = {
         "from {name}_block import block",
         "path/to/{name}.py:Net",
     ),
-    # A file in a package that imports relative to it, and one that imports from its own folder.
+    # A file in a package: with relative imports, and with imports from its own folder.
     "relative": ("{name}/inner/net.py", "{name}/block.py", "from ..block import block", "{name}/inner/net.py:Net"),
     "beside": (
         "{name}/inner/net.py",
@@ -103,7 +103,7 @@ LAYOUTS = {
 def test_code_of_any_name_from_the_command_line(tmp_path: Path) -> None:
     targets = {}
     for layout, texts in LAYOUTS.items():
-        # A package that the standard library has already cannot be imported under its name in any program.
+        # No program can import a package with the name of a standard library package.
         names = NAMES if layout in {"module", "file"} else NAMES[:7]
         targets[layout] = [texts[3].format(name=name) for name in names]
         for name in names:
@@ -116,7 +116,7 @@ def test_code_of_any_name_from_the_command_line(tmp_path: Path) -> None:
         assert printed.count(f"ran {layout} (2, 16, 4)") == len(asked), layout
 
 
-#: A user's script: its own packages, and the public API.
+#: A user's script with local packages and the public API.
 SCRIPT = """
 import torch
 import unroll
@@ -131,7 +131,7 @@ print(unroll.__version__)
 """
 
 
-#: What the script does with its network. `make test` only runs all that `unroll.export` imports, and is then refused.
+#: The export in the script: one that succeeds, and a quicker one that is refused once `unroll.export` is imported.
 EXPORTED = (
     'assert unroll.export(net, {"x": torch.randn(2, 7, 3) * scale}, name="net", repository="out").manifest.streamable'
 )
@@ -154,7 +154,7 @@ def test_from_a_script(export: str, tmp_path: Path) -> None:
     assert (tmp_path / "out/net/1").exists() == (export == EXPORTED)
 
 
-#: A notebook's cells, as ipykernel runs them: one after another in `__main__`, which has no file.
+#: A notebook's cells as ipykernel runs them: in order, in `__main__`, without a file.
 CELLS = [
     "import torch, unroll\nfrom torch import nn",
     NET.format(sibling="from models import block"),
@@ -171,7 +171,7 @@ def test_from_a_notebook(tmp_path: Path) -> None:
     assert bundle.read(tmp_path / "out/net/1").manifest.streamable
 
 
-def test_what_is_said_where_the_code_is_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_code_gets_a_helpful_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "net.py").write_text("nothing = 0\n")
     for target, words in (
         (f"{tmp_path}/other.py:Net", "there is no file"),

@@ -1,4 +1,4 @@
-"""Weights as people have them: files of many kinds, keys and prefixes; and models without any."""
+"""Weight files in common formats, with common keys and prefixes, and models without weights."""
 
 import argparse
 import re
@@ -56,7 +56,7 @@ INPUT = ("--input", "x:float32:3")
 
 
 class Exported:
-    """What the command hands to `unroll.export`, which is not run."""
+    """Records the arguments that the command passes to `unroll.export`, in place of an export."""
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
@@ -142,7 +142,7 @@ def test_weights_under_usual_keys_and_prefixes(
 
 
 class Sized(nn.Module):
-    """What a checkpoint of Lightning says how to make."""
+    """A module built from a Lightning checkpoint's hyper-parameters."""
 
     def __init__(self, width: int, kind: str = "GRU", settings: Any = None) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def whole(path: Path) -> None:
     torch.save(mynet.Net(), path)
 
 
-#: What writes the file, and what must be said of it.
+#: Per case: the function that writes the file, and the expected message.
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "garbage": (lambda path: path.write_bytes(b"everything else" * 99), "is no PyTorch model or weights file"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
@@ -230,7 +230,7 @@ def test_a_file_that_is_refused_is_described(
         ("saved/saved_model.pb", b"\x08\x01", "saved is a TensorFlow SavedModel"),
     ],
 )
-def test_a_model_of_another_framework_is_named_with_the_way_from_it(
+def test_model_of_another_framework_gets_its_conversion_path(
     exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, says: str
 ) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -242,13 +242,13 @@ def test_a_model_of_another_framework_is_named_with_the_way_from_it(
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """The message: one line of whole sentences without colours."""
+    """Return the message; check that it is one line of whole sentences without colours."""
     printed = capsys.readouterr().err
     assert re.fullmatch(r"unroll export: checkpoint: [^\n\x1b]+[\w`)>]\n", printed), printed
     return printed
 
 
-def test_what_to_run_with_a_file_of_another_kind(
+def test_unsupported_file_gets_the_command_to_run(
     exported: Exported, net: nn.Module, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(net.state_dict(), "plain.pt")

@@ -1,7 +1,7 @@
 """A fake device in host memory: the CUDA engine runs on it with the real model, on onnxruntime's CPU provider.
 
-A captured graph is the function that queued it; kernels are their NumPy equivalents. What a GPU would not forgive is an
-assertion here: taking memory, copying or waiting within a graph.
+A captured graph is the function that queued it; kernels are their NumPy equivalents. Operations a GPU forbids within a
+graph (allocating, copying, waiting) fail an assertion.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from unroll.service.engine.tensor_ref import TensorRef
 
 
 class FakeDevice:
-    """calls: the operations, in order. room: bytes that can be allocated. name: device for onnxruntime."""
+    """calls: Operations in order. room: Bytes that can be allocated. name: The device for onnxruntime."""
 
     name = "cpu"
     stream = 0
@@ -193,7 +193,7 @@ def cell_step(
     h_at: int,
     c_at: int,
 ) -> np.ndarray:
-    """New states in float64, of weights as ONNX has them."""
+    """Return the new states in float64, from weights in ONNX's layout."""
     gates = 4 if lstm else 3
     both = np.concatenate([side.reshape(gates, hidden, -1) for side in (w, r)], axis=2).astype(float)
     wb, rb = b.reshape(2, gates, hidden).astype(float)
@@ -204,7 +204,7 @@ def cell_step(
 def _cell(
     lstm: bool, x: np.ndarray, states: np.ndarray, both: np.ndarray, b: np.ndarray, h_at: int, c_at: int
 ) -> np.ndarray:
-    """`cells.cu`, in float64."""
+    """`cells.cu` in float64."""
     inputs, hidden, after = x.shape[1], both.shape[1], states.astype(float)
     h, b = states[:, h_at : h_at + hidden].astype(float), b.astype(float)
     over_x = np.einsum("bi,ghi->gbh", x.astype(float), both[:, :, :inputs])

@@ -1,6 +1,7 @@
-"""What `make overload` does to a server: `python -m faults.attacks NAME PORT SECONDS` prints what the attackers got.
+"""The attacks of `make overload`: `python -m faults.attacks NAME PORT SECONDS` prints the answers the attackers got.
 
-An attack is a coroutine function of a port and of seconds, bounded in time and bytes. It talks to loopback only.
+An attack is a coroutine function that takes a port and a duration. It is bounded in time and bytes and uses only the
+loopback interface.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ def control(op: str, **members: object) -> bytes:
 
 
 def said(tail: bytes) -> str:
-    """What the end of what a server sent on a stream says, if it closed it."""
+    """Return the close reason at the end of a stream's received bytes, if the server closed it."""
     at = tail.rfind(b"\x88")
     payload = tail[at + 2 :]
     if at < 0 or len(payload) != tail[at + 1]:
@@ -37,7 +38,7 @@ def said(tail: bytes) -> str:
 
 
 async def flood(messages: bytes, port: int, end: float, got: Counter[str]) -> None:
-    """Send the same messages again and again, as fast as 2.5 MB/s, and connect again if the server closes it."""
+    """Send the same messages repeatedly at up to 2.5 MB/s, and reconnect when the server closes the connection."""
     loop, block = asyncio.get_running_loop(), messages * max(1, _BLOCK_BYTES // len(messages))
     while loop.time() < end:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -72,7 +73,7 @@ async def floods(messages: bytes, connections: int, port: int, seconds: float) -
 
 
 async def half_sent(head: bytes, content: bytes, connections: int, port: int, seconds: float) -> str:
-    """Begin as many requests, each up to its last byte, and wait."""
+    """Send many requests without their last byte, and wait."""
     got: Counter[str] = Counter()
 
     async def send() -> None:

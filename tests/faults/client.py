@@ -32,14 +32,17 @@ RETRY = {
 
 
 class Refused(Exception):
-    """The server gave an invalid reply; the track has it as a complaint."""
+    """The server sent an invalid reply, which is recorded as a complaint in the track."""
 
 
 @dataclass
 class Told:
     """The replies to all clients.
 
-    outcomes: of every try. seconds: from the first try of a step to its answer. changed: set after each outcome.
+    Attributes:
+        outcomes: Every try, counted by status or code.
+        seconds: Latency of each step, from its first try to its answer.
+        changed: Set after each outcome.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -47,13 +50,16 @@ class Told:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def percentile(self, percent: float, since: float = 0.0, until: float = float("inf")) -> float:
-        """In milliseconds, of the steps answered in between."""
+        """Return a latency percentile in milliseconds, over the steps answered between `since` and `until`."""
         taken = [seconds for when, seconds in self.seconds if since <= when < until]
         return float(np.percentile(taken, percent)) * 1e3
 
 
 class Client:
-    """ports: of the replicas. follows_gaps: resend steps that the store lost; otherwise their loss is a fault."""
+    """One client of the replicas on `ports`.
+
+    follows_gaps: Whether to resend steps that the store lost. Otherwise a lost step is a fault.
+    """
 
     def __init__(
         self,
@@ -76,7 +82,7 @@ class Client:
     async def live(self, stop: asyncio.Event, pause: float) -> None:
         """Step, with an average pause of `pause` seconds, until `stop` or a fault."""
         do = [self.step] * 20 + [self.repeat] * 3
-        if not self.follows_gaps:  # otherwise it could be accepted after a loss in the store
+        if not self.follows_gaps:  # otherwise the store could accept it after a loss
             do += [self.send_others, self.skip]
         while not stop.is_set():
             try:
@@ -86,7 +92,7 @@ class Client:
             await asyncio.sleep(self._chance.uniform(0, 2 * pause))
 
     async def open(self) -> None:
-        """If the reply is lost, the session may exist."""
+        """Open the session. It may exist already if an earlier reply was lost."""
         path = "/sessions"
         body = {"session_id": self.track.id}
         reply = await self._until_answered(lambda way, port: self._wires.call("POST", port, path, body), ("json",))
@@ -94,7 +100,7 @@ class Client:
             self._note(reply)
 
     async def step(self) -> None:
-        """The next chunk: of one step, or of a few."""
+        """Send the next chunk of one or a few steps."""
         x = self.chunk()
         self.track.sent, began = x, time.monotonic()
         await self._until_acknowledged(self.track.position, x)
@@ -142,7 +148,7 @@ class Client:
             self._stream.close()
             self._stream = None
 
-    # ── asking ───────────────────────────────────────────────────────────────────────────────────
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     async def _until_acknowledged(self, start: int, x: np.ndarray) -> None:
         reply = await self._until_answered(lambda way, port: self._send(way, port, x, start), self.ways)

@@ -1,7 +1,7 @@
-"""`make client-test`: kill a server under twenty clients of `unroll.client`; every output must be right, bit for bit.
+"""`make client-test`: kill a server under twenty clients of `unroll.client`; every output must be exact.
 
-The server keeps its sessions in a folder. It gets SIGKILL some time after it is ready, and is started again. The
-clients are `Client` and `AsyncClient`, over HTTP and over streams; they see nothing of it but time.
+The server keeps its sessions in a folder. It is killed some time after it is ready and then restarted. The clients are
+`Client` and `AsyncClient`, over HTTP and over streams; they must notice only delays.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from oracle import Oracle
 from unroll.client import AsyncClient, AsyncSession, AsyncStreamSession, Client, Session, StreamSession
 
 MODEL = "tiny"
-#: Seconds from ready to kill, at most; and for which a client repeats a request.
+#: Maximum seconds from ready to kill, and the seconds for which a client retries a request.
 _LIFE, _RETRY_FOR = 0.8, 120.0
 
 
 @dataclass
 class Past:
-    """What one client sent, and what it got."""
+    """The inputs and outputs of one client."""
 
     kind: str
     inputs: list[np.ndarray] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Result:
 
 
 class _Clients:
-    """Clients of four kinds, which step until they are told to stop."""
+    """Clients of four kinds that step until stopped."""
 
     def __init__(self, url: str, features: int, seed: int) -> None:
         self._url, self._features, self._seed = url, features, seed
@@ -62,7 +62,7 @@ class _Clients:
         self.pasts: list[Past] = []
 
     async def run(self, of_each: int) -> None:
-        """Raises the first error of a client."""
+        """Raise the first error of any client."""
         async with asyncio.TaskGroup() as group:
             for _ in range(of_each):
                 group.create_task(asyncio.to_thread(self._over_http))

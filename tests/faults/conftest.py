@@ -1,4 +1,4 @@
-"""Replicas of one small model: in the test process or as child processes, with a shared store or without."""
+"""Replicas of one small model, in the test process or as child processes, with or without a shared store."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,9 +15,9 @@ from waiting import PATIENCE
 from unroll.service.core.clock import Clock
 from unroll.service.settings import Settings
 
-#: Starts servers in the test process: their number, and settings by name.
+#: Starts this many servers in the test process, with settings by name.
 Servers = Callable[..., list[Running]]
-#: Creates replicas as processes, without starting them: their number, and flags.
+#: Creates this many replicas as processes, with flags, and does not start them.
 Replicas = Callable[..., list[Replica]]
 
 
@@ -68,7 +68,7 @@ async def wires() -> AsyncIterator[Wires]:
 
 
 def start_server(repository: Path, clock: Clock | None = None, **settings: object) -> Running:
-    """A server with warm routes: FastAPI builds them at the first request, which is not thread-safe."""
+    """Start a server and warm up its routes: FastAPI builds them at the first request, which is not thread-safe."""
     server = Running(Settings.model_validate({"repository": repository, **settings}), clock)
     path = f"{server.url}/v1/models/tiny/sessions"
     assert httpx.post(path, json={"session_id": "first"}).is_success

@@ -1,4 +1,4 @@
-"""Many clients of the same replicas, and the verdict on their sessions."""
+"""Many clients that step on the same replicas, and the verdict on their sessions."""
 
 import asyncio
 import random
@@ -14,7 +14,7 @@ from oracle import Oracle
 
 
 class Crowd:
-    """ports: where the replicas listen. pause: seconds that a client waits between steps, on average."""
+    """Clients of the replicas on `ports`. pause: Average seconds that a client waits between steps."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Crowd:
 
     @asynccontextmanager
     async def stepping(self) -> AsyncIterator[None]:
-        """All clients step until the end of the block, then until each has its reply."""
+        """Let all clients step until the block ends, then wait for their last replies."""
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for client in self._clients:
@@ -68,12 +68,12 @@ class Crowd:
                 stop.set()
 
     async def acknowledged(self, steps: int) -> None:
-        """Return after this many more steps."""
+        """Wait until this many more steps are acknowledged."""
         wanted = self.steps + steps
         await self._until(lambda: self.steps >= wanted)
 
     async def hears(self, code: str) -> None:
-        """Return when any client gets this code while stepping."""
+        """Wait until any client gets this code."""
         before = self.told.outcomes[code]
         await self._until(lambda: self.told.outcomes[code] > before)
 
@@ -96,6 +96,6 @@ class Crowd:
         assert not self.complaints, self.complaints
 
     async def verdict(self, oracle: Oracle) -> Verdict:
-        """Read the state of every session, and check all."""
+        """Read the state of every session and check the whole history."""
         await asyncio.gather(*(client.look() for client in self._clients))
         return check(self.tracks, oracle)

@@ -1,6 +1,6 @@
-"""A tenant that sends five times what a real server runs, beside twenty calm clients of another: for `make overload`.
+"""One tenant sends five times a server's capacity; another has twenty calm clients. For `make overload`.
 
-The engine is slowed to 200 steps a second. The flood comes from another process, which says what it was answered.
+The engine is slowed to 200 steps a second. The flood comes from another process, which reports its answers.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from serving import Running, SlowEngine
 from unroll.service.access.keys import new_key
 from unroll.service.settings import Settings
 
-#: A batch, and the seconds it takes: 200 steps a second.
+#: Rows per batch and seconds per batch: 200 steps a second.
 _ROWS, _BATCH_SECONDS = 4, 0.02
 _CALM_CLIENTS, _CALM_PAUSE = 20, 1.0
 
 
 @dataclass
 class Calm:
-    """What calm clients noticed of each step. batches: that ended while it was on its way."""
+    """Measurements of the calm clients, per step. batches: How many batches ended while the step was in flight."""
 
     seconds: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Calm:
 
 
 async def step_calmly(running: Running, key: str, calm: Calm, over: asyncio.Future[object]) -> None:
-    """Each of the clients steps now and then, until it is over, and once at least."""
+    """Let each client step at intervals, at least once, until the flood ends."""
     counters = running.model(MODEL).scheduler.counters
 
     async def one(number: int) -> None:
@@ -55,7 +55,7 @@ async def step_calmly(running: Running, key: str, calm: Calm, over: asyncio.Futu
 
 
 async def run(folder: Path, seconds: float) -> tuple[Calm, Calm, Answers]:
-    """The calm clients alone, then beside the flood, and what the flood was answered."""
+    """Measure the calm clients without and with the flood; also return the flood's answers."""
     repository = tiny_repository(folder)
     keys = {tenant: new_key(tenant, tenant, ["infer"]) for tenant in ("calm", "flood")}
     file = folder / "keys.toml"
@@ -70,7 +70,7 @@ async def run(folder: Path, seconds: float) -> tuple[Calm, Calm, Answers]:
             *command, cwd=ROOT / "tests", env=environment, stdout=asyncio.subprocess.PIPE
         )
         assert process.stdout is not None
-        await process.stdout.readline()  # it has begun
+        await process.stdout.readline()  # the flood has begun
         answer = asyncio.ensure_future(process.communicate())
         await step_calmly(running, keys["calm"][0], under, answer)
     await asyncio.to_thread(running.stop)

@@ -1,8 +1,7 @@
-"""Forks an `unroll serve` for each request on a link, until that is closed; see `preloaded.py`.
+"""Forks one `unroll serve` per request received on a socket, until the socket closes; see `preloaded.py`.
 
-A request has the arguments, the environment, the folder, and a script to run instead or nothing, and the file for what
-it prints;
-the replies are the process's id, and a word once it has lost its parent.
+A request contains the arguments, the environment, the working directory, an optional script to run instead, and the
+output file. The first reply is the process id; the second says that the process has been orphaned.
 """
 
 import atexit
@@ -20,7 +19,7 @@ from unroll.service.core import failpoints
 
 runpy.run_path(str(Path(__file__).parents[1] / "quick_servers.py"))["install"]()
 for name in ("unroll.commands.serve", "unroll.commands.program", "unroll.service.serve"):
-    importlib.import_module(name)  # what the command itself imports late
+    importlib.import_module(name)  # modules the command imports late
 link = socket.socket(fileno=int(sys.argv[1]))
 while True:
     request, [*logs], _, _ = socket.recv_fds(link, 65_536, 1)
@@ -42,14 +41,14 @@ while True:
         try:
             sys.argv[1:] = arguments
             program = ["-c", script] if script else ["-m", "unroll", "serve"]
-            sys.orig_argv[1:] = [*program, *arguments]  # which workers are started with
+            sys.orig_argv[1:] = [*program, *arguments]  # used to start workers
             status = exec(script, {"__name__": "__main__"}) if script else cli.main(["serve", *arguments])
         except SystemExit as ended:
             status = ended.code
-        except Exception:  # noqa: BLE001 the log tells it, as at the end of any program
+        except Exception:  # noqa: BLE001 logged, as the interpreter does at exit
             traceback.print_exc()
         atexit._run_exitfuncs()
-        os._exit(int(status or 0))  # libraries wait here for threads of theirs that were not forked
+        os._exit(int(status or 0))  # a normal exit would wait for library threads that fork did not copy
     os.waitpid(child, 0)
     link.send(b"orphaned")
     os.close(logs[0])

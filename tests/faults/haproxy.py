@@ -12,12 +12,12 @@ from waiting import PATIENCE, reached
 
 
 def missing() -> str:
-    """Why HAProxy cannot run here; empty if it can."""
+    """Return why HAProxy cannot run here, or an empty string if it can."""
     return "" if shutil.which("haproxy") else "haproxy is not installed"
 
 
 class HAProxy:
-    """ports: of the replicas, in place of DNS. Health checks run often, to save time."""
+    """HAProxy in front of the replicas on `ports`, which replace DNS. Frequent health checks save time."""
 
     def __init__(self, folder: Path, ports: Sequence[int]) -> None:
         self.port = free_port()
@@ -31,7 +31,7 @@ class HAProxy:
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        """Return when a replica replies through it."""
+        """Start HAProxy and wait until a replica replies through it."""
         process = self._process = self._launch()
 
         async def answers_or_ended() -> bool:

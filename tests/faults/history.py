@@ -1,14 +1,14 @@
 """The history checker: compares the replies to clients with the correct outputs of their sessions.
 
-A client writes a `Track`: the acknowledged chunks in order, and every reply, repeated ones included. `check` runs each
-session's whole input with onnxruntime alone and compares bit for bit. It counts steps:
+A client writes a `Track`: the acknowledged chunks in order, and every reply, including repeated ones. `check` runs each
+session's whole input through plain onnxruntime and compares bit for bit. It counts faulty steps:
 
     lost    acknowledged, but no longer in the state
     double  in the state more often than sent
     mixed   answered or stored with another session's state
     wrong   any other difference
 
-A session counts with its first fault, because later ones depend on it.
+Only the first fault of a session counts, because it causes the later ones.
 """
 
 from collections import Counter
@@ -27,9 +27,12 @@ KINDS = ("lost", "double", "mixed", "wrong")
 class Track:
     """One session as seen by its client.
 
-    chunks: acknowledged, each (time, features). sent: an unacknowledged one, which may have been applied.
-    answers: (start, steps, outputs, position) of every acknowledgement. complaints: invalid replies.
-    state: the final snapshot.
+    Attributes:
+        chunks: The acknowledged chunks, each (time, features).
+        sent: The unacknowledged chunk, if any. It may have been applied.
+        answers: One (start, steps, outputs, position) per acknowledgement.
+        complaints: One (kind, description) per invalid reply.
+        state: The final snapshot.
     """
 
     id: str
@@ -41,7 +44,7 @@ class Track:
     position: int = 0
 
     def answered(self, start: int, x: np.ndarray, outputs: bytes, position: int) -> None:
-        """An acknowledgement of the next chunk, or a repeated one of an earlier chunk."""
+        """Record the first acknowledgement of the next chunk, or a repeated one of an earlier chunk."""
         if start == self.position:
             self.chunks.append(x)
             self.position += len(x)
@@ -49,7 +52,7 @@ class Track:
         self.answers.append((start, len(x), outputs, position))
 
     def refused(self, start: int, code: str, expected: int | None, said: str = "") -> None:
-        """A refused chunk that began at `start`, the position of the session. said: the whole reply."""
+        """Record the refusal of a chunk at `start`, the session's position. said: the whole reply."""
         ahead = 0 if expected is None else expected - start
         most = 0 if self.sent is None else len(self.sent)
         kind = "lost" if ahead < 0 or code.startswith("session_") else "double" if ahead > most else "wrong"
@@ -87,7 +90,7 @@ def check(tracks: Sequence[Track], oracle: Oracle) -> Verdict:
 
 
 def _faults(track: Track, others: Iterable[Track], oracle: Oracle) -> Iterator[tuple[str, int, str]]:
-    """Kind, steps and description of each fault, the earliest first."""
+    """Yield (kind, steps, description) of each fault, earliest first."""
     if track.chunks:
         (whole, *_), row = oracle.all(track.inputs)
     else:
@@ -125,7 +128,7 @@ def _same_row(content: bytes, row: np.ndarray) -> bool:
 
 
 def _explain(track: Track, start: int, steps: int, outputs: bytes, others: Iterable[Track], oracle: Oracle) -> str:
-    """The fault that explains the reply to this chunk."""
+    """Return the kind of fault that explains the wrong outputs of this chunk."""
     position, before = 0, []
     for chunk in track.chunks:
         if position == start:
@@ -148,7 +151,7 @@ def _answer(oracle: Oracle, chunks: Sequence[np.ndarray], steps: int) -> bytes:
 
 
 def _is_from(other: Track, x: np.ndarray, outputs: bytes, oracle: Oracle) -> bool:
-    """Is it one of the other's answers, or what `x` gives after any of its chunks?"""
+    """Return whether the outputs answer another chunk of `other`, or `x` applied after any chunk of `other`."""
     if any(answer == outputs for _, _, answer, _ in other.answers):
         return True
     state = oracle.manifest.initial_row()

@@ -1,8 +1,8 @@
 """`make kill-test`: kill replicas at random times while clients step; no step may be lost or applied twice.
 
-Three `unroll serve`, one redis-server, and 200 sessions whose clients send each chunk to random replicas, over HTTP or
-WebSocket, until it is acknowledged. Each replica gets SIGKILL some time after it is ready, and is restarted, until the
-number of kills or the time is reached. Then the history checker compares every session.
+The setup is three `unroll serve`, one redis-server and 200 sessions. Clients send each chunk to random replicas over
+HTTP or WebSocket until it is acknowledged. Each replica is killed some time after it is ready and then restarted,
+until the number of kills or the time limit is reached. Finally the history checker verifies every session.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from deploy import local_redis
 
 #: Average seconds from ready to kill, and average pause of a client between steps.
 _LIFE, _PAUSE = 0.6, 0.3
-#: Settings with which chunks run in pieces, and 200 clients exceed a batch.
+#: Settings that split chunks into pieces and make 200 clients exceed a batch.
 _HARD = ("--piece-steps", "2", "--max-batch", "32")
 
 
@@ -59,11 +59,12 @@ async def run(
     store: Literal["redis", "embedded", "none"] = "redis",
     fsync: str = "everysec",
 ) -> Result:
-    """Run until `kills` kills or `seconds`; without kills, for `seconds`.
+    """Run until `kills` or `seconds` is reached; with `kills=0`, for `seconds`.
 
-    store: none is sessions in memory. fsync: Redis's appendfsync, or the embedded store's --store-sync.
-
-    capacity: rows of a replica; fewer than sessions, so that sessions keep losing their rows.
+    Args:
+        capacity: Rows per replica: fewer than sessions, so that sessions keep losing their rows.
+        store: "none" keeps sessions in memory.
+        fsync: Redis's appendfsync, or the embedded store's --store-sync.
     """
     repository = tiny_repository(folder)
     options = (*_HARD, "--session-capacity", str(capacity))
@@ -90,7 +91,7 @@ async def run(
 
 
 class _Killer:
-    """Kills replicas, and leaves them running at the end. most: replicas that are down at the same time."""
+    """Kills and restarts replicas, at most `most` at the same time."""
 
     def __init__(self, wanted: int, most: int, chance: random.Random, end: float) -> None:
         self.done = 0
@@ -112,7 +113,7 @@ class _Killer:
 
 
 def _crashes(replica: Replica) -> list[str]:
-    """Errors in the log of a replica, except those about its store."""
+    """Return the log lines of a replica that contain a traceback."""
     return [line for line in replica.log.read_text().splitlines() if "Traceback" in line]
 
 

@@ -1,4 +1,4 @@
-"""Requests at a steady rate, whatever is answered: `python -m faults.open_loop PORT SECONDS` prints what was.
+"""Sends requests at a steady rate: `python -m faults.open_loop PORT SECONDS` prints the answers.
 
 The API key is in the variable UNROLL_API_KEY.
 """
@@ -13,18 +13,19 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 
 MODEL, FEATURES = "tiny", 2
-#: Requests in each tick, and connections, more than may wait before an overload is noticed.
+#: Enough requests per tick, and connections, for the server to detect an overload.
 _TICK_SECONDS, _REQUESTS, _CONNECTIONS = 0.01, 10, 400
 _STEP = struct.pack(f"<{FEATURES}f", *[0.5] * FEATURES)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Seconds of each answer, by status.
+    """The latencies of the answers.
 
     Attributes:
-        noticed: Seconds until the first refusal came.
-        refusals: Seconds of those that were asked for after that: the others had waited until then.
+        seconds: Latencies in seconds, by status.
+        noticed: Seconds from the start to the first refusal.
+        refusals: Latencies of later requests that were refused. Earlier ones waited for the overload to be detected.
     """
 
     seconds: dict[str, list[float]]
@@ -33,7 +34,7 @@ class Answers:
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: str) -> int:
-    """Send a sequence of one step; returns the status."""
+    """Send a sequence of one step; return the status."""
     head = f"POST /v1/models/{MODEL}/sequences HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {key}\r\nUnroll-Steps: 1\r\n"
     writer.write(
         f"{head}Content-Type: application/octet-stream\r\nContent-Length: {len(_STEP)}\r\n\r\n".encode() + _STEP
@@ -44,7 +45,7 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: s
 
 
 async def flood(port: int, key: str, seconds: float) -> Answers:
-    """Send at a steady rate, whatever is answered, on connections that have no request."""
+    """Send requests at a steady rate on idle connections, without waiting for answers."""
     idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(_CONNECTIONS)]
     found, began = defaultdict[str, list[float]](list), perf_counter()
     noticed, refusals = list[float](), list[float]()

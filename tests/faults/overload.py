@@ -1,7 +1,7 @@
-"""`make overload`: attacks on a real server from another process, while a calm client steps and a probe asks.
+"""`make overload`: attack a real server from another process while a calm client steps and a probe checks it.
 
-Each attack lasts some seconds. The table says what the calm client and the probe noticed, how much the server's memory
-grew, and what the attackers were answered.
+Each attack lasts some seconds. The table shows the latencies of the calm client and the probe, the growth of the
+server's memory, and the answers to the attackers.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from faults.replica import ROOT, Replica, tiny_repository
 MODEL, FEATURES = "tiny", 2
 #: Seconds between two steps of the calm client, and between two probes.
 _STEP_PAUSE, _PROBE_PAUSE = 0.01, 0.05
-#: Beside the attacks: a tenant that does nothing wrong, but much too much.
+#: One more attack: a tenant that sends valid requests, but far too many.
 _FLOOD = "a tenant that floods"
 _COLUMNS = ("attack", "calm p50/p99 alone, ms", "under attack", "steps", "probe", "memory", "the attackers got")
 
 
 @dataclass
 class Calm:
-    """What a client that does nothing wrong noticed. steps, probes: seconds of each. memory: bytes, at most."""
+    """Measurements of a calm client: seconds per step and per probe, and the server's peak memory in bytes."""
 
     steps: list[float] = field(default_factory=list)
     probes: list[float] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Calm:
 
 @dataclass
 class Row:
-    """One attack. answer: what the attackers got, in words."""
+    """The result of one attack. answer: a summary of the answers the attackers got."""
 
     attack: str
     alone: Calm
@@ -61,7 +61,7 @@ class Row:
 
 
 class _Connection:
-    """Of HTTP: one request at a time."""
+    """An HTTP connection with one request at a time."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -74,7 +74,7 @@ class _Connection:
         self._writer.close()
 
     async def request(self, method: str, path: str, body: bytes = b"", *headers: str) -> None:
-        """The answer must be a success."""
+        """Send a request; the answer must be a success."""
         lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *headers, "\r\n"]
         self._writer.write("\r\n".join(lines).encode() + body)
         head = await self._reader.readuntil(b"\r\n\r\n")
@@ -84,7 +84,7 @@ class _Connection:
 
 
 async def observe(server: Replica, meanwhile: Awaitable[object]) -> Calm:
-    """Step and probe until `meanwhile` ends, and once at least. What is unanswered then counts when it is answered."""
+    """Step and probe, at least once, until `meanwhile` ends. Wait for outstanding requests and count them."""
     calm, over = Calm(), asyncio.ensure_future(meanwhile)
     session = f"/v1/models/{MODEL}/sessions/calm"
     step = "POST", f"{session}/steps", struct.pack(f"<{FEATURES}f", *[0.5] * FEATURES)
@@ -108,13 +108,13 @@ async def observe(server: Replica, meanwhile: Awaitable[object]) -> Calm:
 
 
 def resident(pid: int) -> int:
-    """Bytes of resident memory of a process."""
+    """Return the resident memory of a process in bytes."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS:")]
     return int(line.split()[1]) * 1024
 
 
 async def attacked(server: Replica, attack: str, seconds: float) -> Row:
-    """The server alone for a while, and then under the attack of another process."""
+    """Measure the server without load, then under attack by another process."""
     sessions, calm = f"/v1/models/{MODEL}/sessions", json.dumps({"session_id": "calm"}).encode()
     async with _Connection(server.port) as first:
         await first.request("POST", sessions, calm, "Content-Type: application/json")
@@ -122,7 +122,7 @@ async def attacked(server: Replica, attack: str, seconds: float) -> Row:
     command = [sys.executable, "-m", "faults.attacks", attack, str(server.port), str(seconds)]
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT / "tests", stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
-    await process.stdout.readline()  # it has begun
+    await process.stdout.readline()  # the attack has begun
     answer: list[str] = []
 
     async def rest() -> None:
@@ -135,7 +135,7 @@ async def attacked(server: Replica, attack: str, seconds: float) -> Row:
 
 
 async def run(folder: Path, attacks: Sequence[str], seconds: float) -> list[Row]:
-    """Each attack on a server of its own."""
+    """Run each attack on a separate server."""
     repository = tiny_repository(folder)
     rows = []
     for i, attack in enumerate(attacks):

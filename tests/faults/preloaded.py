@@ -1,4 +1,4 @@
-"""`unroll serve` as processes that are forked from one that has imported it: imports are most of what a start takes."""
+"""Forks `unroll serve` from a process that has already imported it, because imports dominate its start time."""
 
 import atexit
 import ctypes
@@ -21,9 +21,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Served:
-    """A running `unroll serve`, as subprocess.Popen has it; its parent and its folder are those of this process.
+    """A running `unroll serve` with the interface of subprocess.Popen, a child of this process in its folder.
 
-    script: Python that is run instead, as `python -c` does.
+    script: Python code to run instead, as with `python -c`.
     """
 
     def __init__(self, arguments: Sequence[str], log: int, environment: Mapping[str, str], script: str = "") -> None:
@@ -54,8 +54,8 @@ class Served:
 
 @cache
 def _preloaded() -> socket.socket:
-    """A link to the process that forks servers; it ends with this one."""
-    # Its grandchildren, which are orphans at once, become children of this process.
+    """Return the socket to the process that forks servers. That process ends with this one."""
+    # Servers are orphaned at once and become children of this process.
     assert ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
@@ -63,5 +63,5 @@ def _preloaded() -> socket.socket:
         process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     ours.settimeout(PATIENCE)
     atexit.register(process.wait)
-    atexit.register(ours.close)  # which is first, and ends the process
+    atexit.register(ours.close)  # runs before the wait, and ends the process
     return ours

@@ -1,6 +1,6 @@
 """A TCP proxy that injects network faults: cut connections, lost replies, delays and silence.
 
-It sits between client and replica, or between replica and Redis. Each piece from the client gets a random fault.
+It sits between client and replica, or between replica and Redis. Each piece of data from the client gets a fault.
 """
 
 import asyncio
@@ -25,9 +25,12 @@ CUTS = (Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
 
 
 class FaultProxy:
-    """target: the upstream port. draw: called for each piece; may be replaced at any time. delay: seconds.
+    """A proxy in front of the port `target`.
 
-    spares_first: the first piece of each connection, such as a handshake, gets through.
+    Args:
+        draw: Returns the fault of the next piece. It may be replaced at any time.
+        delay: Seconds by which late replies are delayed.
+        spares_first: Whether the first piece of each connection, such as a handshake, gets through.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class FaultProxy:
         spares_first: bool = False,
     ) -> None:
         self.target, self.draw, self.delay, self.spares_first = target, draw, delay, spares_first
-        self.port = 0  # any free port, kept when it accepts again
+        self.port = 0  # any free port; later calls of `accept` reuse it
         self._serving: dict[asyncio.Task[None], _Pair] = {}
 
     async def __aenter__(self) -> Self:
@@ -54,7 +57,7 @@ class FaultProxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def refuse(self) -> None:
-        """Cut every connection, and refuse new ones until it accepts again."""
+        """Cut every connection and refuse new ones until the next `accept`."""
         self._server.close()
         self.cut()
         await asyncio.gather(*self._serving, return_exceptions=True)
@@ -83,7 +86,7 @@ Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class _Pair:
-    """A connection and its other half."""
+    """A client's connection and the matching upstream connection."""
 
     def __init__(self, proxy: FaultProxy, here: Ends, there: Ends) -> None:
         self._proxy = proxy

@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def tiny_repository(folder: Path) -> Path:
-    """A repository with the small LSTM of `unroll doctor`, which exists already and starts quickly."""
+    """Create a repository with the small LSTM of `unroll doctor`, which needs no export and loads quickly."""
     shutil.copytree(ROOT / "service" / "doctor" / "tiny", folder / "repository" / "tiny")
     return folder / "repository"
 
 
 class Replica:
-    """options: further flags of `unroll serve`. environment: additional variables."""
+    """An `unroll serve` with more flags in `options` and more variables in `environment`."""
 
     def __init__(
         self, name: str, repository: Path, folder: Path, *options: str, environment: Mapping[str, str] | None = None
@@ -47,7 +47,7 @@ class Replica:
                 self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     async def ready(self) -> None:
-        """Return when the readiness probe returns 200."""
+        """Wait until the readiness probe returns 200."""
 
         async def is_ready_or_ended() -> bool:
             assert self.running, f"{self.name} ended: {self.log.read_text()[-2000:]}"
@@ -76,18 +76,18 @@ class Replica:
             self._process = None
 
     def pause(self) -> None:
-        """Suspend the process: the kernel still accepts connections, nothing is answered, and nothing is lost."""
+        """Suspend the process. The kernel still accepts connections and data, but nothing is answered."""
         self._send(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._send(signal.SIGCONT)
 
     def rescan(self) -> None:
-        """Let it look for new and removed versions; returns immediately."""
+        """Trigger a rescan for new and removed versions; returns immediately."""
         self._send(signal.SIGHUP)
 
     async def stopped(self) -> None:
-        """Return when the process is stopped, by us or by itself."""
+        """Wait until the process is suspended, by the test or by itself."""
         assert self._process is not None
         await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 

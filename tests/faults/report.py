@@ -12,7 +12,7 @@ _MOST = 20
 
 
 class Result(Protocol):
-    """`str` of it is the last line."""
+    """The result of a run; `str(result)` is the last line of the report."""
 
     verdict: Verdict
     told: Told
@@ -21,7 +21,10 @@ class Result(Protocol):
 
 
 def end(result: Result, folder: Path, *, good: bool, crashes: Sequence[str] = ()) -> int:
-    """good: whether everything except the verdict and the crashes passed. On any failure the logs are kept."""
+    """Print the report and return the exit status. Keep the logs on any failure.
+
+    good: Whether all checks other than the verdict and the crashes passed.
+    """
     for finding in [*result.verdict.findings[:_MOST], *crashes[:_MOST]]:
         print(finding)
     print(", ".join(f"{count} {what}" for what, count in result.told.outcomes.most_common()))

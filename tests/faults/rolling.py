@@ -29,7 +29,7 @@ from deploy import local_redis
 
 @dataclass
 class Result:
-    """statuses: exit statuses of the replicas. began, ended: times of the restarts."""
+    """The replicas' exit statuses, and when the restarts began and ended."""
 
     statuses: list[int]
     verdict: Verdict
@@ -53,7 +53,7 @@ class Result:
 async def run(
     folder: Path, seed: int, *, rounds: int = 1, before: int = 250, sessions: int = 50, pause: float = 0.2
 ) -> Result:
-    """rounds: restarts of each of three replicas. before: steps before the first restart."""
+    """Restart each of three replicas `rounds` times, first after `before` steps."""
     repository = tiny_repository(folder)
     store = RedisServer(folder / "redis")
     store.start()

@@ -1,9 +1,9 @@
-"""`make rollout-test`: roll one version of a model after another out over three replicas while clients step.
+"""`make rollout-test`: roll out one model version after another over three replicas while clients step.
 
-Each replica has a repository of its own, and a request goes to any of them. The new version comes to the first replica,
-where sessions begin on it while the others do not have it; then to the second, which is told, and to the third, which
-is not. When all point to it, new sessions begin anywhere, the old ones end, and the old version is removed. No step may
-fail for a client that retries, and every session has the outputs of the version that it began on.
+Each replica has its own repository, and a request may go to any replica. The first replica gets the new version and
+opens sessions on it before the others have it. The second gets it with a rescan, the third without one. Once every
+replica's pointer names the new version, new sessions open on any replica, the old sessions end, and the old version is
+removed. No step may fail for a client that retries, and every session gets the outputs of the version it began on.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import unroll
 
 @dataclass
 class Result:
-    """rolled: versions that replaced another. told: of the sessions that began before the others had their version."""
+    """rolled: How many versions were rolled out. told: Replies to the sessions opened early, in the last round."""
 
     rolled: int = 0
     verdict: Verdict = field(default_factory=lambda: Verdict(0, Counter(), []))
@@ -77,7 +77,7 @@ class Site:
         shutil.rmtree(self._model / version)
 
     async def serves(self, version: str, *, named: bool = True, status: int = 200) -> None:
-        """Return when a request that names the version, or none, gets it, or that status."""
+        """Wait until a request for the version, or for none if not `named`, gets that version or that status."""
 
         async def does() -> bool:
             path = f"/v1/models/tiny:{version}" if named else "/v1/models/tiny"
@@ -92,7 +92,7 @@ class Site:
 
 
 def export_versions(folder: Path, count: int) -> Path:
-    """A repository with versions 1 to `count` of the tiny LSTM, each with other weights."""
+    """Write a repository with versions 1 to `count` of the tiny LSTM, each with different weights."""
     repository = tiny_repository(folder)
     shutil.copytree(models.BUNDLES / "tiny" / "2", repository / "tiny" / "2")
     for version in range(3, count + 1):
@@ -103,7 +103,7 @@ def export_versions(folder: Path, count: int) -> Path:
 
 
 async def run(folder: Path, seed: int, *, versions: int = 2, sessions: int = 10, steps: int = 50) -> Result:
-    """sessions: in each of three crowds. steps: at least, of a crowd in each phase."""
+    """Roll out versions 2 to `versions`. sessions: Per crowd, of three. steps: Minimum per crowd and phase."""
     source = export_versions(folder / "versions", versions)
     options = ("--store", f"file://{folder}/store")
     sites = [Site(number, folder, source, *options) for number in range(3)]
@@ -123,7 +123,7 @@ async def run(folder: Path, seed: int, *, versions: int = 2, sessions: int = 10,
 
 @dataclass
 class _Crowds:
-    """How the crowds of one round are made."""
+    """Makes the crowds of one round."""
 
     sites: Sequence[Site]
     chance: random.Random
@@ -143,7 +143,7 @@ class _Crowds:
 async def _roll(
     sites: Sequence[Site], source: Path, versions: tuple[str, str], crowds: _Crowds, result: Result
 ) -> None:
-    """Replace the first version by the second."""
+    """Roll out the second of `versions` in place of the first."""
     old, new = versions
     first, second, third = sites
     for site in sites:

@@ -1,7 +1,7 @@
-"""`make soak`: opens and closes sessions in every way, and looks at what is left of them.
+"""`make soak`: opens and closes sessions in every way, and checks for leftovers.
 
-Server and client are in one process, so what either keeps shows. Ended sessions are remembered for a moment only: with
-the default, memory would grow for an hour, and then be flat.
+Server and client share one process, so a leak in either shows. Tombstones are kept only briefly: with the default,
+memory would grow for an hour before it levels off.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from unroll.service.settings import Settings
 MODEL, FEATURES = "tiny", 2
 _STEP = np.full((1, FEATURES), 0.5, np.float32)
 _RAW = {**RAW, "Unroll-Steps": "1"}
-#: Sessions that a stream opens in one message.
+#: Sessions opened per stream message.
 _AT_ONCE = 100
 
 
 @dataclass(frozen=True)
 class Census:
-    """What the process holds."""
+    """The resources that the process holds."""
 
     sessions: int
     rows: int
@@ -55,7 +55,7 @@ class Census:
     resident: int
 
     def tables(self) -> dict[str, int]:
-        """What must be the same after every round."""
+        """Return the values that must be equal after every round."""
         measured = {"objects", "resident"}
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in measured}
 
@@ -83,7 +83,7 @@ class Soak:
         self._clients = [self._open.enter_context(client) for client in clients]
         self._streams = [self._open.enter_context(self._stream(headers)) for headers in self._keys]
         self._number = itertools.count()
-        self._tasks = 0  # of the server at rest, and the census
+        self._tasks = 0  # asyncio tasks of the idle server and the census
         self.census()
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Soak:
         return connect(url, additional_headers=headers, max_size=None, compression=None)
 
     def round(self) -> int:
-        """Every way of opening and closing sessions, for each tenant. Returns how many were."""
+        """Open and close sessions in every way for each tenant; return their number."""
         return sum(sum(self._ways(tenant)) for tenant in range(len(self._keys)))
 
     def _ways(self, tenant: int) -> Iterator[int]:
@@ -106,7 +106,7 @@ class Soak:
         yield self._by_dropped_stream(tenant)
 
     def _by_request(self, client: httpx.Client) -> int:
-        """One session that is forked; the fork is restored to an earlier state."""
+        """Fork a session and restore the fork to an earlier state."""
         sessions = f"/v1/models/{MODEL}/sessions"
         first, fork = (f"{sessions}/{kind}{next(self._number)}" for kind in "ab")
         client.post(sessions, json={"session_id": Path(first).name}).raise_for_status()
@@ -119,7 +119,7 @@ class Soak:
         return 2
 
     def _by_sequence(self, client: httpx.Client) -> int:
-        """A sequence of the Open Inference Protocol that starts and ends with one request."""
+        """Start and end an Open Inference Protocol sequence in one request."""
         document = {
             "inputs": [
                 {"name": "x", "shape": [1, 1, FEATURES], "datatype": "FP32", "data": _STEP.ravel().tolist()},
@@ -142,7 +142,7 @@ class Soak:
         return _AT_ONCE
 
     def _by_dropped_stream(self, tenant: int) -> int:
-        """The connection is lost; its session is closed by a request."""
+        """Lose the connection, then close its session by a request."""
         name = f"d{next(self._number)}"
         with self._stream(self._keys[tenant]) as stream:
             _ask(stream, op="open", sessions=[{"handle": 0, "session_id": name}])
@@ -151,7 +151,7 @@ class Soak:
         return 1
 
     def census(self) -> Census:
-        """Once the server has noticed the end of what was ended."""
+        """Wait until the server has noticed all ended sessions and connections."""
         gc.collect()
         return asyncio.run_coroutine_threadsafe(self._census(), self.running.uvicorn.loop).result()
 
@@ -189,7 +189,7 @@ def _resident() -> int:
 
 
 def slope(cycles: list[int], values: list[int]) -> float:
-    """Growth for each cycle, without the first fifth, in which caches fill."""
+    """Return the growth per cycle. The first fifth is left out, because caches fill during it."""
     begin = len(cycles) // 5
     return float(np.polyfit(cycles[begin:], values[begin:], 1)[0])
 

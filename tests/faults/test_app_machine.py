@@ -1,6 +1,6 @@
-"""Any order of events over the whole application: two replicas, one store, every route, restarts, lost writes.
+"""Events in any order against the whole application: two replicas, one store, every route, restarts, lost writes.
 
-The model of a session is the list of its inputs; the oracle runs them with onnxruntime alone. Every reply is compared
+A session is modelled by the list of its inputs, which the oracle runs with plain onnxruntime. Every reply must match
 bit for bit, and every refusal must be the expected one. `make machine-test` runs more examples.
 """
 
@@ -41,7 +41,10 @@ CHUNKS = st.tuples(st.integers(1, 3), st.integers(0, 10**6)).map(
 
 @dataclass(frozen=True)
 class Life:
-    """An open session. last: the chunk to retry, and its outputs. number: distinguishes reopened sessions."""
+    """An open session.
+
+    number: Differs between sessions opened under one id. last: Position, inputs and outputs of the last chunk.
+    """
 
     number: int
     chunks: tuple[np.ndarray, ...] = ()
@@ -54,7 +57,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Gone:
-    """codes: the allowed codes of the refusal."""
+    """An ended or unknown session; requests must be refused with one of `codes`."""
 
     codes: frozenset[str] = frozenset({"session_unknown"})
 
@@ -64,7 +67,7 @@ class Gone:
 
 
 class World:
-    """State shared by all examples: two replicas and their store. Rules restart replicas."""
+    """Two replicas and their store, shared by all examples. Rules restart the replicas."""
 
     def __init__(self, repository: Path, redis: RedisServer, oracle: Oracle) -> None:
         self.repository, self.redis, self.oracle = repository, redis, oracle
@@ -99,7 +102,7 @@ class AppMachine(RuleBasedStateMachine):
         self.saved: dict[str, tuple[bytes, Life]] = {}
         self.dumped: dict[str, tuple[bytes, Life]] = {}
 
-    # ── asking ───────────────────────────────────────────────────────────────────────────────────
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     def call(self, method: str, at: int, path: str, body: object = None) -> Reply:
         return self.run(self.wires.call(method, self.port(at), path, body))
@@ -122,10 +125,10 @@ class AppMachine(RuleBasedStateMachine):
     def path(self, name: str) -> str:
         return f"/sessions/{self.prefix}{name}"
 
-    # ── what the answer must be ──────────────────────────────────────────────────────────────────
+    # ── expected answers ─────────────────────────────────────────────────────────────────────────
 
     def lives_at(self, name: str, at: int, reply: Reply) -> Life | None:
-        """The session's life, or None if it has none there; then the reply must say so."""
+        """Return the session as the replica should see it, or None if it has none; the reply must then say so."""
         life = self.lives[name]
         if name in VOLATILE:
             if at != VOLATILE.index(name):
@@ -138,7 +141,7 @@ class AppMachine(RuleBasedStateMachine):
         return None
 
     def is_bound_to_another(self, name: str, at: int, way: str, reply: Reply) -> bool:
-        """A handle of a stream stays bound to its session, and reports its end."""
+        """Return whether the stream reported the end of an earlier session of this id, to which its handle is bound."""
         life = self.lives[name]
         if way != "stream":
             return False
@@ -164,7 +167,7 @@ class AppMachine(RuleBasedStateMachine):
         self.lives[name] = replace(life, chunks=chunks, last=(life.position, x, outputs))
         return life
 
-    # ── what can happen to a session ─────────────────────────────────────────────────────────────
+    # ── events of a session ──────────────────────────────────────────────────────────────────────
 
     @rule(name=IDS, at=REPLICAS)
     def open(self, name: str, at: int) -> None:
@@ -199,7 +202,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS, back=st.integers(1, 9))
     def come_late(self, name: str, at: int, way: str, x: np.ndarray, back: int) -> None:
-        """A chunk so old that no replica has its reply."""
+        """Send a chunk too old for any replica to have its reply."""
         life = self.lives[name]
         if isinstance(life, Life):
             start = sum(map(len, life.chunks[:-DEPTH])) - back
@@ -210,7 +213,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS)
     def send_others(self, name: str, at: int, way: str, x: np.ndarray) -> None:
-        """Other values at the position of the last chunk."""
+        """Send different values at the position of the last chunk."""
         life = self.lives[name]
         if isinstance(life, Life) and life.last is not None and not np.array_equal(x, life.last[1]):
             reply = self.send(name, at, way, x, life.last[0])
@@ -227,7 +230,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS)
     def look(self, name: str, at: int) -> None:
-        """Its position, and the bits of its state."""
+        """Check the session's position and every bit of its state."""
         reply = self.call("GET", at, self.path(name))
         life = self.lives_at(name, at, reply)
         if life is None:
@@ -250,7 +253,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS)
     def restore(self, name: str, at: int) -> None:
-        """Restore it from a snapshot of this or an earlier session of the id."""
+        """Restore the session from a snapshot of this or an earlier session of the id."""
         if name in self.saved:
             content, then = self.saved[name]
             reply = self.call("PUT", at, f"{self.path(name)}/state", content)
@@ -283,7 +286,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, again=REPLICAS, x=CHUNKS)
     def finish(self, name: str, at: int, again: int, x: np.ndarray) -> None:
-        """A chunk that ends the session, sent twice as after a lost reply."""
+        """Send a chunk that ends the session, then again as after a lost reply."""
         life = self.lives[name]
         if isinstance(life, Life):
             reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, life.position, **END))
@@ -296,7 +299,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE), at=REPLICAS, again=REPLICAS, x=CHUNKS)
     def begin(self, name: str, at: int, again: int, x: np.ndarray) -> None:
-        """A chunk that opens a session, sent twice."""
+        """Send a chunk that opens a session, then again as after a lost reply."""
         if isinstance(self.lives[name], Gone):
             reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, 0, **START))
             self.lives[name] = Life(next(self.numbers))
@@ -306,7 +309,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE), at=REPLICAS, x=CHUNKS)
     def start_over(self, name: str, at: int, x: np.ndarray) -> None:
-        """A start without a position ends the open session and begins another."""
+        """Send a start without a position, which ends the open session and begins another."""
         self.lives[name] = Life(next(self.numbers))
         self.applied(name, x, self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, None, **START)))
 
@@ -314,7 +317,7 @@ class AppMachine(RuleBasedStateMachine):
         name=st.sampled_from(DURABLE), at=REPLICAS, again=REPLICAS, chunks=st.lists(CHUNKS, min_size=2, max_size=DEPTH)
     )
     def pipeline(self, name: str, at: int, again: int, chunks: list[np.ndarray]) -> None:
-        """Several chunks in flight, all sent twice, as after a broken connection."""
+        """Send several chunks without waiting for replies, then all again as after a broken connection."""
         life = self.lives[name]
         position = life.position if isinstance(life, Life) else 0
         replies = self.send_all(name, at, chunks, position)
@@ -329,7 +332,7 @@ class AppMachine(RuleBasedStateMachine):
         stream.close()
         return replies
 
-    # ── what can happen to the servers and the store ─────────────────────────────────────────────
+    # ── events of the servers and the store ──────────────────────────────────────────────────────
 
     @rule(at=REPLICAS)
     def restart(self, at: int) -> None:
@@ -350,7 +353,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE))
     def expire(self, name: str) -> None:
-        """As if the idle timeout were over."""
+        """Expire the session as the idle timeout would."""
         if isinstance(self.lives[name], Life):
             key, client = self.key(name), self.world.redis.client
             assert client.pexpire(key, 1), "an open session must be in the store"
@@ -361,7 +364,7 @@ class AppMachine(RuleBasedStateMachine):
     def lose_everything(self) -> None:
         self.world.redis.client.flushall()
         self.world.redis.client.script_flush()
-        for name in DURABLE:  # a replica may remember the end of an earlier session of that name
+        for name in DURABLE:  # a replica may have a tombstone of an earlier session of this id
             self.lives[name] = Gone.because("session_unknown", "session_closed", "session_expired")
 
     @rule(name=st.sampled_from(DURABLE))
@@ -372,7 +375,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE))
     def put_back(self, name: str) -> None:
-        """Like a failover that loses the last writes."""
+        """Restore an older record, like a failover that loses the last writes."""
         if name in self.dumped:
             content, life = self.dumped[name]
             self.world.redis.client.restore(self.key(name), int(IDLE_SECONDS * 1000), content, replace=True)
@@ -392,14 +395,14 @@ class AppMachine(RuleBasedStateMachine):
             self.wires.close()
 
 
-@pytest.mark.timeout(300 + 30 * EXAMPLES)  # a failure is shrunk first
+@pytest.mark.timeout(300 + 30 * EXAMPLES)  # time for Hypothesis to shrink a failure
 def test_any_order_of_events(redis_server: RedisServer, tiny: Path, oracle: Oracle) -> None:
     world = World(tiny, redis_server, oracle)
     limits = settings(
         max_examples=EXAMPLES,
         stateful_step_count=20,
         deadline=None,
-        phases=set(Phase) - {Phase.explain},  # explain traces every line
+        phases=set(Phase) - {Phase.explain},  # the explain phase traces every line
         suppress_health_check=[HealthCheck.too_slow],
     )
     try:

@@ -1,4 +1,4 @@
-"""A short version of `make overload`: floods from another process, beside calm clients and a probe."""
+"""A short version of `make overload`: floods from another process, with calm clients and a probe."""
 
 import statistics
 from pathlib import Path
@@ -13,8 +13,8 @@ async def test_a_calm_client_and_probes_are_answered_under_a_flood(tmp_path: Pat
     assert row.under.slowest_probe < 10.0
 
 
-async def test_a_tenant_that_floods_is_refused_and_another_waits_for_a_few_batches(tmp_path: Path) -> None:
-    """Of an engine that is much slower than HTTP; time is counted in its batches."""
+async def test_flooding_tenant_is_refused_and_calm_tenant_waits_few_batches(tmp_path: Path) -> None:
+    """The engine is much slower than HTTP, so waits are counted in batches."""
     alone, under, answers = await flood.run(tmp_path, seconds=1.5)
     assert {*alone.statuses} == {200}
     assert statistics.median(answers.refusals) < statistics.median(answers.seconds["200"])

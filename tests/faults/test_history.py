@@ -18,7 +18,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture
 def tracks(oracle: Oracle) -> list[Track]:
-    """Three correct sessions: chunks of one to three steps, and a retry of the last."""
+    """Three correct sessions: chunks of one to three steps, and a retry of the last chunk."""
     rng = np.random.default_rng(3)
     return [
         served(oracle, name, [rng.standard_normal((n, 2)).astype(np.float32) for n in (1, 3, 2, 1)]) for name in "abc"
@@ -35,13 +35,13 @@ def served(oracle: Oracle, name: str, chunks: list[np.ndarray]) -> Track:
     return track
 
 
-def test_what_was_served_well_is_good(oracle: Oracle, tracks: list[Track]) -> None:
+def test_correct_history_has_no_faults(oracle: Oracle, tracks: list[Track]) -> None:
     verdict = check(tracks, oracle)
     assert verdict.good
     assert str(verdict) == "21 steps: 0 lost, 0 double, 0 mixed, 0 wrong"
 
 
-def test_a_step_that_is_not_acknowledged_may_have_been_applied_or_not(oracle: Oracle, tracks: list[Track]) -> None:
+def test_unacknowledged_step_may_or_may_not_be_applied(oracle: Oracle, tracks: list[Track]) -> None:
     tracks[0].sent = np.ones((2, 2), np.float32)
     assert check(tracks, oracle).good
     applied = oracle.all(np.concatenate([tracks[0].inputs, tracks[0].sent]))[1]
@@ -54,7 +54,7 @@ def answer_of(oracle: Oracle, *chunks: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["lost", "double", "mixed", "foreign", "wrong"])
-def test_an_answer(oracle: Oracle, tracks: list[Track], kind: str) -> None:
+def test_wrong_outputs_are_classified(oracle: Oracle, tracks: list[Track], kind: str) -> None:
     track, other = tracks[0], tracks[1]
     first, second, third, _ = track.chunks
     outputs = {
@@ -69,7 +69,7 @@ def test_an_answer(oracle: Oracle, tracks: list[Track], kind: str) -> None:
 
 
 @pytest.mark.parametrize(("position", "kind"), [(5, "lost"), (8, "double")])
-def test_where_a_chunk_ended(oracle: Oracle, tracks: list[Track], position: int, kind: str) -> None:
+def test_wrong_end_position_is_classified(oracle: Oracle, tracks: list[Track], position: int, kind: str) -> None:
     start, steps, outputs, right = tracks[0].answers[2]
     tracks[0].answers[2] = (start, steps, outputs, position)
     assert check(tracks, oracle).counts == {kind: abs(position - right)}
@@ -85,14 +85,16 @@ def test_where_a_chunk_ended(oracle: Oracle, tracks: list[Track], position: int,
         ("payload_mismatch", 9, "wrong"),
     ],
 )
-def test_a_refusal(oracle: Oracle, tracks: list[Track], code: str, expected: int | None, kind: str) -> None:
+def test_wrong_refusal_is_classified(
+    oracle: Oracle, tracks: list[Track], code: str, expected: int | None, kind: str
+) -> None:
     tracks[2].sent = np.ones((2, 2), np.float32)
     tracks[2].refused(7, code, expected)
     assert check(tracks, oracle).counts == {kind: 1}
 
 
 @pytest.mark.parametrize(("kind", "position"), [("lost", 6), ("double", 8), ("mixed", 7), ("wrong", 7)])
-def test_the_state_in_the_end(oracle: Oracle, tracks: list[Track], kind: str, position: int) -> None:
+def test_wrong_final_state_is_classified(oracle: Oracle, tracks: list[Track], kind: str, position: int) -> None:
     row = oracle.all(tracks[1].inputs)[1] if kind == "mixed" else np.ones(16, np.float32)
     tracks[0].state = Snapshot(oracle.manifest.digest, position, row).to_bytes()
     assert check(tracks, oracle).counts == {kind: 1}

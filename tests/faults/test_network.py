@@ -33,7 +33,7 @@ def pair(tiny: Path, redis_process: RedisServer) -> Iterator[list[Running]]:
 async def test_a_cut_is_answered_by_the_retry(
     pair: list[Running], wires: Wires, oracle: Oracle, fault: Fault, way: str
 ) -> None:
-    """At another replica: a cut connection does not show whether the chunk was applied."""
+    """The retry goes to another replica: a cut connection does not show whether the chunk was applied."""
     (server, other), session = pair, f"{fault}-{way}"
     await wires.call("POST", server.port, "/sessions", {"session_id": session})
     async with FaultProxy(server.port) as proxy:
@@ -52,8 +52,10 @@ async def test_a_cut_is_answered_by_the_retry(
     assert (await wires.call("GET", server.port, f"/sessions/{session}")).position == 2
 
 
-async def test_bad_networks_everywhere(servers: Servers, oracle: Oracle, redis_server: RedisServer) -> None:
-    """Between clients and replicas, and between replicas and their store."""
+async def test_network_faults_everywhere_lose_no_step(
+    servers: Servers, oracle: Oracle, redis_server: RedisServer
+) -> None:
+    """Faults occur between clients and replicas, and between replicas and their store."""
     chance = random.Random(4)
     faults = [Fault.NONE] * 50 + [*CUTS, Fault.DELAY, Fault.SILENCE]
 

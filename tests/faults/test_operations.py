@@ -1,4 +1,4 @@
-"""Whatever an operator does, and in whatever order: no step fails, and none is of other weights than its session's."""
+"""Operator actions in any order: no step fails, and every step runs on the weights of its session's version."""
 
 import asyncio
 import os
@@ -27,9 +27,9 @@ RAW = {"Content-Type": "application/octet-stream"}
 
 
 class Operator:
-    """Changes versions, keys, what is loaded and the log of a running server, and knows what is so now.
+    """Changes versions, keys, loaded models and the log level of a running server, and tracks the expected state.
 
-    shelf: the server's repository. source: where versions 1 and 2 of `gru` come from.
+    shelf: the server's repository. source: the folder with versions 1 and 2 of `gru`.
     """
 
     def __init__(self, source: Path, shelf: Path, keys: Path) -> None:
@@ -37,7 +37,7 @@ class Operator:
         self.entries = {name: new_key(name, "acme", ["infer"]) for name in ("client", "guest")}
         self.operator, entry = new_key("operator", "operators", ["models:admin", "server:admin"])
         self.entries["operator"] = self.operator, entry
-        shutil.copytree(source / "lstm" / "1", shelf / "lstm" / "1")  # without any bundle it is no repository
+        shutil.copytree(source / "lstm" / "1", shelf / "lstm" / "1")  # a folder without bundles is not a repository
         self.put_version("1")
         self.write_keys()
         port = free_port()
@@ -48,7 +48,7 @@ class Operator:
         )
 
     def put_version(self, version: str) -> None:
-        """One rename, as export does."""
+        """Add a version by one rename, as export does."""
         if not (self.shelf / "gru" / version).exists():
             shutil.copytree(self.source / "gru" / version, self.shelf / ".coming")
             (self.shelf / "gru").mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ class Operator:
         self.keys.write_text("\n".join(entry for name, (_, entry) in self.entries.items() if name not in without))
 
     async def act(self, chance: random.Random) -> str:
-        """Do one thing; returns its name."""
+        """Perform one operation; return its name."""
         done = chance.choice(OPERATIONS)
         match done.split():
             case ["put", version]:
@@ -88,7 +88,7 @@ class Operator:
 
 
 class Stepper:
-    """One client: opens a session, steps it for a while, compares it with the version that it was opened on."""
+    """A client that opens a session, steps it for a while and compares it with the version it was opened on."""
 
     def __init__(self, http: httpx.AsyncClient, oracles: dict[str, Oracle], seed: int, told: Counter[str]) -> None:
         self._http, self._oracles, self._chance, self._told = http, oracles, random.Random(seed), told
@@ -152,7 +152,7 @@ async def test_operations_in_any_order(seed: int, operator: Operator, repository
             told[await operator.act(chance)] += 1
             await reached(lambda wanted=wanted: told["steps"] + told["refused"] >= wanted, "answers")
 
-        # What is so in the end is what was done last.
+        # The last operations decide the final state.
         operator.put_version("2")
         operator.write_keys("guest")
         operator.replica.rescan()

@@ -1,7 +1,6 @@
-"""Replicas whose store does their calls in any order, late, and loses some answers: a step is applied once, or never.
+"""A store reorders and delays calls and loses answers, yet its replicas apply each step at most once.
 
-Each step has inputs of its own, so that what the store was given says which were applied, in which order, and to which
-state.
+Each step has unique inputs, so the store's records show which steps were applied, in which order, and to which state.
 """
 
 import asyncio
@@ -28,14 +27,14 @@ from unroll.service.store.record import Gone, Record
 T = TypeVar("T")
 
 _SESSIONS, _ACTORS, _ACTS = 5, 4, 25
-#: Replies that leave open whether the step was applied.
+#: Outcomes that leave open whether the step was applied.
 _OPEN = {"store_unavailable", "broken"}
-#: What must happen, or the test says little.
+#: Events that must happen for the test to be meaningful.
 _EVERYTHING = {"200", "store_unavailable", "position_gap", "position_too_old", "session_closed", "session_exists"}
 
 
 class _AnyOrder(MemoryStore):
-    """applied: the records of each session, in their order; and its key."""
+    """applied: Every committed record in order, by session."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
@@ -44,7 +43,7 @@ class _AnyOrder(MemoryStore):
         self.loses = False
         self.looked_up: list[int] = []
         self._chance = chance
-        self._lock = threading.Lock()  # the servers have a thread each
+        self._lock = threading.Lock()  # each server has its own thread
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
@@ -89,14 +88,14 @@ class _AnyOrder(MemoryStore):
 
 
 class _Actors:
-    """Of one session, all at once. steps: the inputs of each step with its replies, by their digest."""
+    """Concurrent clients of one session. steps: Inputs and replies of each step, by digest."""
 
     def __init__(self, name: str, ports: Sequence[int], wires: Wires, chance: random.Random) -> None:
         self.steps: dict[bytes, tuple[np.ndarray, list[Reply]]] = {}
         self.outcomes: Counter[str] = Counter()
         self._name, self._ports, self._wires, self._chance = name, ports, wires, chance
         self._numbers = np.random.default_rng(chance.getrandbits(32))
-        self._position = 0  # where it was when last heard of
+        self._position = 0  # the last known position
         self._last: tuple[np.ndarray, int] | None = None
 
     async def live(self) -> None:
@@ -115,7 +114,7 @@ class _Actors:
         await self._send(self._chunk(), None, self._chance.choice(HTTP_WAYS))
 
     async def twins(self) -> None:
-        """The same step, at the same position, at two servers at once."""
+        """Send the same step at the same position to two servers at once."""
         x, position = self._chunk(), self._position
         await asyncio.gather(*(self._send(x, position, self._chance.choice(HTTP_WAYS)) for _ in "ab"))
 
@@ -127,7 +126,7 @@ class _Actors:
         await self._send(self._chunk(), self._position + 50, "raw")
 
     async def stream(self) -> None:
-        """Some steps, all in flight."""
+        """Send several steps without waiting for replies."""
         chunks, position = [self._chunk() for _ in range(3)], self._chance.choice((None, self._position))
         stream = Stream(self._wires, self._chance.choice(self._ports), self._name, depth=3)
         try:
@@ -136,7 +135,7 @@ class _Actors:
             replies = []
         finally:
             stream.close()
-        if len(replies) < 3 or any(reply.code for reply in replies):  # a refusal does not wait for replies before it
+        if len(replies) < 3 or any(reply.code for reply in replies):  # a refusal does not wait for earlier replies
             replies = [Reply(0, code="broken")] * 3
         for x, reply in zip(chunks, replies, strict=True):
             self._note(x, reply)
@@ -153,7 +152,7 @@ class _Actors:
         await self.open()
 
     async def fork(self) -> None:
-        """To an id that others may open, step and close at the same time."""
+        """Fork to an id that other clients may open, step and close at the same time."""
         other = f"session-{self._chance.randrange(_SESSIONS)}"
         await self._call("POST", f"/sessions/{self._name}/fork", {"session_id": other})
 
@@ -203,7 +202,7 @@ async def test_every_step_is_applied_once_or_never(
         assert len(set(own)) == len(own), "a step was applied twice"
         for before, record in pairwise([None, *records]):
             assert record is not None
-            if not record.kept:  # it was opened
+            if not record.kept:  # a record of the opening
                 continue
             last = record.kept[-1]
             x, _ = steps[last.digest]

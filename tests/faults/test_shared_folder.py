@@ -1,4 +1,4 @@
-"""Servers on one folder: any of them takes any step, and one that is stopped while it writes holds up the others."""
+"""Servers that share a store folder: each accepts any step, and a process suspended during a write blocks the rest."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ needs_proc_locks = pytest.mark.skipif(not Path("/proc/locks").exists(), reason="
 
 _X = np.ones((1, 2), np.float32)
 
-#: Writes to the store in a folder, and stops itself within the transaction.
+#: Begins a write to a store folder and suspends itself within the transaction.
 _STOPS = """
 import os, pathlib, signal, sys
 from unroll.service.store.lmdb_folder import LmdbFolder
@@ -35,7 +35,7 @@ folder.close()
 """
 
 
-async def test_a_session_goes_to_either_of_two_servers(tmp_path: Path, replicas: Replicas, oracle: Oracle) -> None:
+async def test_session_may_step_on_either_of_two_servers(tmp_path: Path, replicas: Replicas, oracle: Oracle) -> None:
     cluster = replicas(2, "--store", f"file://{tmp_path}/store", "--session-capacity", "8")
     await start(cluster)
     async with Crowd([replica.port for replica in cluster], 12, 16, pause=0.01) as crowd:
@@ -47,7 +47,7 @@ async def test_a_session_goes_to_either_of_two_servers(tmp_path: Path, replicas:
 
 @pytest.fixture
 async def server(tmp_path: Path, replicas: Replicas, wires: Wires) -> Replica:
-    """With a session `s` in the folder `store`."""
+    """Start a server with a session `s` in the folder `store`."""
     (server,) = replicas(1, "--store", f"file://{tmp_path}/store")
     await server.start()
     assert (await wires.call("POST", server.port, "/sessions", {"session_id": "s"})).status == 201
@@ -56,7 +56,7 @@ async def server(tmp_path: Path, replicas: Replicas, wires: Wires) -> Replica:
 
 @pytest.fixture
 def stopped(server: Replica, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that has stopped within a transaction on that folder."""
+    """A process suspended within a transaction on that folder."""
     process = subprocess.Popen([sys.executable, "-c", _STOPS, str(tmp_path / "store")])
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     yield process
@@ -65,10 +65,10 @@ def stopped(server: Replica, tmp_path: Path) -> Iterator["subprocess.Popen[bytes
 
 
 @pytest.mark.parametrize("then", [signal.SIGCONT, signal.SIGKILL])
-async def test_a_process_that_stops_within_a_transaction_delays_the_others(
+async def test_process_suspended_in_a_transaction_delays_the_others(
     then: signal.Signals, server: Replica, stopped: "subprocess.Popen[bytes]", wires: Wires, oracle: Oracle
 ) -> None:
-    """They answer that the store is unavailable, and continue as soon as it goes on or is killed."""
+    """Other servers report the store as unavailable until the process resumes or is killed."""
     for _ in range(2):
         reply = await wires.send("raw", server.port, "s", _X, 0)
         assert (reply.status, reply.code) == (503, "store_unavailable")
@@ -83,7 +83,7 @@ async def test_a_process_that_stops_within_a_transaction_delays_the_others(
 
 
 @needs_proc_locks
-async def test_a_server_that_starts_while_another_process_stops_within_a_transaction_says_which(
+async def test_starting_server_names_the_process_suspended_in_a_transaction(
     server: Replica, stopped: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
     with pytest.raises(StoreUnavailable) as raised:
@@ -93,7 +93,7 @@ async def test_a_server_that_starts_while_another_process_stops_within_a_transac
     assert "kill -CONT" in raised.value.message
 
 
-async def test_a_server_can_be_ended_while_another_process_stops_within_a_transaction(
+async def test_server_exits_cleanly_while_another_process_is_suspended_in_a_transaction(
     server: Replica, stopped: "subprocess.Popen[bytes]", wires: Wires
 ) -> None:
     assert (await wires.send("raw", server.port, "s", _X, 0)).code == "store_unavailable"

@@ -1,4 +1,4 @@
-"""Sessions that are opened and closed in every way leave nothing behind."""
+"""Sessions opened and closed in every way leave nothing behind."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,8 +15,8 @@ def soak(tmp_path: Path) -> Iterator[Soak]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
-def test_sessions_that_are_opened_and_closed_leave_nothing_behind(soak: Soak) -> None:
-    """`make soak` also measures memory, over a million of them."""
+def test_closed_sessions_leave_nothing_behind(soak: Soak) -> None:
+    """`make soak` also measures memory, over a million sessions."""
     soak.round()
     before = soak.census()
     cycles = sum(soak.round() for _ in range(2))

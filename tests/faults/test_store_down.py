@@ -1,4 +1,4 @@
-"""An unavailable store, as clients see it: durable sessions wait, the others continue, and no answer is wrong."""
+"""An unavailable store as clients see it: durable sessions wait, memory sessions continue, no answer is wrong."""
 
 import asyncio
 import os
@@ -92,7 +92,7 @@ async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIt
 
 
 class Session:
-    """A session whose steps are sent one by one, each until it is answered."""
+    """A session that is stepped once per call; a refused step is sent again by the next call."""
 
     def __init__(self, wires: Wires, port: int, name: str) -> None:
         self.wires, self.port, self.name, self.position = wires, port, name, 0
@@ -123,11 +123,13 @@ Outage = Callable[[RedisServer, FaultProxy], AbstractAsyncContextManager[None]]
 
 
 @pytest.mark.parametrize("outage", [stopped, killed, refusing, silent, full])
-async def test_an_outage(redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage) -> None:
+async def test_sessions_survive_an_outage(
+    redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage
+) -> None:
     await check(redis, servers, wires, oracle, outage)
 
 
-async def test_a_full_disk(servers: Servers, wires: Wires, oracle: Oracle, small_disk: Path) -> None:
+async def test_sessions_survive_a_full_disk(servers: Servers, wires: Wires, oracle: Oracle, small_disk: Path) -> None:
     redis = RedisServer(small_disk / "redis")
     redis.start()
     try:
@@ -166,7 +168,7 @@ async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Orac
             assert (await Session(wires, here.port, "new").open("redis")).code == "store_unavailable"
             assert (await wires.ask(here.port, "GET", "/livez"))[0] == 200
         await until_good(durable)
-        durable.port = there.port  # which was not involved, and must find the acknowledged steps
+        durable.port = there.port  # an uninvolved replica must find the acknowledged steps
         for way in WAYS:
             assert (await durable.step(way)).status == 200
             assert (await volatile.step(way)).status == 200
@@ -185,7 +187,7 @@ async def until_good(session: Session) -> None:
     await reached(is_good, "a step with the store up")
 
 
-async def test_a_server_is_ready_once_the_store_has_answered_and_ends_if_it_refuses(
+async def test_server_is_ready_once_the_store_answers_and_exits_if_it_refuses(
     redis: RedisServer, replicas: Replicas, wires: Wires
 ) -> None:
     address = f"127.0.0.1:{redis.port}/0"
@@ -208,7 +210,7 @@ async def test_a_server_is_ready_once_the_store_has_answered_and_ends_if_it_refu
     (at_once,) = replicas(1, "--store", f"redis://me:no@{address}")
     at_once.launch()
     assert await at_once.ended() == 1
-    *_, line = at_once.log.read_text().splitlines()  # after a warning of the password in the flag
+    *_, line = at_once.log.read_text().splitlines()  # preceded by a warning about the password in the flag
     assert "check the user and the password" in line
 
 
@@ -220,8 +222,10 @@ async def answers(wires: Wires, port: int) -> bool:
 
 
 @pytest.mark.parametrize("fsync", ["always", "everysec"])
-async def test_redis_is_killed_while_all_step(tmp_path: Path, servers: Servers, oracle: Oracle, fsync: str) -> None:
-    """Kill and restart Redis from its file repeatedly. It writes to the file before it replies."""
+async def test_sessions_survive_repeated_kills_of_redis(
+    tmp_path: Path, servers: Servers, oracle: Oracle, fsync: str
+) -> None:
+    """Redis is killed and restarted from its file repeatedly. It writes to the file before it replies."""
     redis = RedisServer(tmp_path / "redis", fsync)
     redis.start()
     try:
@@ -240,7 +244,9 @@ async def test_redis_is_killed_while_all_step(tmp_path: Path, servers: Servers, 
     assert verdict.good, verdict.findings
 
 
-async def test_an_older_file_is_put_back(redis: RedisServer, servers: Servers, oracle: Oracle, tmp_path: Path) -> None:
+async def test_clients_recover_from_a_restored_older_file(
+    redis: RedisServer, servers: Servers, oracle: Oracle, tmp_path: Path
+) -> None:
     """Acknowledged steps are lost: clients get the position to continue from, resend, and reach the same state."""
     cluster = servers(2, store=redis.url)
     older = tmp_path / "older"

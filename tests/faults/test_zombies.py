@@ -1,4 +1,4 @@
-"""A replica is stopped for a while, or dies at a chosen point, and others continue its sessions."""
+"""A replica is suspended for a while or dies at a chosen point, and other replicas continue its sessions."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -20,14 +20,14 @@ X = np.random.default_rng(6).standard_normal((4, 2)).astype(np.float32)
 
 @pytest.fixture
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a store that replicas share."""
+    """The URL of the store that the replicas share."""
     if request.param == "embedded":
         return f"file://{tmp_path}/store"
     return request.getfixturevalue("redis_server").url
 
 
 class Session:
-    """A session stepped over any protocol at any replica, from a given position. replies: of the successful steps."""
+    """A session that can be stepped over any protocol, at any replica, from any position."""
 
     def __init__(self, wires: Wires, name: str) -> None:
         self.wires, self.name = wires, name
@@ -40,7 +40,7 @@ class Session:
         return self.wires.send(way, replica.port, self.name, x, position)
 
     async def step(self, *replicas: Replica) -> None:
-        """The next step, at each of them in turn."""
+        """Send the next step to each replica in turn."""
         for replica in replicas:
             self.replies.append(await self.send(replica, len(self.replies)))
 
@@ -50,8 +50,10 @@ class Session:
 
 
 @pytest.mark.parametrize("store", ["redis", pytest.param("embedded", marks=pytest.mark.long)], indirect=True)
-async def test_the_owner_wakes_up(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
-    """Stopped with an unread step of the session: another replica ran that step and the next."""
+async def test_resumed_owner_refuses_a_step_run_elsewhere(
+    store: str, replicas: Replicas, wires: Wires, oracle: Oracle
+) -> None:
+    """The owner is suspended with an unread step while another replica runs that step and the next."""
     owner, other = cluster = replicas(2, "--store", store)
     await start(cluster)
     sessions = {way: Session(wires, way) for way in WAYS}
@@ -70,8 +72,10 @@ async def test_the_owner_wakes_up(store: str, replicas: Replicas, wires: Wires, 
 
 
 @pytest.mark.parametrize("store", [pytest.param("redis", marks=pytest.mark.long), "embedded"], indirect=True)
-async def test_the_owner_is_stopped_at_its_commit(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
-    """Stopped at its second commit: it computed the step, and so did another replica, which may have advanced since."""
+async def test_owner_suspended_at_its_commit_does_not_apply_a_step_twice(
+    store: str, replicas: Replicas, wires: Wires, oracle: Oracle
+) -> None:
+    """The owner is suspended at its second commit. Another replica runs the same step, and in some cases the next."""
     owner, other = replicas(2, "--store", store)
     await other.start()
     for place, moves_on in (("before_commit", False), ("before_commit", True), ("after_commit", True)):
@@ -95,20 +99,24 @@ async def test_the_owner_is_stopped_at_its_commit(store: str, replicas: Replicas
         wires.close()  # its connections are broken
 
 
-async def test_a_replica_dies_at_every_place(redis_server: RedisServer, replicas: Replicas, oracle: Oracle) -> None:
+async def test_replica_killed_at_any_failpoint_loses_no_step(
+    redis_server: RedisServer, replicas: Replicas, oracle: Oracle
+) -> None:
     dying, other = replicas(2, "--store", redis_server.url)
     await other.start()
     async with Crowd([dying.port, other.port], 9, 20, pause=0.1) as crowd:
         async with crowd.stepping():
             for name in sorted(NAMES):
                 dying.environment["UNROLL_FAILPOINTS"] = f"{name}=kill:8"
-                dying.launch()  # it may have ended before anyone could ask whether it is ready
+                dying.launch()  # it may have ended before the readiness probe
                 assert await dying.ended() == -9, name
         verdict = await crowd.verdict(oracle)
     assert verdict.good, verdict.findings
 
 
-async def test_replicas_stand_still_in_turn(redis_server: RedisServer, replicas: Replicas, oracle: Oracle) -> None:
+async def test_replicas_suspended_in_turn_lose_no_step(
+    redis_server: RedisServer, replicas: Replicas, oracle: Oracle
+) -> None:
     cluster = replicas(2, "--store", redis_server.url)
     await start(cluster)
     async with Crowd([replica.port for replica in cluster], 10, 30, timeout=1.0) as crowd:

@@ -1,7 +1,7 @@
-"""Four protocols for sending a chunk to any of several replicas, and the possible outcomes.
+"""Sends chunks to any replica over four protocols.
 
-A `Reply` is a reply of the server. `Broken`: no complete reply, because the connection was refused, cut or silent,
-so it is unknown whether the chunk was applied.
+The outcome is a `Reply`, or `Broken` if no complete reply came because the connection was refused, cut or silent. After
+`Broken` it is unknown whether the chunk was applied.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
-#: Code for a refusal by a proxy.
+#: Code of a refusal by a proxy that has no server.
 NO_SERVER = "no_server"
 
 HTTP_WAYS = ("raw", "json", "v2")
@@ -29,7 +29,7 @@ _UNSAID = 2**64 - 1
 
 
 class Broken(Exception):
-    """No complete reply; kind: name of the exception."""
+    """No complete reply came. kind: Name of the exception that showed it."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
@@ -38,7 +38,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """outputs: the server's bytes, for comparison. code, `expected`: of an error."""
+    """A server's reply. outputs: Unparsed bytes, for exact comparison. code, expected: Set for errors only."""
 
     status: int
     outputs: bytes = b""
@@ -51,17 +51,17 @@ class Reply:
 
 @dataclass
 class Wires:
-    """For the sessions of one model with one float32 input and output per step. timeout: seconds per reply."""
+    """HTTP connections to a model with one float32 input and output per step. timeout: Seconds per reply."""
 
     model: str
-    features: tuple[str, str]  # the names of its input and its output
+    features: tuple[str, str]  # names of the input and the output
     timeout: float = 5.0
     _idle: dict[int, dict[str, list["_Connection"]]] = field(default_factory=lambda: defaultdict(dict))
 
     async def send(
         self, way: str, port: int, session: str, x: np.ndarray, position: int | None, **flags: bool
     ) -> Reply:
-        """One chunk, x (time, features), by one of HTTP_WAYS. flags: sequence_start or sequence_end, of v2 only.
+        """Send one chunk, x (time, features), by one of HTTP_WAYS. flags: sequence_start or sequence_end, in v2 only.
 
         Raises Broken.
         """
@@ -93,7 +93,7 @@ class Wires:
         return json.dumps({"inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
 
     async def call(self, method: str, port: int, path: str, body: object = None) -> Reply:
-        """Another route below the model's; a body of bytes is a state, as are the `outputs` of the reply."""
+        """Call another route of the model. A body of bytes is a snapshot; a snapshot returned is in `outputs`."""
         sent = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         media = _RAW if isinstance(body, bytes) else _JSON if sent else {}
         status, headers, content = await self.ask(port, method, f"/v1/models/{self.model}{path}", sent, media)
@@ -107,9 +107,9 @@ class Wires:
     async def ask(
         self, port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the answer. Raises Broken.
+        """Return the status, headers and body of the answer. Raises Broken.
 
-        The requests on a connection are alike, so that its server may take the head of each for the one before.
+        All requests on a connection have the same head, so the server may reuse the one it parsed before.
         """
         headers = headers or {}
         kind = f"{path} {headers.get('unroll-steps', headers)}"
@@ -136,7 +136,7 @@ class Wires:
             self._forget(port)
 
     def _forget(self, port: int) -> None:
-        """Drop all connections: if one broke, the others probably did."""
+        """Drop all connections to the port: if one broke, the rest probably did too."""
         for connections in self._idle.pop(port, {}).values():
             for connection in connections:
                 connection.close()
@@ -168,9 +168,9 @@ class _Connection:
 
 
 class Stream:
-    """A WebSocket to one replica with one session as handle 0. Raises Broken and is unusable afterwards.
+    """A WebSocket to one replica, with one session as handle 0. It is unusable once a call has raised Broken.
 
-    depth: chunks in flight.
+    depth: Maximum chunks in flight.
     """
 
     def __init__(self, wires: Wires, port: int, session: str, depth: int = 1) -> None:
@@ -178,11 +178,11 @@ class Stream:
         self._socket: ClientConnection | None = None
 
     async def send(self, x: np.ndarray, position: int | None) -> Reply:
-        """One chunk, x (time, features)."""
+        """Send one chunk, x (time, features)."""
         return (await self.send_all([x], position))[0]
 
     async def send_all(self, chunks: Sequence[np.ndarray], position: int | None) -> list[Reply]:
-        """Consecutive chunks, all in flight; or the refusal to bind the session, once."""
+        """Send consecutive chunks without waiting; return their replies, or only the refusal to bind the session."""
         replies: list[Reply] = []
         try:
             async with asyncio.timeout(self._wires.timeout):
@@ -200,7 +200,7 @@ class Stream:
         return replies
 
     async def _open(self) -> Reply | None:
-        """None if the session is bound."""
+        """Connect and bind the session; return the refusal, if any."""
         address = f"ws://127.0.0.1:{self._port}/v1/models/{self._wires.model}/stream"
         self._socket = await connect(address, compression=None, open_timeout=None, ping_interval=None, proxy=None)
         wanted = {"handle": 0, "session_id": self._session, "mode": "resume", "depth": self._depth}
@@ -209,7 +209,7 @@ class Stream:
         return refusal(0, opened["error"]) if "error" in opened else None
 
     async def _receive(self) -> str | bytes:
-        """The next reply. Skips the closing message, after which the server closes the connection."""
+        """Return the next reply. Skip `closing`, which announces that the server will close the connection."""
         assert self._socket is not None
         while True:
             message = await self._socket.recv()
@@ -222,7 +222,7 @@ class Stream:
 
 
 def refusal(status: int, document: Mapping, retry_after: str | float | None = None) -> Reply:
-    """An error of v1, v2 or a stream; that of a stream has no status, and contains `retry_after`."""
+    """Parse an error of v1, v2 or a stream. A stream's error has no status but contains `retry_after`."""
     wait = document.get("retry_after", retry_after)
     return Reply(
         status,
@@ -240,7 +240,7 @@ def _stream_replies(message: str | bytes) -> list[Reply]:
     assert kind == 2, message
     begin = _HEADER.size + count * _ENTRY.size
     entries = list(_ENTRY.iter_unpack(message[_HEADER.size : begin]))
-    size = (len(message) - begin) // sum(steps for _, steps, _ in entries)  # of a step's outputs
+    size = (len(message) - begin) // sum(steps for _, steps, _ in entries)  # bytes of one step's outputs
     replies = []
     for _, steps, position in entries:
         end = begin + steps * size
@@ -250,7 +250,7 @@ def _stream_replies(message: str | bytes) -> list[Reply]:
 
 
 def _document(status: int, content: bytes) -> Mapping:
-    """A JSON body; a proxy without a server replies with an HTML page instead."""
+    """Parse a JSON body. A proxy without a server replies with an HTML page instead."""
     try:
         document: Mapping = json.loads(content)
     except ValueError:
@@ -259,5 +259,5 @@ def _document(status: int, content: bytes) -> Mapping:
 
 
 def _packed(values: list) -> bytes:
-    """The float32 values behind JSON numbers."""
+    """Return JSON numbers as the bytes of their float32 values."""
     return np.array(values, np.float32).tobytes()

@@ -1,4 +1,4 @@
-"""The names that others depend on: flags, error codes with their statuses, routes, members of bodies, metrics."""
+"""The public names: flags, error codes with their statuses, routes, members of bodies, metrics."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
 def flags() -> dict[str, list[str]]:
-    """Of every command, as its help lists them."""
+    """Return the flags of every command, as its help lists them."""
     found = {}
     for command in _COMMAND.findall(_help()):
         actions = _COMMAND.findall(_help(command)) if "COMMAND ..." in _help(command) else []
@@ -50,13 +50,13 @@ def settings() -> list[str]:
 
 
 def codes() -> dict[str, int]:
-    """Status by code."""
+    """Return the HTTP status of every error code."""
     kinds = [kind for kind in _below(UnrollError) if hasattr(kind, "code")]
     return {kind.code: STATUS[kind] for kind in sorted(kinds, key=lambda kind: kind.code)}
 
 
 def bundle_codes() -> list[str]:
-    """Why bundles are refused."""
+    """Return the codes with which bundles are refused."""
     return sorted(REMEDIES)
 
 
@@ -72,7 +72,7 @@ def routes(client: httpx.Client) -> list[str]:
 
 
 def bodies(client: httpx.Client) -> dict[str, list[str]]:
-    """Members by schema; `!`: required."""
+    """Return the members of every schema; `!` marks required ones."""
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     return {
         name: [member + "!" * (member in schema.get("required", ())) for member in schema["properties"]]
@@ -81,19 +81,19 @@ def bodies(client: httpx.Client) -> dict[str, list[str]]:
 
 
 def metrics(client: httpx.Client) -> list[str]:
-    """Each sample's name, and its labels' names."""
+    """Return the name of every sample, with its label names."""
     return _samples(client.get("/metrics").text)
 
 
 def store_metrics() -> list[str]:
-    """Those that a server has only with a store."""
+    """Return the metrics that exist only with a store."""
     figures = StoreFigures(evicts=False, bytes={"file": 0, "used": 0})
     text = b"".join(Collector(list, {}, (), (), dict, figures).exposition()).decode()
     return [name for name in _samples(text) if name.startswith("unroll_store")]
 
 
 def worker_metrics() -> list[str]:
-    """Those of the port that workers share."""
+    """Return the metrics of the port shared by the workers."""
     return _samples(bytes(metrics_of_all([None]).body).decode())
 
 

@@ -1,4 +1,4 @@
-"""The next-byte model against n-grams, on the library of the Python that runs the test."""
+"""The next-byte model compared with n-grams, on the standard library of the running Python."""
 
 from itertools import pairwise
 
@@ -70,7 +70,7 @@ def test_training_windows_read_on_where_they_stopped() -> None:
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 @pytest.mark.parametrize("context", [b"", b"a", b"abra", b"zzzz", b"zabr"])
 def test_ngram_probabilities_add_up_to_one(order: int, context: bytes) -> None:
-    """After seen, partly seen and unseen contexts."""
+    """Covers seen, partly seen and unseen contexts."""
     ngram = NGram([as_bytes(b"abracadabra"), as_bytes(b"a"), as_bytes(b"")], order)
     p = [ngram.probabilities(as_bytes(context + bytes([byte])))[-1] for byte in range(256)]
     assert min(p) > 0

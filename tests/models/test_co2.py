@@ -38,7 +38,7 @@ def test_interpolated_weeks_lie_on_the_line_between_their_neighbours(series: Ser
     np.testing.assert_allclose(series.ppm, line, rtol=0, atol=6e-4)  # the file has three decimals
 
 
-def test_file_is_what_statsmodels_gives() -> None:
+def test_file_equals_the_statsmodels_data() -> None:
     pytest.importorskip("statsmodels")
     from unroll.models.training.mauna_loa import csv_text
 
@@ -61,7 +61,7 @@ def test_beats_every_baseline_on_held_out_years(model: CO2Forecaster, series: Se
         assert gru.root_mean_square < error.root_mean_square, name
 
 
-def test_baselines_say_what_they_claim() -> None:
+def test_baselines_forecast_as_defined() -> None:
     """A season that repeats exactly: the seasonal baseline makes no error, persistence does."""
     weeks = np.arange(2284)
     ppm = (330 + weeks / 32 + np.sin(2 * np.pi * weeks / 52)).astype(np.float32)
@@ -72,7 +72,7 @@ def test_baselines_say_what_they_claim() -> None:
     assert 0.03 < errors["persistence"].mean_absolute < 0.2
 
 
-def test_knows_nothing_of_the_weeks_to_come(model: CO2Forecaster, series: Series) -> None:
+def test_forecast_does_not_use_future_weeks(model: CO2Forecaster, series: Series) -> None:
     ppm = torch.from_numpy(series.ppm[:100, None])[None]
     changed = ppm.clone()
     changed[:, 60:] += 5

@@ -1,4 +1,4 @@
-"""The forecaster of processor load, on synthesised curves that it was not trained on."""
+"""The processor-load forecaster on synthesised curves outside its training set."""
 
 from unroll.models.load import CHECKPOINT
 from unroll.models.stacked_rnn import StackedRNN

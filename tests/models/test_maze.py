@@ -1,4 +1,4 @@
-"""The maze, and the policy in mazes that it was not trained on."""
+"""The maze, and the policy in mazes outside its training set."""
 
 import numpy as np
 

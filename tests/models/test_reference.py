@@ -17,13 +17,13 @@ ORDERS = [layer_by_layer, step_by_step]
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[nn.RNNBase, torch.Tensor, list[State]]:
-    """A module in float64, a batch of sequences for it, and a state to start from."""
+    """Return a float64 module, a batch of sequences for it, and an initial state."""
     size = st.integers(1, 6)
     torch.manual_seed(draw(st.integers(0, 2**31)))
     module = draw(st.sampled_from(MODULES))(
         draw(size), draw(size), draw(st.integers(1, 4)), bias=draw(st.booleans()), batch_first=True
     ).double()
-    # PyTorch starts with small weights; larger ones also reach where the gates saturate.
+    # PyTorch's initial weights are small; larger ones also saturate the gates.
     scale = draw(st.sampled_from([1.0, 3.0]))
     with torch.no_grad():
         for parameter in module.parameters():
@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.RNNBase, torch.Tensor, list[State]]:
 
 
 def run(module: nn.RNNBase, x: torch.Tensor, states: list[State]) -> tuple[torch.Tensor, list[State]]:
-    """PyTorch's own answer, with its states as a list by layer."""
+    """Return PyTorch's own answer, with the states as a list by layer."""
     pieces = tuple(torch.stack(piece) for piece in zip(*states, strict=True))
     output, reached = module(x, pieces if isinstance(module, nn.LSTM) else pieces[0])
     reached = reached if isinstance(module, nn.LSTM) else (reached,)
@@ -72,7 +72,7 @@ def test_any_order_that_waits_for_its_two_inputs_is_equal_to_the_last_bit(case: 
 
 
 def in_random_order(layers: list[Layer], x: torch.Tensor, states: list[State], random: Random) -> torch.Tensor:
-    """At every turn, any layer whose input for its next time step is there takes that step."""
+    """At every turn, a random layer with its next input available takes its step."""
     queues = [list(x.unbind(1)), *([] for _ in layers)]
     states, done = list(states), [0] * len(layers)
     while done[-1] < x.shape[1]:
@@ -122,6 +122,6 @@ def test_chunks_with_the_state_carried_equal_the_whole(case: tuple, data: st.Dat
     [nn.GRU(2, 3, bidirectional=True), nn.LSTM(2, 3, proj_size=1), nn.RNN(2, 3, nonlinearity="relu")],
     ids=["bidirectional", "projection", "relu"],
 )
-def test_what_has_no_equations_here_is_refused(module: nn.RNNBase) -> None:
+def test_layers_without_equations_are_refused(module: nn.RNNBase) -> None:
     with pytest.raises(ValueError, match="no equations here"):
         layers_of(module)

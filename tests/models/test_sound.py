@@ -1,4 +1,4 @@
-"""The sound detector, on synthesised sound that it was not trained on."""
+"""The sound detector on synthesised sound outside its training set."""
 
 import numpy as np
 import pytest
@@ -23,8 +23,8 @@ def test_it_finds_the_events_and_raises_few_false_alarms(model: SoundDetector) -
 
 
 @torch.inference_mode()
-def test_one_clap_is_no_event_and_the_second_is(model: SoundDetector) -> None:
-    """Both frames sound alike: only the state tells them apart."""
+def test_second_clap_is_an_event_and_a_single_one_is_not(model: SoundDetector) -> None:
+    """Both frames sound alike; only the state distinguishes them."""
     highest = {}
     for kind in ("clap", "claps"):
         clips = [synthesis.single(kind, np.random.default_rng(seed)).samples for seed in range(20)]

@@ -1,4 +1,4 @@
-"""Shapes, meaning of the heads, state carried across calls, and checkpoints that are read strictly."""
+"""Shapes, the heads, the state carried across calls, and the strict reading of checkpoints."""
 
 import json
 from dataclasses import asdict
@@ -48,7 +48,7 @@ def example(config: StackedRNNConfig, batch: int, time: int) -> torch.Tensor:
 
 @given(configs(), SIZE, SIZE)
 @settings(deadline=None, max_examples=30)
-def test_output_has_the_shape_the_head_says(config: StackedRNNConfig, batch: int, time: int) -> None:
+def test_output_has_the_shape_of_the_head(config: StackedRNNConfig, batch: int, time: int) -> None:
     y = StackedRNN(config)(example(config, batch, time))
     assert y.shape == ((batch, time, config.output_size) if config.head == "step" else (batch, config.output_size))
 
@@ -98,7 +98,7 @@ def test_two_halves_with_the_state_carried_are_the_whole(cell: str, fields: dict
         ({"dropout": 0.5, "layers": 1}, "dropout acts between layers and there is one layer"),
     ],
 )
-def test_a_configuration_without_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_invalid_configuration_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StackedRNNConfig(**SMALL | fields)
 
@@ -117,7 +117,7 @@ def test_saved_and_loaded_is_the_same_model(tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def stem(tmp_path: Path) -> Path:
-    """Of a saved model."""
+    """The folder of a saved model."""
     stem = tmp_path / "model"
     StackedRNN(StackedRNNConfig(**SMALL)).save(stem)
     return stem
@@ -148,7 +148,7 @@ def test_a_configuration_with_a_wrong_field_is_refused(stem: Path, change: dict[
         StackedRNN.load(stem)
 
 
-def test_a_configuration_that_is_no_json_is_refused(stem: Path) -> None:
+def test_configuration_that_is_not_json_is_refused(stem: Path) -> None:
     stem.with_suffix(".json").write_text("{")
     with pytest.raises(CheckpointError, match="json"):
         StackedRNN.load(stem)

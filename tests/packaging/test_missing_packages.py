@@ -1,4 +1,4 @@
-"""A command without a package that it needs says what to install. Serving needs no torch, export no server."""
+"""A command without a required package names the package to install. Serving needs no torch, export no server."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from waiting import PATIENCE
 
-#: Runs the command as if the packages were not installed.
+#: Runs the command with imports of these packages disabled.
 COMMAND = """
 import sys
 packages, *arguments = sys.argv[1:]
@@ -48,7 +48,7 @@ def test_a_missing_package_is_named(package: str, arguments: tuple[str, ...], in
 
 
 @pytest.mark.parametrize("package", ["click", "rich"])
-def test_a_client_alone_has_no_commands_and_says_what_to_install(package: str) -> None:
+def test_client_only_install_has_no_commands_and_names_the_package_to_install(package: str) -> None:
     done = run(package, "--help")
     said = f"unroll: the package {package} is not installed; pip install 'unroll-serve[cli]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", said)

@@ -1,4 +1,4 @@
-"""The code stays in pieces that one can read: the sizes of files, classes and functions have limits."""
+"""Files, classes and functions have size limits, to keep the code readable."""
 
 import ast
 from collections import Counter
@@ -31,6 +31,6 @@ def test_files_classes_and_functions_are_short() -> None:
 
 
 def test_no_two_files_of_tests_have_one_name() -> None:
-    """pytest would import one in place of the other."""
+    """pytest would import one instead of the other."""
     counts = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, count in counts.items() if count > 1] == []

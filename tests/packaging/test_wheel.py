@@ -1,4 +1,4 @@
-"""The wheel as it is built and installed: one import package, complete, and nothing else."""
+"""The built and installed wheel: one complete import package and nothing else."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ import unroll
 
 ROOT = Path(__file__).parents[2]
 FILES = ("pyproject.toml", "README.md", "LICENSE")
-#: What src/unroll links.
+#: The targets of the links in src/unroll.
 FOLDERS = ("bundle", "client", "examples", "export", "models", "service")
 DATA = (
     "client/unroll.*",
@@ -30,7 +30,7 @@ DATA = (
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """What the command prints; it ends with 0, and finds packages only where they are installed."""
+    """Run the command with installed packages only, expect status 0, and return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ran = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -39,7 +39,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, by the setuptools that is installed: without a network, and without build/ in the project."""
+    """A wheel built from a copy with the installed setuptools: no network, and no build/ left in the project."""
     source = tmp_path_factory.mktemp("source")
     for name in FILES:
         shutil.copy(ROOT / name, source)
@@ -56,7 +56,7 @@ def names(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_there_is_one_package_at_the_top_level(wheel: Path, names: set[str]) -> None:
+def test_wheel_has_one_top_level_package(wheel: Path, names: set[str]) -> None:
     assert wheel.name == f"unroll_serve-{unroll.__version__}-py3-none-any.whl"
     assert {name.split("/")[0] for name in names} == {"unroll", f"unroll_serve-{unroll.__version__}.dist-info"}
 
@@ -76,8 +76,8 @@ def test_the_data_are_inside(names: set[str]) -> None:
     assert [name for name in names if name.endswith("py.typed")] == ["unroll/py.typed"]
 
 
-def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which borrows the packages that it needs from ours."""
+def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
+    """The wheel runs in its own environment, which borrows the dependencies of ours."""
     environment = tmp_path / "environment"
     python = environment / "bin" / "python"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)

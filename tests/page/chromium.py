@@ -1,4 +1,4 @@
-"""A headless Chromium of this machine, or the reason why a test is skipped."""
+"""The installed headless Chromium, or the reason to skip a test."""
 
 import shutil
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def launch(kind: BrowserType, *flags: str) -> Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Skips without a Chromium: Playwright's own would be a download."""
+    """Launch the installed Chromium, or skip the test: without one, Playwright would download it."""
     with sync_playwright() as playwright:
         browser = launch(playwright.chromium)
         yield browser

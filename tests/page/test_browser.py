@@ -1,4 +1,4 @@
-"""The page at `/` in a browser: every view and every button, what it loads, and whom it asks."""
+"""The page at `/` in a browser: every view and button, its size, and the hosts it contacts."""
 
 import re
 import wave
@@ -24,10 +24,10 @@ from unroll.service.access.keys import new_key
 from unroll.service.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "repository"
-#: All that a view loads, the client and the example's measurements included, without compression.
+#: Limit per view, in uncompressed bytes of all it loads, including the client and the example's measurements.
 MOST_BYTES = {"models": 90_000, "playground": 200_000}
 
-#: Opens a view, such as "playground/co2".
+#: Opens a view such as "playground/co2" and returns its page.
 Visit = Callable[..., Page]
 
 expect.set_options(timeout=PATIENCE * 1000)
@@ -35,7 +35,7 @@ expect.set_options(timeout=PATIENCE * 1000)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The examples, models that do not stream, with two inputs, with static inputs, and one that is refused."""
+    """A server of the examples and of models that do not stream, have two or static inputs, or are refused."""
     repository = models.link(tmp_path_factory.mktemp("repository"), "whole", "two", "voices")
     for example in EXAMPLES.iterdir():
         (repository / example.name).symlink_to(example)
@@ -54,7 +54,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(server: Running, browser: Browser) -> Iterator[Visit]:
-    """A page that must ask no other host and log no error."""
+    """Opens pages that must contact no other host and log no error."""
     faults: list[str] = []
     contexts = []
 
@@ -81,7 +81,7 @@ def visit(server: Running, browser: Browser) -> Iterator[Visit]:
 
 
 def shades(page: Page, selector: str) -> int:
-    """Of how many colours a canvas is: 1 if nothing is drawn."""
+    """Return the number of colours on a canvas; an empty canvas has one."""
     return page.locator(selector).evaluate(
         """canvas => new Set(new Uint32Array(
             canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size"""
@@ -99,7 +99,7 @@ def wait_for_position(page: Page, least: int) -> None:
 
 
 def says(page: Page, text: str) -> int:
-    """Waits for the message; returns the first number behind the text, if there is one."""
+    """Wait for the message; return the first number after the text, if any."""
     message = page.locator(".messages li", has_text=text).first
     expect(message).to_be_visible()
     found = re.match(r" (\d+)", message.inner_text().partition(text)[2])
@@ -113,7 +113,7 @@ def play_to(page: Page, least: int) -> None:
     press(page, "Pause")
 
 
-#: What of a view appears last.
+#: By view: the element that appears last.
 SHOWN = {
     "models": "article",
     "playground/bytes": ".stage canvas",
@@ -142,7 +142,7 @@ def test_no_view_has_a_serious_fault_of_accessibility(visit: Visit, scheme: str,
         assert not serious, (view, [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in serious])
 
 
-def test_models_are_described_and_one_that_does_not_stream_says_why(visit: Visit, server: Running) -> None:
+def test_models_are_described_with_the_reason_if_they_do_not_stream(visit: Visit, server: Running) -> None:
     page = visit("models")
     co2 = page.get_by_role("article", name="co2")
     expect(co2).to_contain_text("layer 1 · h")
@@ -293,7 +293,7 @@ def test_text_is_read_byte_by_byte_and_continued(visit: Visit) -> None:
 def test_the_microphone_is_an_input_of_models_that_declare_a_rate(
     server: Running, browser: Browser, tmp_path: Path
 ) -> None:
-    """What the page hears of a recording leads to the same detections as the recording itself."""
+    """A recording heard through the page's microphone gives the same detections as the recording itself."""
     recording = tmp_path / "whistle.wav"
     frames = synthesis.single("whistle", np.random.default_rng(7)).samples
     with wave.open(str(recording), "wb") as file:
@@ -326,7 +326,7 @@ def test_the_microphone_is_an_input_of_models_that_declare_a_rate(
         return Array.from(outputs);
     }"""
     assert right.tolist() == [True, False, False]
-    # A machine under load may leave gaps in what is heard, which sound like claps.
+    # A machine under load may leave gaps in the audio, which sound like claps.
     until(lambda: (np.reshape(page.evaluate(listen), (-1, 3)).max(0) > THRESHOLD).tolist() == right.tolist())
     hearing.close()
 
@@ -335,7 +335,7 @@ def test_live_figures_follow_the_metrics(visit: Visit) -> None:
     page = visit("live")
     expect(page.locator("#live .facts")).to_contain_text("Sessions opened")
     expect(page.locator("#live")).to_contain_text("Call of the model")
-    expect(page.locator("#live .charts b").first).not_to_have_text("–")  # a rate, so a second scrape
+    expect(page.locator("#live .charts b").first).not_to_have_text("–")  # a rate, which needs two scrapes
     assert all(shades(page, f"#live canvas >> nth={i}") > 2 for i in range(4))
 
 
@@ -349,7 +349,7 @@ def test_both_orders_of_the_lattice_compute_the_same_cells_and_numbers(visit: Vi
     expect(page.locator(".verdict")).to_have_text("Equal, bit for bit: all 8 numbers of y.")
     page.get_by_label("Model").select_option("whole")
     expect(page.locator("#lattice")).to_contain_text("This model runs whole sequences only")
-    press(page, "Pause")  # it plays at once
+    press(page, "Pause")  # the view starts playing when it opens
     press(page, "Play")
 
 
@@ -367,7 +367,7 @@ def test_the_page_is_small(visit: Visit) -> None:
 
 def test_a_page_of_another_origin_sees_why_its_stream_was_closed(server: Running, browser: Browser) -> None:
     page = browser.new_page()
-    page.goto(f"http://localhost:{server.port}/livez")  # a page of this server under another name
+    page.goto(f"http://localhost:{server.port}/livez")  # this server under another name, hence another origin
     closed = page.evaluate(
         """async url => {
             const { Client, Stream } = await import("/page/unroll.mjs");
@@ -413,7 +413,7 @@ def test_a_server_with_keys_asks_for_one(browser: Browser, tmp_path: Path) -> No
     for key in ("wrong", secret):
         page.get_by_label("API key").fill(key)
         press(page, "Use this key")
-    press(page, "Step")  # over a WebSocket, which a ticket has opened
+    press(page, "Step")  # over a WebSocket opened with a ticket
     wait_for_position(page, 1)
     page.reload()
     press(page, "Step")

@@ -18,7 +18,7 @@ BUNDLES = Path(__file__).parent / "bundles"
 
 
 class Model(NamedTuple):
-    """A module, its example inputs, and how it is exported."""
+    """A module, its example inputs, and its export options."""
 
     module: nn.Module
     example: dict[str, Tensor]
@@ -66,7 +66,7 @@ class TwoInTwoOut(nn.Module):
 
 
 class Hot(nn.Module):
-    """Answers a huge input with infinity, as a float32 model may."""
+    """Answers huge inputs with infinity, as float32 models may."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Hot(nn.Module):
 
 
 class Voices(nn.Module):
-    """Which speaker, and a gain for each of two channels, besides the frames."""
+    """Static inputs in addition to the frames: a speaker, and a gain for each of two channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Voices(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A difference from the step before, a position, a cache that it is handed, an initial state that it computes."""
+    """State of every kind: the previous step, a position, a given cache, and a computed initial state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Mixed(nn.Module):
 
 
 class Tables(nn.Module):
-    """A loop whose step looks up tables in many ways."""
+    """A loop that reads tables in many ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Residual(nn.Module):
 
 
 class Bare(nn.Module):
-    """Nothing but a layer, whose width no tile of a kernel divides."""
+    """A single layer whose width is no multiple of a kernel tile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class StateUsed(nn.Module):
 
 
 class Gaps(nn.Module):
-    """A missing value is the last one that was there, which fades away."""
+    """Replaces a missing value by the last known one, which decays."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Gaps(nn.Module):
 
 
 def tiny() -> Model:
-    """What `unroll doctor` has as version 1, with the weights of the seed."""
+    """Return the model of `unroll doctor`, with this seed's weights."""
     config = StackedRNNConfig(cell="lstm", hidden_size=4, layers=2, input_size=2, output_size=1)
     return Model(StackedRNN(config).eval(), {"x": torch.randn(2, 4, 2)})
 
@@ -218,7 +218,7 @@ def _x(features: int = 3) -> dict[str, Tensor]:
     return {"x": torch.randn(2, 9, features)}
 
 
-#: By the folder of the bundle.
+#: Models by the folder of their bundle.
 MODELS: dict[str, Callable[[], Model]] = {
     "lstm/1": lambda: Model(Recurrent(nn.LSTM, num_layers=2), _x()),
     "gru/1": lambda: Model(Recurrent(nn.GRU, num_layers=2), _x()),
@@ -244,7 +244,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "stateused/1": lambda: Model(StateUsed(), _x(4)),
     **{f"lstm-{layers}/1": partial(_stack, nn.LSTM, layers) for layers in (1, 2, 4)},
     **{f"gru-{layers}/1": partial(_stack, nn.GRU, layers) for layers in (1, 2, 4)},
-    # Kinds whose graph onnxruntime-gpu runs in a way of its own.
+    # Kinds that onnxruntime-gpu runs in a special way.
     **{
         f"{kind.name.replace(',', '').replace(' ', '-')}/1": partial(_model_of, kind)
         for kind in TESTED
@@ -255,7 +255,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 
 
 def build(folder: str) -> Model:
-    """The model of the bundle, with the same weights each time."""
+    """Build the model of the bundle, with the same weights each time."""
     torch.manual_seed(sum(folder.encode()))
     model = MODELS[folder]()
     model.module.eval()
@@ -263,7 +263,7 @@ def build(folder: str) -> Model:
 
 
 def link(repository: Path, *names: str) -> Path:
-    """Give the repository the bundles of these names; returns it."""
+    """Link the bundles of these names into the repository; return it."""
     for name in names:
         (repository / name).symlink_to(BUNDLES / name)
     return repository

@@ -1,4 +1,4 @@
-"""Exports the bundles that tests serve anew: `PYTHONPATH=tests python -m served_models.write [NAME/VERSION ...]`."""
+"""Rewrites the bundles that tests serve: `PYTHONPATH=tests python -m served_models.write [NAME/VERSION ...]`."""
 
 import shutil
 import sys

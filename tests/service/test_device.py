@@ -33,7 +33,7 @@ def test_auto_falls_back_to_the_cpu(repository: Path):
 
 
 @pytest.mark.usefixtures("driver_without_libraries")
-def test_a_device_that_was_asked_for_does_not(repository: Path):
+def test_requested_device_does_not_fall_back(repository: Path):
     with pytest.raises(DeviceUnavailable, match=r"cuda:0 (cannot be used|needs NVIDIA's Python bindings)"):
         app.build(settings(repository, "cuda:0"))
 
@@ -45,7 +45,7 @@ def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
         Runner(found.model, found.manifest, "cuda:0")
 
 
-def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):
+def test_precision_unsupported_on_the_cpu_is_refused(repository: Path):
     with pytest.raises(ValueError, match="precision tf32 needs a GPU"):
         app.build(Settings(repository=repository, device="cpu", precision="tf32"))
 
@@ -53,7 +53,7 @@ def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):
 def test_a_device_that_fails_leaves_the_store_to_the_cpu(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The folder of a store can be opened once in a process."""
+    """A process can open a store's folder only once."""
     monkeypatch.setattr(app, "resolve_devices", lambda device: (["cuda:9"], "as a test has it"))
     _, state = app.build(Settings(repository=repository, device="auto", store=f"file://{tmp_path}/store"))
     assert {model.serving.provider for model in state.models} == {"CPUExecutionProvider"}

@@ -1,4 +1,4 @@
-"""Log lines: JSON of bounded size, and nothing of a request's headers."""
+"""Log lines: JSON of bounded size without request headers."""
 
 import json
 import subprocess
@@ -68,14 +68,14 @@ def test_lines_are_bounded_documents(lines: list[str]) -> None:
     assert max(map(len, lines)) < 40_000
 
 
-def test_what_a_client_sends_is_escaped(lines: list[str]) -> None:
+def test_client_input_is_escaped(lines: list[str]) -> None:
     for line in lines[-2:]:
         assert line.isascii()
         assert line.isprintable()
         assert "\x1b" in json.loads(line)["event"]
 
 
-def test_an_exception_keeps_where_it_was_raised(lines: list[str]) -> None:
+def test_exception_keeps_its_location(lines: list[str]) -> None:
     for line in lines[:4]:
         (raised,) = json.loads(line)["exception"]
         assert raised["exc_type"] == "ValueError"

@@ -1,4 +1,4 @@
-"""Flags, `UNROLL_*` variables and the file of settings: what is wrong with one ends the start with a line about it."""
+"""Flags, `UNROLL_*` variables and the settings file: an invalid setting ends the start with a line that names it."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def main(flags: list[str]) -> int:
         ("UNROLL_", ""),
     ],
 )
-def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(
+def test_unknown_variable_is_refused_with_the_nearest_name(
     variable: str, nearest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(variable, "3")
@@ -51,7 +51,7 @@ def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(
         ("unroll_max_batch", "7"),
     ],
 )
-def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
+def test_variables_of_tests_and_kubernetes_are_ignored(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -92,7 +92,7 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
         ("LOG_LEVEL", "LOUD", "it is not one of debug, info, warning, error"),
     ],
 )
-def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(
+def test_wrong_value_names_the_variable_the_value_and_the_allowed_values(
     name: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(f"UNROLL_{name}", value)
@@ -114,7 +114,7 @@ def test_a_flag_that_is_not_json_is_named(flag: str, reason: str, capsys: pytest
     assert f"unroll serve: {flag}: {reason}" in capsys.readouterr().err
 
 
-def test_a_list_is_no_version_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_is_not_a_model_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLAGS, "--serve", '[["co2", 1]]']) == 2
     assert "unroll serve: --serve ['co2', 1]: it is not JSON such as" in capsys.readouterr().err
 
@@ -196,7 +196,7 @@ def test_a_secret_in_a_flag_is_noticed(flags: dict, found: list[str]) -> None:
     assert exposed(flags) == found
 
 
-def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert (
         "--repository: required; use the flag, or set UNROLL_REPOSITORY (bundle repository" in capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_each_setting_is_described_with_its_default() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "models.example"])
-def test_a_server_that_others_can_reach_needs_keys_or_a_word(host: str, tmp_path: Path) -> None:
+def test_reachable_server_requires_keys_or_an_explicit_flag(host: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsRefused, match=r"--keys FILE.*--auth none"):
         gather(GIVEN | {"host": host})
     assert gather(GIVEN | {"host": host, "auth": "none"}).settings.gate().has_keys is False
@@ -274,7 +274,7 @@ def test_a_server_that_others_can_reach_needs_keys_or_a_word(host: str, tmp_path
     assert gather(GIVEN | {"host": host, "keys": str(path)}).settings.gate().has_keys is True
 
 
-def test_keys_and_their_absence_contradict_each_other(tmp_path: Path) -> None:
+def test_keys_contradict_the_flag_for_no_keys(tmp_path: Path) -> None:
     with pytest.raises(SettingsRefused, match="contradict"):
         gather(GIVEN | {"auth": "none", "keys": "keys.toml"})
     with pytest.raises(SettingsRefused, match="--auth keys needs a keys file"):

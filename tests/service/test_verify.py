@@ -28,14 +28,14 @@ def checks(found: Bundle) -> list[Check]:
 
 
 def copied(repository: Path, name: str, to: Path, **changes: object) -> Bundle:
-    """The bundle with another manifest, written as by export."""
+    """Write the bundle with a changed manifest, as export would."""
     found = bundles.read(repository / name / "1")
     manifest = replace(found.manifest, **changes)
     return bundles.read(bundles.write(to, manifest, found.model, found.golden))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "last", "tokens", "two"])
-def test_a_good_bundle_holds(repository: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_bundle_passes(repository: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = repository / name / "1"
     manifest = bundles.read(path).manifest
     assert cli.main(["verify", str(path)]) == 0
@@ -51,14 +51,14 @@ def test_a_model_for_whole_sequences_is_not_stepped(repository: Path) -> None:
     assert found == CHECKS - {"random chunks = whole", "golden vectors, stepped by the engine"}
 
 
-def test_said_to_stream_and_does_not(repository: Path, tmp_path: Path, capsys) -> None:
+def test_false_claim_of_streaming_fails(repository: Path, tmp_path: Path, capsys) -> None:
     lies = copied(repository, "whole", tmp_path, streamable=True, not_streamable_because=None)
     assert {c.what for c in checks(lies) if not c.holds} >= {"random chunks = whole"}
     assert cli.main(["verify", str(lies.path)]) == 1
     assert "DIFFERS" in capsys.readouterr().out
 
 
-def test_said_to_be_ragged_and_is_not(repository: Path, tmp_path: Path) -> None:
+def test_false_claim_of_ragged_rows_fails(repository: Path, tmp_path: Path) -> None:
     lies = copied(repository, "last", tmp_path, ragged=True)
     assert {c.what for c in checks(lies) if not c.holds} == {"padded = alone"}
 
@@ -70,7 +70,7 @@ def test_other_weights_than_pytorchs(repository: Path, tmp_path: Path) -> None:
     assert broken == {"golden vectors = PyTorch float64", "stepped by the engine"}
 
 
-def test_what_cannot_be_verified(repository: Path, tmp_path: Path, capsys) -> None:
+def test_unusable_verify_arguments_are_refused(repository: Path, tmp_path: Path, capsys) -> None:
     for arguments, says in (
         ([str(tmp_path / "none")], "No such file"),
         ([str(repository / "gru" / "1"), "--device", "tpu"], "use cpu, auto"),

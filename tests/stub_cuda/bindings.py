@@ -1,4 +1,4 @@
-"""Importing this module puts the stub behind `cuda.bindings`, whose runtime library bypasses libraries of that name.
+"""Importing this module puts the stub behind `cuda.bindings`, as its runtime bypasses libraries of that name.
 
 Only for a script over the stub. Types, enumerations and signatures stay those of the real bindings.
 """

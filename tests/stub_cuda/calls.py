@@ -10,8 +10,7 @@ _QUEUED = ("kernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaLaunchHostFunc",
 class Call:
     """origin, destination: `device`, `pinned` or `host`. source, target, stream: addresses. kernel: as C++ mangles it.
 
-    graph: the capture that the call belongs to, 0 for none. launched: the graph that it launches. call: what is
-    forbidden.
+    graph: the capture of the call, 0 for none. launched: the graph it launches. call: the forbidden call.
     """
 
     name: str
@@ -63,7 +62,7 @@ class Calls(list[Call]):
 
 
 def read(log: str) -> dict[str, Calls]:
-    """By phase; calls before the first have the phase ``. A phase that is entered again continues."""
+    """Return calls by phase; calls before the first have the phase ``. A phase entered again continues."""
     phases = {"": (current := Calls())}
     for line in log.splitlines():
         name, _, rest = line.partition(" ")

@@ -23,7 +23,7 @@ _LOOKED_UP = re.compile(rb"\0((?:cudnn|cufft|nvrtc)[A-Z]\w{3,60})(?=\0)")
 
 
 def missing() -> str | None:
-    """Why the library cannot be built or found on this machine."""
+    """Return why the library cannot be built or found on this machine, or an empty string."""
     if Path("/proc/driver/nvidia/version").exists():
         return "needs a machine without an NVIDIA driver"
     tools = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
@@ -49,7 +49,7 @@ def build(provider: Path, folder: Path) -> None:
 
 
 def _imports(provider: Path) -> dict[str, list[str]]:
-    """CUDA's functions by the version, which is the library's name, that the provider asks for; `` for none."""
+    """Return CUDA's functions by requested symbol version, which is the library's name; `` for none."""
     command = ["nm", "--dynamic", "--undefined-only", str(provider)]
     versions: dict[str, list[str]] = defaultdict(list)
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():

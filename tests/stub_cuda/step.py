@@ -1,4 +1,4 @@
-"""For scripts that run over the stub: a session whose inputs and outputs are device memory, called as an engine would.
+"""For scripts that run over the stub: a session on device memory, called as an engine would.
 
 Not for the tests' own process, which has no stub.
 """
@@ -16,7 +16,7 @@ cuda = ctypes.CDLL("libcudart.so.13")
 
 
 def phase(name: str) -> None:
-    """All later calls belong to it."""
+    """Begin a phase, to which all later calls belong."""
     cuda.stub_mark(name.encode())
 
 
@@ -29,7 +29,7 @@ def new_stream() -> int:
 class Step:
     """One time step of `rows` rows. Raises if a node is not on CUDA, unless `fallback`.
 
-    stream: what onnxruntime shall use instead of its own. options: of its CUDA provider.
+    stream: replaces onnxruntime's own. options: of the CUDA provider.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Step:
         self.use(rows)
 
     def use(self, rows: int, steps: int = 1) -> None:
-        """Bind tensors of that size from now on. Those bound before are kept, for a graph may have them."""
+        """Bind tensors of that size from now on. Earlier ones stay alive, because a graph may refer to them."""
         self.binding = self.session.io_binding()
         self._kept.append(self.binding)
         for node in self.session.get_inputs():
             value = np.ones(_shape(node, rows, steps), _TYPES[node.type])
-            place = "cpu" if node.name == "sequence_lens" else "cuda"  # where the graph wants it
+            place = "cpu" if node.name == "sequence_lens" else "cuda"  # at the location the graph requires
             self.binding.bind_ortvalue_input(node.name, ort.OrtValue.ortvalue_from_numpy(value, place, 0))
         for node in self.session.get_outputs():
             shape = _shape(node, rows, steps)
@@ -59,7 +59,7 @@ class Step:
             self.binding.bind_ortvalue_output(node.name, value)
 
     def run(self, *, wait: bool = True, graph: int | None = None) -> None:
-        """graph: the number of onnxruntime's own graph, -1 for none."""
+        """Run the step. graph: The number of onnxruntime's own graph, -1 for none."""
         options = ort.RunOptions()
         if not wait:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -68,7 +68,7 @@ class Step:
         self.session.run_with_iobinding(self.binding, options)
 
     def capture(self, *, wait: bool = False) -> Any:
-        """A graph around a run, as the owner of the stream makes it."""
+        """Capture a graph around a run, as the owner of the stream would."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         cuda.cudaStreamBeginCapture(self.stream, 0)
         try:
@@ -83,6 +83,6 @@ class Step:
 
 
 def _shape(node: Any, rows: int, steps: int) -> list[int]:
-    """Of a tensor of the bundle: (batch, time, ...) or (batch, ...)."""
+    """The shape of a bundle's tensor: (batch, time, ...) or (batch, ...)."""
     given = iter((rows, steps))
     return [next(given) if isinstance(size, str) else size for size in node.shape]

@@ -82,7 +82,7 @@ def test_a_step_is_one_launch_and_one_wait(phases: dict[str, Calls]) -> None:
     assert [call.name for call in phases["step"]] == ["cudaGraphLaunch", "cudaEventRecord", "cudaEventSynchronize"]
 
 
-def test_a_state_crosses_only_to_be_read(phases: dict[str, Calls], manifest: bundle.Manifest) -> None:
+def test_state_is_copied_to_the_host_only_when_read(phases: dict[str, Calls], manifest: bundle.Manifest) -> None:
     sequences = 2
     crossings = phases["sequence"].crossings
     ours = [call for call in crossings if call.origin == "host" or call.destination == "host"]
@@ -91,7 +91,7 @@ def test_a_state_crosses_only_to_be_read(phases: dict[str, Calls], manifest: bun
     assert not phases["copy"].crossings
 
 
-def test_what_the_graphs_read_on_the_host_stays_as_it_is(phases: dict[str, Calls]) -> None:
+def test_host_memory_read_by_the_graphs_does_not_change(phases: dict[str, Calls]) -> None:
     read = [call.source for call in phases["start"].captured.crossings]
     assert len(set(read)) == len(read)
     assert not set(read) & {call.source for call in phases["sequence"].crossings if call.origin == "pinned"}

@@ -1,6 +1,6 @@
 """onnxruntime-gpu on exported graphs: placement of nodes, launches and copies of a step, contents of a capture.
 
-The provider is the real one, over a CUDA that only writes down what it is asked for: see `cuda.c`.
+Uses the real provider over a CUDA that only logs its calls; see `cuda.c`.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,13 +25,13 @@ from stub_cuda.step import Step, new_stream, phase
 
 
 def model(name: str) -> Path:
-    """The graph of an example or of a model of `served_models`."""
+    """Return the graph of an example or of a `served_models` model."""
     folder = name.replace(" ", "-").replace(",", "")
     return next(path for path in (EXAMPLES, models.BUNDLES) if (path / folder).exists()) / folder / "1" / "model.onnx"
 
 
 def without_lens(path: Path, tmp_path: Path) -> Path:
-    """The graph whose recurrent nodes run all steps they are given: what a call of single steps needs."""
+    """Write the graph without row lengths, as for calls of single steps."""
     graph = onnx.load(path)
     for node in graph.graph.node:
         if node.op_type in ("LSTM", "GRU"):
@@ -46,7 +46,7 @@ def sources(calls: Iterable[Call]) -> set[int]:
 
 
 def uploads(calls: Calls) -> list[int]:
-    """Bytes of each copy to the device."""
+    """Return the bytes of each copy to the device."""
     return [call.bytes for call in calls.crossings if call.destination == "device"]
 
 
@@ -70,7 +70,7 @@ print(json.dumps(step.session.get_providers()))
 
 
 def test_arithmetic_on_shapes_is_not_and_costs_nothing(run_with_stub: RunWithStub) -> None:
-    """So a node on the CPU is not always a reason to refuse a model."""
+    """A node on the CPU is therefore not always a reason to refuse a model."""
     with pytest.raises(AssertionError, match="assigned to the default CPU EP"):
         run_with_stub(IMPORTS + "Step(argv[1])", model("matrices as steps"))
     script = """
@@ -101,12 +101,12 @@ except RuntimeError:
     assert calls.crossings
 
 
-# Cost of a step.
+# The cost of a step.
 
 
 @pytest.mark.parametrize("name", ["co2", "bytes", "lstm 2"])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_the_state_never_crosses(run_with_stub: RunWithStub, name: str, steps: int) -> None:
+def test_state_never_crosses_to_the_host(run_with_stub: RunWithStub, name: str, steps: int) -> None:
     script = """
 step = Step(argv[1])
 step.use(8, steps=int(argv[2]))
@@ -116,7 +116,7 @@ step.run()
 phase("end")
 """
     calls = run_with_stub(IMPORTS + script, model(name), steps).phases["step"]
-    assert uploads(calls) == [8 * 4] * len(calls.named("cudnnRNNForward"))  # the lengths, for each layer
+    assert uploads(calls) == [8 * 4] * len(calls.named("cudnnRNNForward"))  # the lengths, once per layer
     assert len(calls.crossings) == len(uploads(calls))
     assert not calls.named("cudaMalloc", "cudaMallocHost", "cudaHostAlloc", "cudaFree", "cudaFreeHost")
 
@@ -173,8 +173,8 @@ def test_a_run_can_be_captured(run_with_stub: RunWithStub, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("name", ["co2", "embedding, LSTM, norm, GRU"])
-def test_what_the_graph_reads_on_the_host_stays_as_it_is(run_with_stub: RunWithStub, name: str) -> None:
-    """Lengths, and tables of addresses for Split and Concat: every launch reads them again."""
+def test_host_memory_read_by_the_graph_does_not_change(run_with_stub: RunWithStub, name: str) -> None:
+    """Every launch reads the lengths, and the address tables for Split and Concat, again."""
     phases = run_with_stub(IMPORTS + CAPTURE, model(name)).phases
     read = [call for call in phases["capture"].captured.crossings if call.destination == "device"]
     assert read
@@ -216,7 +216,7 @@ except RuntimeError as error:
 
 
 def test_only_a_run_that_waits_returns_its_pinned_memory(run_with_stub: RunWithStub) -> None:
-    """So uncaptured work waits; the memory of captures grows until the session ends."""
+    """Uncaptured work therefore waits. The pinned memory of captures grows until the session ends."""
     script = """
 step = Step(argv[1], stream=new_stream())
 for wait in (True, False):
@@ -233,7 +233,7 @@ for wait in (True, False):
 
 
 def test_an_input_bound_on_the_host_is_copied_when_it_is_bound(run_with_stub: RunWithStub) -> None:
-    """No run reads it again, so later writes have no effect."""
+    """No run reads it again, so later writes to it have no effect."""
     script = """
 import numpy as np
 import onnxruntime as ort
@@ -284,7 +284,7 @@ def own_graphs(run_with_stub: RunWithStub) -> dict[str, Calls]:
 def test_onnxruntime_captures_at_the_third_run_and_makes_all_three_at_once(
     own_graphs: dict[str, Calls], phase: str
 ) -> None:
-    """So a state that is its own input moves three steps."""
+    """A state that is its own input therefore advances three steps."""
     calls, layers = own_graphs[phase], 2
     assert not calls.forbidden
     assert len(calls.named("cudnnRNNForward")) == 3 * layers
@@ -309,7 +309,7 @@ def test_onnxruntimes_graphs_belong_to_their_thread(own_graphs: dict[str, Calls]
     assert own_graphs["in a thread"].captured
 
 
-def test_what_onnxruntimes_graphs_read_on_the_host_stays_as_it_is(own_graphs: dict[str, Calls]) -> None:
+def test_host_memory_read_by_onnxruntimes_graphs_does_not_change(own_graphs: dict[str, Calls]) -> None:
     read = sources(own_graphs["first"].captured.crossings)
     later = own_graphs["another"] + own_graphs["none"] + own_graphs["in a thread"]
     assert read

@@ -1,4 +1,4 @@
-"""The file of keys, and what the gate makes of headers."""
+"""The key file, and how the gate reads headers."""
 
 import asyncio
 import hashlib
@@ -28,7 +28,7 @@ def bearer(secret: str) -> dict[bytes, bytes]:
     return {b"authorization": b"Bearer " + secret.encode()}
 
 
-def test_a_new_key_opens_what_its_entry_says(tmp_path: Path) -> None:
+def test_new_key_grants_the_scopes_of_its_entry(tmp_path: Path) -> None:
     secret, entry = new_key('the "edge"', "acme", ["infer", "metrics"])
     assert secret not in entry
     gate = Gate(written(tmp_path, entry))
@@ -60,11 +60,11 @@ def test_a_new_key_opens_what_its_entry_says(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_key(tmp_path: Path, headers: dict[bytes, bytes]) -> None:
+def test_invalid_key_is_refused(tmp_path: Path, headers: dict[bytes, bytes]) -> None:
     gate = Gate(written(tmp_path, ENTRY.format(DIGEST)))
     assert gate.admit({b"x-api-key": b"secret"}, "infer", changes=True) == "acme"
     if headers == bearer("secret "):
-        assert gate.admit(headers, "infer", changes=True) == "acme"  # white space around a header's value means nothing
+        assert gate.admit(headers, "infer", changes=True) == "acme"  # white space around a header's value is ignored
         return
     with pytest.raises(Unauthenticated) as refused:
         gate.admit(headers, "infer", changes=True)
@@ -111,12 +111,12 @@ def test_a_file_that_is_refused_says_where(tmp_path: Path, text: str, reason: st
     assert "secret" not in str(refused.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_key_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeysRefused, match="No such file"):
         KeyRing.read(tmp_path / "none.toml")
 
 
-async def test_the_end_of_a_key_is_told_when_it_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_expiry_of_a_key_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told, other = asyncio.Event(), asyncio.Event()
     later = NOW + timedelta(hours=1)
     entries = ENTRY.format(DIGEST) + f"expires = {later}\n" + ENTRY.format(hashlib.sha256(b"other").hexdigest())
@@ -140,7 +140,7 @@ def _clock_at(time: datetime) -> type[datetime]:
     return Clock
 
 
-def test_keys_are_read_again_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
+def test_keys_are_reloaded_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
     path = written(tmp_path, ENTRY.format(DIGEST))
     gate = Gate(path)
     assert gate.admit(bearer("secret"), "infer", changes=True) == "acme"
@@ -204,7 +204,7 @@ def _other(ticket: str, place: int) -> str:
 )
 def test_hosts(host: str, is_known: bool) -> None:
     gate = Gate(hosts=frozenset({"localhost"}))
-    for _ in range(2):  # good ones are remembered
+    for _ in range(2):  # valid keys are cached
         if is_known:
             gate.check_host({b"host": host.encode()})
         else:
@@ -235,7 +235,7 @@ def test_pages(origin: bytes | None, is_accepted: bool) -> None:
             gate.admit(headers, "infer", changes=True)
 
 
-def test_an_origin_without_a_name_is_not_that_of_a_host_without_one() -> None:
+def test_null_origin_does_not_match_an_empty_host() -> None:
     assert not Gate().accepts_page({b"host": b"", b"origin": b"null"})
 
 

@@ -1,4 +1,4 @@
-"""`unroll keys`: the file it writes is one that a server takes."""
+"""`unroll keys` writes a file that a server accepts."""
 
 import stat
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_keys_are_added_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "tenant acme: sessions 7" in shown
 
 
-def test_a_new_file_is_its_owners(tmp_path: Path) -> None:
+def test_new_file_is_readable_only_by_its_owner(tmp_path: Path) -> None:
     assert keys("new", str(tmp_path / "keys.toml"), "--tenant", "acme") == 0
     assert stat.S_IMODE((tmp_path / "keys.toml").stat().st_mode) == 0o600
 
@@ -51,9 +51,7 @@ def test_quotas_without_keys_are_for_a_server_that_takes_jwts(
 
 
 @pytest.mark.parametrize("content", ["", "keys = [", "[[keys]]\nname = 'x'\n"])
-def test_a_file_that_cannot_be_used_stays_as_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
-) -> None:
+def test_unusable_file_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(content)
     assert keys("new", str(path), "--tenant", "acme") == 1
@@ -62,7 +60,7 @@ def test_a_file_that_cannot_be_used_stays_as_it_is(
     assert path.read_text() == content
 
 
-def test_a_tenant_that_cannot_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_tenant_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert keys("new", str(tmp_path / "keys.toml"), "--tenant", "a/b") == 1
     assert "tenant" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Tokens in and out of the bucket of a tenant."""
+"""A tenant's token bucket."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_a_request_larger_than_a_second_is_paid_off() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.3, 7, 90])
-def test_nobody_gets_more_than_the_rate(rate: float) -> None:
+def test_no_tenant_exceeds_its_rate(rate: float) -> None:
     now, taken = [0.0], 0
     meter = Meter({"slow": Quota(steps_per_second=rate)}.get, lambda: now[0])
     for _ in range(5000):

@@ -174,7 +174,7 @@ def test_every_route_of_the_app_is_documented(server: Running, document: dict) -
     assert served == documented
 
 
-def test_what_the_transport_answers_itself_is_documented(document: dict) -> None:
+def test_answers_of_the_transport_are_documented(document: dict) -> None:
     names = {
         found.name
         for method, path, _ in operations(document)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from redis_server import RedisServer
 from serving import RAW, Oracle, Running, Serve, raw_steps
-from waiting import until
+from waiting import PATIENCE, until
 from wire import infer, outputs
 
 from unroll.service.core.clock import ManualClock
@@ -494,3 +494,30 @@ def test_memory_session_used_during_its_spill_leaves_no_record_in_the_store(
             assert reply.status_code == 200, reply.text
             replies.append(reply.content)
     assert b"".join(replies[::2]) == oracle("lstm")(x[:3]).tobytes()
+
+
+def test_a_session_that_gets_no_row_after_its_commit_is_not_left_in_the_store(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x: np.ndarray, background: Background
+) -> None:
+    running = serve(store=f"file://{tmp_path}/store", session_capacity=1)
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    commit, committing, may_commit = store.commit, threading.Event(), threading.Event()
+
+    async def slow(commits: Sequence[Commit]) -> list[UnrollError | None]:
+        if commits[0].key[1] == "second":
+            committing.set()
+            await asyncio.to_thread(may_commit.wait)
+        return await commit(commits)
+
+    monkeypatch.setattr(store, "commit", slow)
+    with httpx.Client(base_url=running.url) as client:
+        first = opened(client, session_id="first")
+        opening = background(client.post, "/v1/models/lstm/sessions", json={"session_id": "second"})
+        assert committing.wait(PATIENCE)
+        with running.holding("lstm") as held:
+            stepping = background(step, client, first, x[:1])
+            held.wait()
+            may_commit.set()
+            assert code(opening.result()) == "capacity_exhausted"
+        assert stepping.result().status_code == 200
+        opened(client, session_id="second")

@@ -118,7 +118,7 @@ def test_messages_of_streams_that_are_half_sent(small: Running, dial: Callable[[
 
 
 def unread(running: Running, dial: Callable[[], Wire]) -> Wire:
-    """A used connection whose client has stopped reading."""
+    """A used connection with a client that has stopped reading."""
     wire = dial()
     wire.send(request(_ROUTES["steps"]))
     assert wire.answer()[0] == 200

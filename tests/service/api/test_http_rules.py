@@ -171,7 +171,7 @@ def test_a_trailer_without_end(wire: Wire, client: httpx.Client, path: str) -> N
     assert wire.answer()[0] == 431
 
 
-def test_a_long_body_in_many_pieces_is_no_head(wire: Wire, client: httpx.Client) -> None:
+def test_long_body_in_many_pieces_is_not_taken_for_a_head(wire: Wire, client: httpx.Client) -> None:
     body = np.zeros((10_000, 3), np.float32).tobytes()
     sent = request("/v1/models/lstm/sequences", body, steps=10_000)
     for begin in range(0, len(sent), 10_000):

@@ -257,7 +257,7 @@ def test_jwt_is_verified_only_once(guarded: Guarded, monkeypatch: pytest.MonkeyP
     assert len(verified) == 1
 
 
-def test_a_stream_ends_with_its_jwt_and_others_do_not(guarded: Guarded) -> None:
+def test_stream_ends_with_its_own_jwt_only(guarded: Guarded) -> None:
     with guarded.stream(token()) as other, guarded.stream(guarded.api_key) as of_key:
         for life in (1, 4, 16, 64):  # a busy machine may need longer to connect
             try:

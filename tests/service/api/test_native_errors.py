@@ -71,12 +71,12 @@ MET = {
     "snapshot_invalid": "test_native_sessions.test_a_damaged_snapshot_is_refused_and_changes_nothing",
     "map_invalid": "test_session_rollout.test_a_map_that_does_not_fit_the_model",
     "not_streamable": "test_native_sessions.test_a_model_that_needs_whole_sequences",
-    "model_changed": "test_native_sessions.test_a_session_is_found_by_its_models_name_alone",
+    "model_changed": "test_native_sessions.test_session_is_found_by_its_models_name_without_a_version",
     "session_closed": "test_native_sessions.test_close_and_reopen",
     "durability_unavailable": "test_durable.test_requests_that_need_a_store_are_refused_without_one",
     "store_unavailable": "test_durable.test_store_outage_is_reported",
     "session_contended": "test_durable.test_steps_from_everywhere_at_once_each_count",
-    "session_exists": "test_native_errors.test_opening_what_is_open",
+    "session_exists": "test_native_errors.test_opening_an_open_session_is_refused",
     "session_expired": "test_native_errors.test_idle_expiry",
     "session_evicted": "test_native_errors.test_eviction",
     "capacity_exhausted": "test_native_errors.test_capacity",
@@ -91,7 +91,7 @@ MET = {
     "position_gap": "test_positions.test_a_gap",
     "position_too_old": "test_positions.test_too_old",
     "payload_mismatch": "test_positions.test_another_payload",
-    "cancelled": "test_positions.test_a_retry_of_a_chunk_whose_client_went_away",  # never reached
+    "cancelled": "test_positions.test_retry_of_a_chunk_after_its_client_disconnects",  # never reached
 }
 
 
@@ -108,7 +108,7 @@ def test_every_code_is_covered() -> None:
         assert callable(getattr(import_module(module), name))
 
 
-def test_opening_what_is_open(start: Start) -> None:
+def test_opening_an_open_session_is_refused(start: Start) -> None:
     _, client = start()
     session = client.open(session_id="s")
     client.step(session)
@@ -119,7 +119,7 @@ def test_opening_what_is_open(start: Start) -> None:
     assert client.get(f"{session}/state").content == before
 
 
-def test_opening_what_is_open_on_another_version(start: Start) -> None:
+def test_opening_a_session_open_on_another_version_is_refused(start: Start) -> None:
     _, client = start()
     client.open("gru:1", session_id="s")
     assert_problem(client.post("/v1/models/gru/sessions", json={"session_id": "s"}), 409, "session_exists")

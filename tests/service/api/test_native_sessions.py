@@ -144,7 +144,7 @@ def test_a_version_can_be_named(client: httpx.Client, oracle: Oracles, rng: np.r
         assert client.get(f"/v1/models/{reference}").json()["version"] == version
 
 
-def test_a_session_is_found_by_its_models_name_alone(client: httpx.Client) -> None:
+def test_session_is_found_by_its_models_name_without_a_version(client: httpx.Client) -> None:
     path = opened(client, "gru:1")
     unversioned = path.replace("gru:1", "gru")
     assert client.get(unversioned).json()["model_version"] == "1"
@@ -276,7 +276,7 @@ def test_invalid_open_is_refused(client: httpx.Client, body: object, status: int
     assert client.get("/v1/models/lstm").json()["sessions"] == before
 
 
-def test_a_lone_surrogate_is_no_id(client: httpx.Client) -> None:
+def test_lone_surrogate_is_not_an_id(client: httpx.Client) -> None:
     headers = {"Content-Type": "application/json"}
     answer = client.post("/v1/models/lstm/sessions", content=b'{"session_id": "\\ud800"}', headers=headers)
     assert answer.status_code == 400

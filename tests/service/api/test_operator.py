@@ -52,7 +52,7 @@ def test_each_port_has_its_own_routes(operated: Running) -> None:
     assert httpx.get(operated.operator_url + "/readyz", headers={"Host": "evil.example"}).status_code == 403
 
 
-def test_the_operators_port_may_have_the_metrics_alone(shelf: Path) -> None:
+def test_operator_port_may_offer_only_metrics(shelf: Path) -> None:
     running = Running(Settings(repository=shelf, admin_port=0))
     assert httpx.get(running.operator_url + "/metrics").status_code == 200
     assert "/metrics" in httpx.get(running.operator_url + "/openapi.json").json()["paths"]

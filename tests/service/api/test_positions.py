@@ -236,7 +236,7 @@ def test_many_at_the_same_place_at_once(
     assert metric(client.get("/metrics").text, "unroll_replayed_total", model="lstm") == 30
 
 
-def test_a_retry_of_a_chunk_whose_client_went_away(
+def test_retry_of_a_chunk_after_its_client_disconnects(
     own: tuple[Running, httpx.Client], background: Background, oracle: Callable[..., Oracle]
 ) -> None:
     """The first client leaves while a piece of its long chunk runs; the retry arrives before that piece completes."""

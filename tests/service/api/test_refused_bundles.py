@@ -51,7 +51,7 @@ def versions(running: Running) -> list[str]:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_bundle_is_refused_alone(running: Running, second: Path, name: str) -> None:
+def test_damaged_bundle_affects_no_other_bundle(running: Running, second: Path, name: str) -> None:
     damage, reason = DAMAGES[name]
     damage(second)
     running.rescan_now()
@@ -78,7 +78,7 @@ def test_any_error_while_a_bundle_is_loaded_refuses_it(
     assert versions(running) == ["1", "2"]
 
 
-def test_what_is_served_was_read_before_its_files_changed(
+def test_served_bundle_is_the_one_read_before_its_files_changed(
     running: Running, second: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_backend = loading.open_backend

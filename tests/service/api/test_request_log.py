@@ -52,7 +52,7 @@ def opened(client: httpx.Client) -> str:
     return str(client.post("/v1/models/lstm/sessions").json()["session_id"])
 
 
-def test_a_refused_step_says_session_position_and_what_was_expected(client: httpx.Client, opened: str, lines: Lines):
+def test_refused_step_logs_session_position_and_expected_position(client: httpx.Client, opened: str, lines: Lines):
     path = f"/v1/models/lstm/sessions/{opened}/steps"
     client.post(path, json={"inputs": GOOD, "position": 3})
     client.post(path, content=bytes(12), headers={**RAW, "Unroll-Position": "7"})

@@ -177,7 +177,7 @@ def test_frame_of_a_session_reopened_on_an_absent_version(early: Replica, late: 
     stream.socket.close()
 
 
-def test_a_stream_closes_a_session_whose_version_is_gone(
+def test_stream_closes_a_session_of_a_removed_version(
     repository: Path, tmp_path: Path, redis_process: RedisServer, oracle: Oracles
 ) -> None:
     one = replica(repository, tmp_path, "1", "2", store=redis_process.url, session_capacity=1)
@@ -217,7 +217,7 @@ def test_snapshots_of_a_version_that_is_not_here_yet(early: Replica, late: Repli
     assert late.http.post(f"{GRU}/held/steps", json=body).status_code == 200
 
 
-def test_closing_and_opening_anew_need_no_weights(early: Replica, late: Replica, oracle: Oracles) -> None:
+def test_close_and_reopen_need_no_weights(early: Replica, late: Replica, oracle: Oracles) -> None:
     session, _ = early.opened(session_id="anew")
     early.step(session, X[:3], 0)
     exists = late.http.post(GRU, json={"session_id": "anew"})

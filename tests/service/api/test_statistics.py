@@ -70,7 +70,7 @@ def test_a_request_in_pieces_is_answered_once_and_waits_for_every_piece() -> Non
     assert stats["inference_stats"]["success"] == {"count": 1, "ns": 3_500_000}
 
 
-def test_a_row_that_failed_is_no_success() -> None:
+def test_failed_row_does_not_count_as_success() -> None:
     statistics = Statistics()
     statistics.observe(1.0, 3, 3, 2, 1, queue_seconds=0.0, run_seconds=1e-4)
     stats = statistics.document(1.0, 1.0)["inference_stats"]
@@ -118,7 +118,7 @@ def test_of_all_models_of_one_and_of_one_version(client: triton.InferenceServerC
             client.get_inference_statistics(*unknown)
 
 
-def test_what_was_asked_for_is_what_is_counted(client: triton.InferenceServerClient) -> None:
+def test_statistics_count_exactly_the_requests(client: triton.InferenceServerClient) -> None:
     def gru() -> dict:
         (model,) = client.get_inference_statistics("gru", "1")["model_stats"]
         return model

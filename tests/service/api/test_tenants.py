@@ -187,7 +187,7 @@ def test_the_scope_of_every_route(keyed: Keyed, method: str, template: str) -> N
         keyed.clients["acme"].delete("/v1/models/gru/sessions/none").raise_for_status()
 
 
-def test_models_are_loaded_by_post_alone(keyed: Keyed) -> None:
+def test_models_are_loaded_by_post_only(keyed: Keyed) -> None:
     assert keyed.clients["models"].get("/v2/repository/models/gru/load").status_code == 405
 
 

@@ -1,7 +1,7 @@
 """No legal request blocks the event loop for long: whatever its size, other requests get turns in between.
 
-The server is a real one, whose loop says how much processor time its longest turn took. The limit is a multiple of what
-this machine needs to parse the largest JSON body that is allowed, which cannot be done in parts.
+A real server reports the processor time of its longest turn. The limit is a multiple of the time this machine needs to
+parse the largest allowed JSON body, which cannot be split.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ from unroll.service.settings import Settings
 # Measures time, if only as a ratio, so it must not share the CPU with other tests.
 pytestmark = pytest.mark.long
 
-#: Of what parsing the largest body takes, which is about 20 ms; its values become arrays in another turn.
+#: Multiple of the parsing time of the largest body, about 20 ms; another turn converts its values to arrays.
 _TIMES = 4.0
-#: The least of so many counts: the collector, and other servers of this process, cost something, too.
+#: Number of runs; the minimum counts, as the garbage collector and other servers in this process add noise.
 _TRIES = 5
 _AT_ONCE = 32
 _JSON = {"Content-Type": "application/json"}
@@ -52,7 +52,7 @@ def rows(count: int = 65_000) -> str:
 
 
 class Stopwatch(selectors.DefaultSelector):
-    """Of one event loop. longest: the processor time of its longest turn, in seconds."""
+    """Measures one event loop. longest: the processor time of the longest turn, in seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def watched(few: Path, stopwatch: Stopwatch) -> Iterator[Running]:
 
 
 def parsing() -> float:
-    """What the largest body takes now, in seconds: a machine under load is slower than an idle one."""
+    """Return the current parsing time of the largest body, in seconds, as it depends on the machine's load."""
     body, began = f'{{"inputs":[{rows()}]}}', thread_time()
     orjson.loads(body)
     return thread_time() - began
@@ -243,7 +243,7 @@ def test_no_message_blocks_the_loop(watched: Running, holds_briefly: Callable, c
         holds_briefly(act)
 
 
-def test_entries_for_which_there_is_no_room_do_not_hold_the_loop(
+def test_entries_refused_for_lack_of_room_do_not_block_the_loop(
     watched: Running, holds_briefly: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def act() -> None:
@@ -257,7 +257,7 @@ def test_entries_for_which_there_is_no_room_do_not_hold_the_loop(
         holds_briefly(act)
 
 
-def test_lists_of_many_sessions_do_not_hold_the_loop(watched: Running, holds_briefly: Callable) -> None:
+def test_lists_of_many_sessions_do_not_block_the_loop(watched: Running, holds_briefly: Callable) -> None:
     with connect(f"ws://{watched.address}/v1/models/lstm/stream", compression=None, max_size=None) as socket:
         for begin in (0, MAX_ITEMS):
             socket.send(control("open", sessions=[{"handle": begin + i} for i in range(MAX_ITEMS)]))

@@ -61,6 +61,6 @@ def outputs(answer: httpx.Response) -> tuple[dict, dict[str, np.ndarray]]:
 def infer(
     client: httpx.Client, model: str, x: np.ndarray, *, name: str = "x", binary: bool = True, **parameters: object
 ) -> httpx.Response:
-    """One input; `x` is (time, *shape) or (batch, time, *shape) as the number of its axes says."""
+    """One input; `x` is (time, *shape) or (batch, time, *shape)."""
     made = body({name: x if x.ndim == 3 else x[np.newaxis]}, binary=binary, **parameters)
     return client.post(f"/v2/models/{model}/infer", content=made.content, headers=made.headers)

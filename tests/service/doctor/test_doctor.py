@@ -41,7 +41,7 @@ def test_this_machine_as_json(capsys: pytest.CaptureFixture[str]):
     assert report["findings"][-1]["says"].startswith("selects cpu (no GPU: ")
 
 
-def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+def test_absent_device_is_reported(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["doctor", "--device", "cuda:99", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["works"]
@@ -57,7 +57,7 @@ def test_a_broken_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:0,cpu"])
-def test_a_device_that_is_none(device: str, capsys: pytest.CaptureFixture[str]):
+def test_unknown_device_is_refused(device: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["doctor", "--device", device]) == 2
     assert "use cpu, auto, or GPUs" in capsys.readouterr().err
 
@@ -79,7 +79,7 @@ def test_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["works"] == (status == 0)
 
 
-def test_what_is_mended_in_one_way_is_said_once():
+def test_shared_remedy_is_printed_once():
     findings = [
         Finding("a", Status.OK, "here"),
         Finding("bcd", Status.MISSING, "gone", "install it"),
@@ -93,7 +93,7 @@ def test_what_is_mended_in_one_way_is_said_once():
     ]
 
 
-def test_a_process_that_dies_is_an_answer(monkeypatch: pytest.MonkeyPatch):
+def test_dead_process_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     for program, problem in [
         ("import os; os.abort()", "the process was killed: Aborted (signal 6)"),
         ("import onnxruntime_that_is_not_there", "No module named 'onnxruntime_that_is_not_there'"),
@@ -111,14 +111,14 @@ def test_a_process_that_dies_is_an_answer(monkeypatch: pytest.MonkeyPatch):
         (None, None),
     ],
 )
-def test_what_onnxruntime_logs_is_told(monkeypatch: pytest.MonkeyPatch, problem: str | None, told: str | None):
+def test_onnxruntime_log_is_reported(monkeypatch: pytest.MonkeyPatch, problem: str | None, told: str | None):
     logged, answer = "[E:onnxruntime:Default, a.cc:1 b()] no libcublas", json.dumps({"problem": problem})
     program = f"import sys; print({logged!r}, file=sys.stderr); print({answer!r})"
     monkeypatch.setattr(ask, "_command", lambda *_: [sys.executable, "-c", program])
     assert ask.session("cuda:0") == told
 
 
-def test_a_process_that_hangs_is_an_answer(monkeypatch: pytest.MonkeyPatch):
+def test_hung_process_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ask, "_command", lambda *_: [sys.executable, "-c", "import signal; signal.pause()"])
     monkeypatch.setattr(ask, "_SECONDS", 0.2)
     assert "no result within" in str(ask.session("cuda:0"))

@@ -1,4 +1,4 @@
-"""`unroll doctor --tls-cert --keys`: files that a server would start with, and files that it would not."""
+"""`unroll doctor --tls-cert --keys`: files a server would accept, and files it would refuse."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -16,13 +16,13 @@ from unroll.service.doctor.facts import Runtime
 
 @pytest.fixture(autouse=True)
 def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that works, without a process of its own."""
+    """A working device, without a child process."""
     monkeypatch.setattr(ask, "runtime", lambda: Runtime("1", "", ("CPUExecutionProvider",), ("cpu",), "no GPU"))
     monkeypatch.setattr(ask, "session", lambda device: None)
 
 
 def examined(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, dict[str, Any]]:
-    """The exit status, and the last finding."""
+    """Return the exit status and the last finding."""
     status = cli.main(["doctor", "--device", "cpu", "--json", *map(str, flags)])
     return status, json.loads(capsys.readouterr().out)["findings"][-1]
 
@@ -42,7 +42,7 @@ def test_a_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str], days:
     assert says in found["says"]
     assert (found["mend"] is None) == (status == "ok")
     if status == "ok":
-        code, found = examined(capsys, "--tls-cert", cert)  # without its key
+        code, found = examined(capsys, "--tls-cert", cert)  # without the key
         assert (code, found["status"]) == (1, "broken")
         assert "no certificate with its key" in found["says"]
 

@@ -49,7 +49,7 @@ def test_a_machine_without_one_lacks_nothing():
     assert findings["--device auto"].says == "selects cpu (no GPU); it works"
 
 
-def test_a_gpu_that_was_asked_for_and_is_not_there():
+def test_requested_but_absent_gpu_is_an_error():
     findings = judged(replace(CPU, sessions={"cpu": None, "cuda:0": "there is no CUDA provider"}), "cuda:0")
     assert not works(findings)
     assert findings["NVIDIA driver"].status == findings["providers"].status == Status.MISSING
@@ -105,7 +105,7 @@ def test_without_cudnn():
     assert findings["--device auto"].says == "selects cuda:0 (a GPU was found); it does not work"
 
 
-def test_in_a_container_the_image_is_built_anew():
+def test_remedy_in_a_container_is_to_rebuild_the_image():
     findings = judged(replace(CPU, driver=DRIVER, machine=replace(BARE, container=True)))
     assert works(findings)  # `auto` takes the CPU
     assert "--build-arg RUNTIME=gpu" in str(findings["providers"].mend)
@@ -175,7 +175,7 @@ def test_a_driver_that_is_too_old():
     assert "580 or newer" in str(findings["NVIDIA driver"].mend)
 
 
-def test_a_second_gpu_that_is_broken_is_said_and_matters_to_who_asks():
+def test_broken_second_gpu_is_reported_and_an_error_if_requested():
     facts = replace(GPU, sessions={**GPU.sessions, "cuda:1": "onnxruntime runs on CPUExecutionProvider"})
     assert judged(facts)["LSTM on cuda:1"].status == Status.BROKEN
     assert works(judged(facts))
@@ -189,7 +189,7 @@ def test_a_gpu_that_ends_on_the_cpu_is_broken():
     assert (findings["LSTM on cuda:0"].status, findings["LSTM on cuda:0"].says) == (Status.BROKEN, problem)
 
 
-def test_the_cpu_suffices_who_asks_for_it():
+def test_cpu_suffices_if_requested():
     facts = replace(GPU, sessions={"cpu": None, "cuda:0": "broken"}, driver=replace(DRIVER, cuda="12.8"))
     assert works(judged(facts, "cpu"))
     assert judged(facts, "cpu")["NVIDIA driver"].status == Status.NOTE

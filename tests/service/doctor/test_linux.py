@@ -1,4 +1,4 @@
-"""Process information of Linux, read from synthetic file systems."""
+"""Linux process information, read from synthetic file systems."""
 
 import os
 from pathlib import Path

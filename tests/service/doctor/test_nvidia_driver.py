@@ -12,7 +12,7 @@ PATH = "/usr/lib/libcuda.so.580.65.06"
 
 
 class Cuda:
-    """The functions of libcuda.so.1 that `driver.py` calls. Pointers are ctypes' `byref`, whose target is `_obj`."""
+    """The functions of libcuda.so.1 that `driver.py` calls. Pointers are ctypes `byref` objects with target `_obj`."""
 
     def __init__(self, gpus: list[Gpu], code: int = 0) -> None:
         self.gpus = gpus

@@ -1,4 +1,4 @@
-"""`unroll doctor --store`: a folder and a Redis, as they are and as they should not be."""
+"""`unroll doctor --store`: a folder and a Redis, healthy and misconfigured."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from unroll.service.store.lmdb_folder import LmdbFolder
 
 @pytest.fixture(autouse=True)
 def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that works, without a process of its own."""
+    """A working device, without a child process."""
     monkeypatch.setattr(ask, "runtime", lambda: Runtime("1", "", ("CPUExecutionProvider",), ("cpu",), "no GPU"))
     monkeypatch.setattr(ask, "session", lambda device: None)
 
@@ -30,7 +30,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 
 def examined(capsys: pytest.CaptureFixture[str], store: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    """The exit status, and the findings by name."""
+    """Return the exit status and the findings by name."""
     status = cli.main(["doctor", "--device", "cpu", "--json", "--store", store])
     return status, {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
 

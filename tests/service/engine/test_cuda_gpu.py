@@ -78,7 +78,7 @@ def assert_close(manifest: bundle.Manifest, one: tuple[np.ndarray, ...], other: 
 
 
 @pytest.mark.parametrize("width", [1, 7, 256, 1000])
-def test_the_kernels_do_what_their_equivalents_do(device: Device, width: int):
+def test_kernels_equal_their_numpy_equivalents(device: Device, width: int):
     """Five rows; the fourth has already failed, and the last has no target."""
     rng = np.random.default_rng(width)
     rows, slots, features = 5, 9, 3
@@ -134,7 +134,7 @@ def _compare(device: Device, there: dict[str, TensorRef], here: dict[str, np.nda
         assert found.tobytes() == array.tobytes(), name
 
 
-def test_steps_chunks_and_sequences_answer_as_the_cpu_does(found: bundle.Bundle, engine: CudaEngine):
+def test_steps_chunks_and_sequences_equal_the_cpu(found: bundle.Bundle, engine: CudaEngine):
     assert engine.captured
     manifest = found.manifest
     on_cpu, _ = open_backend(found, "cpu", EngineOptions()).create_engine(ROWS, max_batch=64)
@@ -183,13 +183,13 @@ def test_two_launches_may_be_outstanding(found: bundle.Bundle, engine: CudaEngin
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_in_one_bucket_neither_company_nor_place_changes_a_bit(found: bundle.Bundle, device: Device, cells: str):
+def test_batch_company_and_row_index_change_no_bit_within_a_bucket(found: bundle.Bundle, device: Device, cells: str):
     engine = engine_of(found, device, cells, (64,))
     rng = np.random.default_rng(3)
     mine = random_inputs(found.manifest, rng, 8)
 
     def streamed(seed: int) -> list[np.ndarray]:
-        """The same session in batches with others, at another index at every step."""
+        """The same session in shared batches, at a different index at every step."""
         others, answers = np.random.default_rng(seed), []
         for t in range(8):
             count = int(others.integers(1, 64))
@@ -225,11 +225,11 @@ def test_no_state_crosses_to_the_host(found: bundle.Bundle, engine: CudaEngine):
             if kind == runtime.cudaGraphNodeType.cudaGraphNodeTypeMemcpy:
                 parameters = runtime.cudaGraphMemcpyNodeGetParams(node)[1]
                 crossing = parameters.kind != runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-                # onnxruntime sends each LSTM and GRU the lengths of its rows, which are all 1.
+                # onnxruntime passes the row lengths, all 1, to each LSTM and GRU.
                 assert not crossing or parameters.extent.width <= 4 * size < row_bytes * size
 
 
-def test_a_row_that_is_not_finite_fails_alone_and_is_not_kept(found: bundle.Bundle, engine: CudaEngine):
+def test_non_finite_row_fails_alone_and_is_not_stored(found: bundle.Bundle, engine: CudaEngine):
     rng = np.random.default_rng(4)
     engine.write(3, np.full(found.manifest.state_size, np.inf, np.float32))
     engine.write(4, np.zeros(found.manifest.state_size, np.float32))
@@ -261,7 +261,7 @@ def test_the_golden_vectors_hold_in_every_bucket(found: bundle.Bundle, cuda: str
         assert proof.stability < 1e-5
 
 
-def test_a_sequence_in_parts_is_its_steps_to_the_bit(found: bundle.Bundle, device: Device):
+def test_split_sequence_equals_its_steps_bit_for_bit(found: bundle.Bundle, device: Device):
     engine = engine_of(found, device, "fused")
     inputs = tuple(a[None] for a in random_inputs(found.manifest, np.random.default_rng(7), 30))
     whole, _ = engine.run(PlainRows(inputs, [30], [INITIAL], [2]))
@@ -338,7 +338,7 @@ def test_the_bidirectional_model_takes_whole_sequences(repository: Path, device:
     assert_close(found.manifest, engine.run(rows)[0], on_cpu.run(rows)[0])
 
 
-def test_capacity_is_what_fits_or_is_refused(repository: Path, cuda: str):
+def test_capacity_fits_the_memory_or_is_refused(repository: Path, cuda: str):
     def build(**options: object) -> object:
         return app.build(Settings(repository=repository, device=cuda, max_batch=16, **options))[1]
 
@@ -348,16 +348,16 @@ def test_capacity_is_what_fits_or_is_refused(repository: Path, cuda: str):
         build(session_capacity=2**38)
 
 
-def test_memory_is_given_back(found: bundle.Bundle, cuda: str):
+def test_memory_is_freed(found: bundle.Bundle, cuda: str):
     device = open_cuda(cuda)
     runner = Runner(found.model, found.manifest, device.name, stream=device.stream)
     before = device.free_bytes()
     engine = CudaEngine(device, runner, found.manifest, 10_000_000, BUCKETS)
     assert device.free_bytes() < before - 4 * 10_000_000 * found.manifest.state_size
     engine.close()
-    assert device.free_bytes() > before - 2**28  # what onnxruntime keeps for its session
+    assert device.free_bytes() > before - 2**28  # kept by onnxruntime for its session
 
 
-def test_the_fake_device_offers_what_the_real_one_does(device: Device):
+def test_fake_device_has_the_interface_of_the_real_one(device: Device):
     real = {name for name in dir(device) if not name.startswith("_")}
     assert real <= {name for name in dir(fake_device.FakeDevice()) if not name.startswith("_")}

@@ -65,10 +65,10 @@ def test_a_step_is_one_launch_and_moves_no_state(lstm: bundle.Bundle):
     assert device.calls == [("launch", 0), ("gather", 4), ("commit", 4), ("wait", 0)]
 
 
-def test_a_smaller_batch_leaves_the_rows_of_the_one_before_alone(lstm: bundle.Bundle):
+def test_smaller_batch_does_not_change_rows_of_the_previous_one(lstm: bundle.Bundle):
     engine = CudaEngine(FakeDevice(), Runner(lstm.model, lstm.manifest), lstm.manifest, 16, (8,))
     x = np.random.default_rng(0).standard_normal((5, 1, 3)).astype(np.float32)
-    for _ in range(2):  # in both of the alternating calls
+    for _ in range(2):  # in both alternating calls
         engine.run(PlainRows((x,), [1] * 5, [INITIAL] * 5, [2, 3, 4, 5, 6]))
     before = [engine.read(slot) for slot in range(2, 7)]
     initial = engine.read(INITIAL)
@@ -78,6 +78,6 @@ def test_a_smaller_batch_leaves_the_rows_of_the_one_before_alone(lstm: bundle.Bu
     assert np.array_equal(engine.read(INITIAL), initial)
 
 
-def test_what_does_not_fit_says_so(lstm: bundle.Bundle):
+def test_engine_larger_than_device_memory_is_refused(lstm: bundle.Bundle):
     with pytest.raises(OutOfDeviceMemory, match="are free"):
         CudaEngine(FakeDevice(1000), Runner(lstm.model, lstm.manifest), lstm.manifest, 10_000, (1,))

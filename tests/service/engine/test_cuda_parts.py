@@ -67,14 +67,14 @@ def test_the_graph_is_cut_around_its_layers(repository: Path, more: Path):
 
 
 @pytest.mark.parametrize(("name", "why"), [("whole", "not a plain GRU"), ("stateused", "another node uses")])
-def test_what_cannot_be_cut_says_why(repository: Path, more: Path, name: str, why: str):
+def test_unsplittable_graph_gives_the_reason(repository: Path, more: Path, name: str, why: str):
     found = read(repository, more, name)
     with pytest.raises(NotSeparable, match=why):
         take_apart(found.model, found.manifest)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "residual", "bare"])
-def test_steps_and_sequences_answer_as_the_host_engine_does(repository: Path, more: Path, name: str):
+def test_steps_and_sequences_equal_the_host_engine(repository: Path, more: Path, name: str):
     found = read(repository, more, name)
     manifest, rng = found.manifest, np.random.default_rng(0)
     engine, host = engine_of(found), HostEngine(Runner(found.model, found.manifest), manifest, ROWS)
@@ -99,7 +99,7 @@ def test_steps_and_sequences_answer_as_the_host_engine_does(repository: Path, mo
 
 
 @pytest.mark.parametrize("name", [*NAMES, "residual"])
-def test_a_sequence_is_its_steps_to_the_bit(repository: Path, more: Path, name: str):
+def test_sequence_equals_its_steps_bit_for_bit(repository: Path, more: Path, name: str):
     found = read(repository, more, name)
     engine = engine_of(found)
     inputs = tuple(a[None] for a in random_inputs(found.manifest, np.random.default_rng(2), 6))

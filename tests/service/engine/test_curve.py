@@ -23,8 +23,7 @@ def with_a_step(rows: int, steps: int) -> float:
 
 
 class Machine:
-    """Calls that take as long as `cost` says. `slow`: calls, by number from 0, that something else makes ten times
-    slower."""
+    """Calls with the duration `cost`. `slow`: numbers, from 0, of calls made ten times slower by a disturbance."""
 
     def __init__(self, cost: Cost, slow: Callable[[int], bool] = lambda call: False) -> None:
         self.calls: list[tuple[int, int]] = []
@@ -48,13 +47,13 @@ class Machine:
 
     @property
     def spent(self) -> float:
-        """Seconds."""
+        """Return the duration in seconds."""
         return self._clock.now()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 7, 64, 100, 200, 256])
 @pytest.mark.parametrize("steps", [1, 2, 16, 64])
-def test_a_straight_line_is_found_from_its_points(rows: int, steps: int) -> None:
+def test_straight_line_is_recovered_from_its_points(rows: int, steps: int) -> None:
     assert Machine(straight).measure().seconds(rows, steps) == pytest.approx(straight(rows, steps), rel=0.02)
 
 
@@ -64,7 +63,7 @@ def test_past_the_last_point_cost_is_proportional_to_the_rows() -> None:
     assert curve.seconds(128) == pytest.approx(2 * straight(64, 1))
 
 
-def test_calls_that_were_disturbed_do_not_count() -> None:
+def test_disturbed_calls_are_ignored() -> None:
     undisturbed = Machine(straight).measure()
     disturbed = Machine(straight, slow=lambda call: call % 3 != 1).measure()
     assert disturbed.points() == [pytest.approx(point) for point in undisturbed.points()]
@@ -117,7 +116,7 @@ def test_a_disturbed_small_model_is_measured_often_and_within_the_budget() -> No
     assert machine.spent <= 0.15
 
 
-def test_a_model_that_costs_what_one_built_alike_does_has_its_curve() -> None:
+def test_model_with_the_cost_of_a_similar_one_reuses_its_curve() -> None:
     alike = Machine(straight).measure()
     for cost in (straight, lambda rows, steps: 1.2 * straight(rows, steps)):
         machine = Machine(cost, slow=lambda call: call < 2)  # the first calls are slower on most machines
@@ -126,7 +125,7 @@ def test_a_model_that_costs_what_one_built_alike_does_has_its_curve() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_model_that_costs_other_than_one_built_alike_is_measured(factor: float) -> None:
+def test_model_with_another_cost_than_a_similar_one_is_measured(factor: float) -> None:
     alike = Machine(straight).measure()
     curve = Machine(lambda rows, steps: factor * straight(rows, steps)).measure(budget=0.5, alike=alike)
     assert curve.seconds(64) == pytest.approx(factor * straight(64, 1))
@@ -156,7 +155,7 @@ def test_a_model_larger_than_any_budget_is_run_twice() -> None:
     assert curve.seconds(128) == pytest.approx(128.0)
 
 
-def test_what_the_model_raises_is_raised() -> None:
+def test_model_errors_propagate() -> None:
     def broken(rows: int, steps: int) -> float:
         raise ValueError("no memory for it")
 
@@ -171,7 +170,7 @@ def test_what_the_model_raises_is_raised() -> None:
     per_call=st.floats(1e-6, 1e-2),
     per_row=st.floats(1e-7, 1e-2),
 )
-def test_whatever_the_limits(
+def test_curve_is_valid_for_any_limits(
     max_batch: int, piece_steps: int, max_batch_steps: int, per_call: float, per_row: float
 ) -> None:
     machine = Machine(lambda rows, steps: per_call + per_row * rows * steps)

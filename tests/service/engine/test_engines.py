@@ -1,6 +1,6 @@
-"""The real model in every engine: other rows, chunking and device change no bit, and no row fails for its neighbour.
+"""The real model in every engine: company, chunking and device change no bit, and a failed row affects no other.
 
-The CUDA engine runs on a device whose memory is the host's; `test_cuda_gpu.py` runs it on a GPU.
+The CUDA engine runs on a fake device in host memory; `test_cuda_gpu.py` runs it on a GPU.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from unroll.service.state.slots import INITIAL
 
 
 class NoCapture(FakeDevice):
-    """As for a model that partly runs on the CPU."""
+    """A device that refuses graph capture, as for a model that partly runs on the CPU."""
 
     def capture(self, queue: Callable[[], None]) -> NoReturn:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -47,13 +47,13 @@ ENGINES = {
 
 @pytest.fixture(params=ENGINES)
 def make_engine(request: pytest.FixtureRequest):
-    """From a runner, its manifest and the rows of the arena."""
+    """Build an engine from a runner, its manifest and the number of arena rows."""
     return ENGINES[request.param]
 
 
 @pytest.fixture(scope="module")
 def load(repository: Path):
-    """A runner and its manifest, by model name."""
+    """Return a runner and its manifest by model name."""
 
     @cache
     def load(name: str):
@@ -64,7 +64,7 @@ def load(repository: Path):
 
 
 def alone(runner: Runner, manifest: bundle.Manifest, inputs: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-    """The whole sequence alone, in one call: each output (time, *shape), or (*shape)."""
+    """Run the whole sequence in one call without other rows; return each output, (time, *shape) or (*shape)."""
     feeds = {spec.name: array[np.newaxis] for spec, array in zip(manifest.inputs, inputs, strict=True)}
     outputs, _ = runner(feeds, manifest.initial_row()[np.newaxis], np.array([len(inputs[0])], np.int32))
     return [outputs[spec.name][0] for spec in manifest.outputs]
@@ -77,7 +77,7 @@ def run_all(scheduler: Scheduler, engine: Engine) -> None:
             scheduler.complete(batch, *engine.run(batch), 0)
 
 
-#: Every model in the two engines, and every buckets of the second with a model of its own.
+#: Every model in both engines, and each bucket list of the second engine with one model.
 COMPANY = [
     pytest.param(name, kind, marks=[] if kind in {"host", "cuda"} or name == "lstm" else [pytest.mark.long])
     for name in ("lstm", "gru", "last", "tokens", "two")
@@ -88,7 +88,7 @@ COMPANY = [
 @pytest.mark.parametrize(("name", "kind"), COMPANY)
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32), piece=st.sampled_from([1, 2, 5, 16]), rows=st.integers(1, 9))
-def test_any_chunks_in_any_company_equal_the_whole_alone(load, kind: str, name: str, seed: int, piece: int, rows: int):
+def test_any_chunks_in_any_batch_equal_the_whole_sequence(load, kind: str, name: str, seed: int, piece: int, rows: int):
     runner, manifest = load(name)
     rng = np.random.default_rng(seed)
     traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
@@ -123,7 +123,7 @@ def test_any_chunks_in_any_company_equal_the_whole_alone(load, kind: str, name: 
             assert np.array_equal(whole_reply.outputs[i], expected[i])
 
 
-def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load, make_engine):
+def test_row_with_a_non_finite_state_fails_alone_and_is_not_stored(load, make_engine):
     runner, manifest = load("lstm")
     engine = make_engine(runner, manifest, 6)
     x = np.ones((2, 1, 3), np.float32)
@@ -156,7 +156,7 @@ def test_several_rows_are_read_at_once(load, make_engine):
 
 
 @pytest.mark.parametrize("lens", [[], [0], [2, 0]])
-def test_what_would_abort_onnxruntime_never_reaches_it(load, lens: list[int]):
+def test_empty_rows_never_reach_onnxruntime(load, lens: list[int]):
     runner, manifest = load("lstm")
     with pytest.raises(ValueError, match="at least one time step"):
         runner(
@@ -166,7 +166,7 @@ def test_what_would_abort_onnxruntime_never_reaches_it(load, lens: list[int]):
         )
 
 
-def test_a_gpu_that_is_not_there_is_an_error_and_auto_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_absent_gpu_is_an_error_and_auto_reports_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner_module, "_missing_for_cuda", lambda index: "there is none")
     with pytest.raises(DeviceUnavailable, match="cuda:0 was requested, but there is none"):
         resolve_devices("cuda:0,cuda:1")

@@ -1,4 +1,4 @@
-"""Answers are checked for NaN and infinity, whatever their type and number."""
+"""Answers are checked for NaN and infinity, for every dtype and number of outputs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The loop around the scheduler: who waits is answered, who leaves is forgotten, and no reply overtakes its commit."""
+"""The loop around the scheduler: waiting callers are answered, cancelled ones dropped, replies follow their commit."""
 
 import asyncio
 import threading
@@ -36,7 +36,7 @@ class GatedEngine:
         self._began = threading.Event()
 
     async def began(self) -> None:
-        """Returns when a batch runs."""
+        """Wait until a batch runs."""
         assert await asyncio.to_thread(self._began.wait, PATIENCE)
 
     def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
@@ -61,7 +61,7 @@ class GatedEngine:
 
 
 class LaunchingEngine(GatedEngine):
-    """Each result can be waited for, and is there when it is let go."""
+    """Launches batches; each result becomes available once the test releases it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class LaunchingEngine(GatedEngine):
         self._launches: asyncio.Queue[int] = asyncio.Queue()
 
     async def launched(self) -> None:
-        """The next time something is."""
+        """Wait for the next launch."""
         await self._launches.get()
 
     def launch(self, rows: Rows) -> Callable[[], BatchResult]:  # type: ignore[override]
@@ -123,7 +123,7 @@ async def running(
 
 
 async def answered(begin: Callable[[Callable[[Any], None]], Callable[[], None]]) -> Any:
-    """As a client waits for its answer; one that is cancelled has gone away."""
+    """Await the answer as a client does; cancelling stands for a disconnect."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def then(outcome: Any) -> None:
@@ -176,7 +176,7 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
         assert loop.scheduler.sessions.find_detached("a", 0).position == 2
 
 
-async def test_what_arrives_while_a_batch_runs_forms_the_next():
+async def test_work_that_arrives_during_a_batch_forms_the_next():
     async with running() as (loop, _, _, engine):
         first = asyncio.create_task(sequences(loop, 10))
         await engine.began()
@@ -187,7 +187,7 @@ async def test_what_arrives_while_a_batch_runs_forms_the_next():
         assert engine.batches == [1, 5]
 
 
-async def test_a_caller_that_leaves_takes_its_queued_work_along():
+async def test_cancelled_caller_drops_its_queued_work():
     async with running() as (loop, _, _, engine):
         first = asyncio.create_task(sequences(loop, 10))
         await engine.began()
@@ -265,7 +265,7 @@ async def test_the_next_batch_is_launched_before_the_last_is_answered():
         assert loop.scheduler.in_flight == 0
 
 
-async def test_a_session_is_in_one_launched_batch_at_a_time():
+async def test_session_is_in_at_most_one_launched_batch():
     async with running(0.0, LaunchingEngine) as (loop, _, _, engine):
         assert isinstance(engine, LaunchingEngine)
         engine.gate.set()

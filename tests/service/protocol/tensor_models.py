@@ -1,4 +1,4 @@
-"""Manifests of fictitious models, and arrays of their inputs and outputs."""
+"""Manifests of fictitious models, and arrays for their inputs and outputs."""
 
 from typing import get_args
 
@@ -64,5 +64,5 @@ def arrays(spec: TensorSpec, *lead: int) -> st.SearchStrategy[np.ndarray]:
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal in shape, type and every bit."""
+    """Compare shape, dtype and every bit."""
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

@@ -1,4 +1,4 @@
-"""The shapes of attacks on servers of models, and bytes near good ones: each is decoded, or refused with a reason."""
+"""Known attacks on model servers, and mutations of valid bytes: each is decoded or refused with a reason."""
 
 import random
 import tracemalloc
@@ -11,7 +11,7 @@ SEEDS = [(name, seed) for name, decoder in DECODERS.items() for seed in decoder.
 
 
 @pytest.mark.parametrize(("name", "seed"), SEEDS)
-def test_a_seed_is_decoded_or_refused_and_allocates_no_more_than_it_brought(name: str, seed: str) -> None:
+def test_seed_is_decoded_or_refused_within_bounded_memory(name: str, seed: str) -> None:
     decoder = DECODERS[name]
     content = decoder.seeds[seed]
     tracemalloc.start()
@@ -28,7 +28,7 @@ def test_a_seed_is_decoded_or_refused_and_allocates_no_more_than_it_brought(name
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_what_is_near_a_seed_is_decoded_or_refused(name: str) -> None:
+def test_mutated_seed_is_decoded_or_refused(name: str) -> None:
     rng, decoder = random.Random(5), DECODERS[name]
     for _ in range(400):
         content = bytearray(rng.choice([*decoder.seeds.values()])[:4000])

@@ -38,7 +38,7 @@ def codec(*inputs: TensorSpec, max_steps: int = 100) -> Codec:
 @BRIEF
 @given(st.data())
 def test_raw_round_trip(data: st.DataObject) -> None:
-    """Of one tensor or several, one after another."""
+    """A round trip of one tensor or several, concatenated."""
     model = data.draw(manifests())
     steps = data.draw(st.integers(1, 5))
     inputs = [data.draw(arrays(spec, steps)) for spec in model.inputs]
@@ -67,10 +67,10 @@ def test_json_round_trip(data: st.DataObject) -> None:
 
 @BRIEF
 @given(st.data())
-def test_json_output_says_the_same_bits(data: st.DataObject) -> None:
+def test_json_output_is_exact_to_the_bit(data: st.DataObject) -> None:
     model = data.draw(manifests())
     batch = [data.draw(arrays(spec, *([1, 3] if spec.time else [1]))) for spec in model.outputs]
-    outputs = tuple(array[0].copy() for array in batch)  # as sliced by the engine
+    outputs = tuple(array[0].copy() for array in batch)  # sliced as by the engine
     text = json.dump({"outputs": Codec(model, 100, 1000).to_json(outputs)})
     assert b"null" not in text
     assert b"NaN" not in text

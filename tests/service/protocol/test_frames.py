@@ -32,7 +32,7 @@ TWO = [(7, 2, 0), (9, 2, 5)]  # handle, steps, position
 
 
 def frame(entries: list[tuple[int, int, int | None]], *values: np.ndarray, kind: int = 1, count: int = -1) -> bytes:
-    """Encoded from the protocol's description only."""
+    """Encode a frame from the protocol's description only."""
     head = struct.pack("<BBHI", kind, 0, 0, len(entries) if count < 0 else count)
     table = [struct.pack("<IIQ", h, t, NO_POSITION if p is None else p) for h, t, p in entries]
     return b"".join([head, *table, *[value.tobytes() for value in values]])
@@ -135,7 +135,7 @@ def test_frames_that_are_refused(content: bytes, says: str):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("steps", [(1, 1, 1), (1, 2, 1)])
-def test_a_value_that_is_not_finite_is_the_fault_of_its_entry(bad: float, steps: tuple[int, ...]):
+def test_non_finite_value_fails_only_its_entry(bad: float, steps: tuple[int, ...]):
     values = np.full((sum(steps), 3), np.finfo(np.float32).max, "<f4")  # large is not infinite
     codec = FrameCodec([X], 100)
     entries = [(i, t, 0) for i, t in enumerate(steps)]
@@ -148,20 +148,20 @@ def test_a_value_that_is_not_finite_is_the_fault_of_its_entry(bad: float, steps:
 
 
 @pytest.mark.parametrize("bad", [-1, 11, 2**63 - 1, -(2**63)])
-def test_an_integer_out_of_range_is_the_fault_of_its_entry(bad: int):
+def test_out_of_range_integer_fails_only_its_entry(bad: int):
     codec = FrameCodec([TOKEN], 100)
     faults = codec.faults(codec.decode(frame(TWO, np.array([0, 10, bad, 3], "<i8"))))
     assert {i: type(fault) for i, fault in faults.items()} == {1: OutOfRange}
     assert "0 … 10" in faults[1].message
 
 
-def test_a_byte_that_is_no_bool_is_the_fault_of_its_entry():
+def test_invalid_bool_byte_fails_only_its_entry():
     codec = FrameCodec([X, FLAG], 100)
     content = frame(TWO, np.zeros((4, 3), "<f4"), np.array([0, 2, 1, 0], np.uint8))
     assert {i: type(fault) for i, fault in codec.faults(codec.decode(content)).items()} == {0: OutOfRange}
 
 
-def test_too_many_steps_are_the_fault_of_their_entry():
+def test_too_many_steps_fail_only_their_entry():
     codec = FrameCodec([X], 2)
     content = frame([(1, 1, 0), (2, 3, 0)], np.zeros((4, 3), "<f4"))
     assert {i: type(fault) for i, fault in codec.faults(codec.decode(content)).items()} == {1: InvalidShape}

@@ -24,7 +24,7 @@ MODEL = manifest(
 
 
 def request(tensors: list[tuple[TensorSpec, np.ndarray, bool]], **members: object) -> tuple[bytes, int]:
-    """A body with these inputs, each binary or JSON, and the length of its JSON part."""
+    """Return a body with these inputs, each binary or JSON, and the length of its JSON part."""
     entries = []
     for spec, array, binary in tensors:
         entry: dict = {"name": spec.name, "shape": list(array.shape), "datatype": DATATYPES[spec.dtype]}
@@ -54,7 +54,7 @@ def test_binary_values_of_float64_are_refused_as_such(declared: int) -> None:
 @BRIEF
 @given(st.data())
 def test_inputs_round_trip(data: st.DataObject) -> None:
-    """In any order, each as JSON or binary."""
+    """Inputs come in any order, each as JSON or binary."""
     model = data.draw(manifests())
     batch, time = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     values = {spec.name: data.draw(arrays(spec, batch, time)) for spec in model.inputs}
@@ -177,7 +177,7 @@ def test_random_documents(document: dict, rest: bytes) -> None:
 
 @BRIEF
 @given(st.data())
-def test_a_good_body_that_was_damaged(data: st.DataObject) -> None:
+def test_damaged_body_is_decoded_or_refused(data: st.DataObject) -> None:
     x = np.ones((1, 2, 3), np.float32)
     t = np.array([[3, 4]], np.int64)
     body, length = request([(MODEL.inputs[0], x, True), (MODEL.inputs[1], t, True)])
@@ -191,7 +191,7 @@ def test_a_good_body_that_was_damaged(data: st.DataObject) -> None:
     refused_or_read(bytes(damaged), data.draw(st.sampled_from([length, length - 1, length + 1])), MODEL)
 
 
-def test_the_json_has_a_limit_and_the_tensors_have_not() -> None:
+def test_limit_applies_to_the_json_but_not_the_tensors() -> None:
     x = np.ones((1, 40, 3), np.float32)
     t = np.ones((1, 40), np.int64)
     body, length = request([(MODEL.inputs[0], x, True), (MODEL.inputs[1], t, True)])
@@ -202,7 +202,7 @@ def test_the_json_has_a_limit_and_the_tensors_have_not() -> None:
         parse(body, None, 400)
 
 
-def test_what_a_request_asks_for() -> None:
+def test_request_parameters_are_read() -> None:
     body = {
         "id": "r",
         "inputs": [],

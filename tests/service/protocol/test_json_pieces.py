@@ -1,4 +1,4 @@
-"""Long JSON is written in pieces: the same bytes, of which none takes long."""
+"""Long JSON is written in pieces: the bytes are the same, and no piece takes long."""
 
 import numpy as np
 import pytest

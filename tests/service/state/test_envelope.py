@@ -1,4 +1,4 @@
-"""The envelope of the binary formats: its own bytes come back, all others are refused."""
+"""The envelope of the binary formats: valid bytes round-trip, all other bytes are refused."""
 
 import pytest
 

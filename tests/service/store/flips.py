@@ -1,8 +1,8 @@
-"""A program: damages copies of a store at random places, examines them, and compares what can be read of them.
+"""A program that damages copies of a store at random places, checks them, and compares the readable records.
 
     python flips.py FOLDER SCRATCH SEED COUNT
 
-Prints a line of JSON for each copy. Each is examined in a process of its own, which a damaged file may end.
+Prints a line of JSON per copy. Each copy is checked in a separate process, as a damaged file may kill it.
 """
 
 import json
@@ -22,7 +22,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def damage(chance: random.Random, content: bytes) -> bytes:
-    """Flip one bit: of the meta pages, of the head of any page, or anywhere; or cut the file."""
+    """Flip one bit in the meta pages, in a page header or anywhere, or truncate the file."""
     kind = chance.choice(("meta", "head", "anywhere", "cut"))
     if kind == "cut":
         return content[: chance.randrange(len(content))]
@@ -39,7 +39,7 @@ def entries(folder: Path) -> dict[bytes, bytes]:
 
 
 def verdict(folder: Path, expected: dict[bytes, bytes]) -> dict[str, Any]:
-    """wrong: places that are not reported as damaged and have other content."""
+    """wrong: places with changed content that are not reported as damaged."""
     report = examine(folder)
     if report.result == "unreadable":
         return {"result": report.result}

@@ -1,4 +1,4 @@
-"""What the server says at its start of where sessions are, and what they survive."""
+"""The server's description of its store at the start: where sessions are kept, and which failures they survive."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from unroll.service.store.redis_store import RedisStoreConfig
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """With a user `me`, whose password is `secret` and who may not ask for the configuration."""
+    """A Redis with a user `me`, password `secret`, without permission to read the configuration."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     server.client.execute_command("ACL", "SETUSER", "me", "on", ">secret", "~*", "+@all", "-config")
@@ -34,7 +34,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
         ({"appendonly": "no", "save": ""}, "not a restart of Redis: it has no file"),
     ],
 )
-async def test_redis_says_what_it_keeps(redis: RedisServer, settings: dict[str, str], survives: str) -> None:
+async def test_redis_reports_its_persistence(redis: RedisServer, settings: dict[str, str], survives: str) -> None:
     for name, value in {"appendonly": "yes", "save": "", **settings}.items():
         redis.client.config_set(name, value)
     found = await describe(RedisStoreConfig(redis.url, timeout=5.0))
@@ -42,7 +42,7 @@ async def test_redis_says_what_it_keeps(redis: RedisServer, settings: dict[str, 
     assert found.settings.items() >= settings.items()
 
 
-async def test_a_redis_that_does_not_say_it_or_does_not_answer_is_no_obstacle(redis: RedisServer) -> None:
+async def test_silent_or_restricted_redis_does_not_prevent_the_start(redis: RedisServer) -> None:
     redis.client.config_set("appendonly", "yes")
     url = redis.url.replace("://", "://me:secret@")
     said = await where_sessions_are(RedisStoreConfig(url, timeout=5.0), None)
@@ -53,7 +53,7 @@ async def test_a_redis_that_does_not_say_it_or_does_not_answer_is_no_obstacle(re
     assert "secret" not in f"{said}{down}"
 
 
-async def test_what_a_folder_and_memory_survive(tmp_path: Path) -> None:
+async def test_folder_and_memory_report_the_failures_they_survive(tmp_path: Path) -> None:
     folder = await where_sessions_are(EmbeddedStoreConfig(tmp_path, "never"), None)
     assert folder == {
         "where": f"the folder {tmp_path} (LMDB)",

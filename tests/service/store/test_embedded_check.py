@@ -1,4 +1,4 @@
-"""`unroll store check`: every entry is examined, and a damaged file is reported in words."""
+"""`unroll store check` examines every entry and reports a damaged file in words."""
 
 import asyncio
 import json
@@ -21,12 +21,12 @@ from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConf
 from unroll.service.store.interface import Tokens
 from unroll.service.store.record import Record
 
-#: Of the random damage; printed with a failure.
+#: The seed of the random damage; printed on failure.
 SEED, COUNT = 1, 80
 
 
 async def filled(folder: Path, count: int, row: bytes = bytes(64)) -> EmbeddedStore:
-    """A store with sessions, the first of them closed."""
+    """A store with sessions; the first one is closed."""
     store, tokens = EmbeddedStore(EmbeddedStoreConfig(folder, timeout=60.0)), Tokens()
     for number in range(count):
         assert await put(store, commit(tokens.next(), key=("lstm", f"s{number}"), row=row)) == [None]
@@ -69,7 +69,7 @@ async def test_damaged_entries_are_named_and_removed_while_a_server_uses_the_sto
     await store.stop()
 
 
-async def test_a_file_that_ends_its_reader_is_reported_as_damaged(
+async def test_file_that_kills_its_reader_is_reported_as_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await (await filled(tmp_path, 3, row=bytes(9000))).stop()
@@ -77,7 +77,7 @@ async def test_a_file_that_ends_its_reader_is_reported_as_damaged(
     content = bytearray(data.read_bytes())
     at = content.find(b"lstm/s1")
     while at >= 0:
-        content[at - 5] |= 0x40  # the length of the entry: more than the file has
+        content[at - 5] |= 0x40  # the entry's length now exceeds the file
         at = content.find(b"lstm/s1", at + 1)
     data.write_bytes(content)
     status, report = checked(tmp_path, capsys)
@@ -85,7 +85,7 @@ async def test_a_file_that_ends_its_reader_is_reported_as_damaged(
     assert "reading it ended the process (SIG" in report["reason"]
 
 
-async def test_what_is_no_store_or_is_cut_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_foreign_or_truncated_file_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no store" in checked(tmp_path, capsys)[1]["reason"]
     await (await filled(tmp_path, 30)).stop()
     data = tmp_path / "data.mdb"
@@ -96,7 +96,7 @@ async def test_what_is_no_store_or_is_cut_cannot_be_opened(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("sync", ["everysec", "never"])
-async def test_after_a_restart_of_the_machine_it_is_examined_as_of_the_last_sync(
+async def test_check_after_a_reboot_covers_the_last_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: Sync
 ) -> None:
     store, tokens = EmbeddedStore(EmbeddedStoreConfig(tmp_path / "store", sync, timeout=60.0)), Tokens()
@@ -115,7 +115,7 @@ async def test_after_a_restart_of_the_machine_it_is_examined_as_of_the_last_sync
         assert (report.result, "nothing was synced" in report.reason) == ("unreadable", True)
 
 
-async def test_random_damage_never_leaves_another_session_unnoticed(tmp_path: Path) -> None:
+async def test_random_damage_never_alters_a_session_undetected(tmp_path: Path) -> None:
     await (await filled(tmp_path / "store", 150)).stop()
     program = [sys.executable, str(Path(__file__).with_name("flips.py"))]
     ran = await asyncio.to_thread(

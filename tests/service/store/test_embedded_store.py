@@ -1,4 +1,4 @@
-"""The store in a folder: time, what it refuses, and what is left of it after a crash of the machine."""
+"""The store in a folder: its clock, its refusals, and its content after a crash of the machine."""
 
 import json
 import math
@@ -25,7 +25,7 @@ _PAGE = 4096
 
 
 class Machine:
-    """Its boot, and seconds since then."""
+    """A boot id, and the seconds since that boot."""
 
     def __init__(self) -> None:
         self.boot, self.seconds = "one", 1000.0
@@ -72,7 +72,7 @@ async def test_sessions_expire_and_are_forgotten(tmp_path: Path, machine: Machin
     await store.stop()
 
 
-async def test_many_sessions_that_expire_together_do_not_wait_for_a_look_a_second(
+async def test_many_sessions_expire_together_without_waiting_for_one_scan_a_second(
     tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
 ) -> None:
     monkeypatch.setattr(embedded_store, "_LOOKING_SECONDS", math.inf)
@@ -130,7 +130,7 @@ async def test_a_session_id_may_be_long(tmp_path: Path, tokens: Tokens) -> None:
     await store.stop()
 
 
-def test_what_cannot_be_used_is_refused(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_store_folder_is_refused(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = LmdbFolder(tmp_path / "store", "everysec")
     with pytest.raises(StoreUnavailable, match="--store-sync everysec"):
         LmdbFolder(tmp_path / "store", "always")
@@ -182,8 +182,8 @@ def content(folder: LmdbFolder) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 8))])
-def test_after_a_loss_of_power_it_is_as_at_the_last_sync(tmp_path: Path, machine: Machine, seed: int) -> None:
-    """Of the pages that changed after the sync, any may have reached the disk, and any not."""
+def test_store_is_as_of_the_last_sync_after_a_power_loss(tmp_path: Path, machine: Machine, seed: int) -> None:
+    """Any subset of the pages changed after the sync may have reached the disk."""
     chance = random.Random(seed)
     folder = LmdbFolder(tmp_path / "store", "everysec")
     data = tmp_path / "store" / "data.mdb"
@@ -208,11 +208,11 @@ def test_after_a_loss_of_power_it_is_as_at_the_last_sync(tmp_path: Path, machine
         (left / "data.mdb").write_bytes(b"".join(mixed))
         found = LmdbFolder(left, "everysec")
         assert content(found) == expected
-        changed(chance, found)  # it can be written to
+        changed(chance, found)  # the store is writable
         found.close()
 
 
-def test_without_a_sync_nothing_is_left_after_a_crash(tmp_path: Path, machine: Machine) -> None:
+def test_nothing_survives_a_crash_without_a_sync(tmp_path: Path, machine: Machine) -> None:
     folder = LmdbFolder(tmp_path, "never")
     changed(random.Random(1), folder)
     assert json.loads((tmp_path / "host.json").read_text())["sync"] == "never"
@@ -225,7 +225,7 @@ def test_without_a_sync_nothing_is_left_after_a_crash(tmp_path: Path, machine: M
     found.close()
 
 
-async def test_a_sync_that_failed_is_over_with_the_next_one_of_an_idle_store(
+async def test_next_sync_of_an_idle_store_clears_a_failed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
 ) -> None:
     monkeypatch.setattr(embedded_store, "_PERIOD", 0.01)
@@ -233,7 +233,7 @@ async def test_a_sync_that_failed_is_over_with_the_next_one_of_an_idle_store(
     await put(store, commit(tokens.next()))
     synced = tmp_path / "store" / "synced"
     synced.unlink()
-    synced.mkdir()  # nothing can be written there
+    synced.mkdir()  # not writable
     await store.start()
     await reached(lambda: not store.figures.up, "a sync that failed")
     synced.rmdir()

@@ -1,4 +1,4 @@
-"""Redis as it is run in production: failover and Sentinels, servers that refuse, that evict, and that are shared."""
+"""Redis as in production: failover, Sentinels, and servers that refuse, evict, or are shared."""
 
 import shutil
 import subprocess
@@ -32,7 +32,7 @@ def tokens() -> Tokens:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis whose users have the password `right`, and whose default user, which the tests use, has none."""
+    """A Redis with password `right` for its users; the default user, used by the tests, has none."""
     server = RedisServer(tmp_path_factory.mktemp("guarded"))
     server.start()
     for name, rights in {"all": "~*", "reads": "~* -set", "others": "~other:*", "scripts": "~* -evalsha -eval"}.items():
@@ -70,7 +70,7 @@ async def test_a_demoted_primary_is_left_at_once_and_answers_no_lookup(
         replica.client.replicaof("NO", "ONE")
         primary.client.config_set("replica-serve-stale-data", answers)
         primary.client.replicaof("127.0.0.1", 9)
-        proxy.target = replica.port  # of new connections
+        proxy.target = replica.port  # for new connections
         assert await put(store, commit(second, first, 3)) == [None]
         record = await store.load(KEY)
         assert isinstance(record, Record)
@@ -120,7 +120,9 @@ async def test_sentinels_lead_to_the_new_primary(
     pair: tuple[RedisServer, RedisServer], sentinels: list[int], tokens: Tokens
 ) -> None:
     primary, replica = pair
-    url = "redis+sentinel://" + ",".join(f"127.0.0.1:{port}" for port in (9, *sentinels))  # nobody is at the first
+    url = "redis+sentinel://" + ",".join(
+        f"127.0.0.1:{port}" for port in (9, *sentinels)
+    )  # nothing listens at the first
     other = RedisStore(RedisStoreConfig(f"{url}/other", timeout=5.0))
     with pytest.raises(StoreUnavailable, match="No master found for 'other'"):
         await other.check()
@@ -142,14 +144,14 @@ async def test_sentinels_lead_to_the_new_primary(
     await store.stop()
 
 
-# ── the start ────────────────────────────────────────────────────────────────────────────────────
+# ── startup ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("url", ["redis://all:right@{}/0", "valkey://{}/1"])
-async def test_what_a_store_is_started_with(guarded: RedisServer, url: str) -> None:
+async def test_store_start_leaves_only_an_expiring_key(guarded: RedisServer, url: str) -> None:
     store = RedisStore(RedisStoreConfig(url.format(f"127.0.0.1:{guarded.port}"), timeout=5.0))
     await store.start()
-    # Nothing stays but the mark of a session that was taken, for minutes.
+    # Only the mark of a taken session remains, for minutes.
     assert all(0 < guarded.client.pttl(key) <= 600_000 for key in guarded.client.scan_iter())
     await store.stop()
 
@@ -200,7 +202,7 @@ def test_a_url_that_is_wrong_is_refused(url: str, why: str) -> None:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate that nobody else knows, and its key."""
+    """A self-signed certificate and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not on the PATH")
     made, key = tmp_path / "certificate", tmp_path / "key"
@@ -222,7 +224,7 @@ def has_started_or_ended(process: "subprocess.Popen[bytes]", log: Path) -> bool:
 
 @pytest.fixture
 def tls_sentinel(certificate: tuple[Path, Path], tmp_path: Path) -> Iterator[int]:
-    """The port of a Sentinel of `main`. Neither it nor the primary takes a connection without TLS."""
+    """The port of a Sentinel of `main`. It and the primary require TLS."""
     ports = free_port(), free_port()
     with ExitStack() as ending:
         for name, port in zip(("primary", "sentinel"), ports, strict=True):
@@ -252,7 +254,7 @@ async def test_sentinels_over_tls(tls_sentinel: int, certificate: tuple[Path, Pa
 
 
 async def test_tls(certificate: tuple[Path, Path], tmp_path: Path, tokens: Tokens) -> None:
-    """Of a single server and of a cluster; a certificate that cannot be verified is refused."""
+    """Covers a single server and a cluster; a certificate that cannot be verified is refused."""
     certificate_file = str(certificate[0])
     for url, cluster in (("valkeys://", "no"), ("rediss+cluster://", "yes")):
         tls_port = free_port()
@@ -303,9 +305,7 @@ async def test_a_cluster_that_moves_its_slots_is_awaited() -> None:
 # ── sharing and eviction ─────────────────────────────────────────────────────────────────────────
 
 
-async def test_deployments_with_different_prefixes_do_not_know_of_each_other(
-    redis_server: RedisServer, tokens: Tokens
-) -> None:
+async def test_deployments_with_different_prefixes_are_isolated(redis_server: RedisServer, tokens: Tokens) -> None:
     stores = [RedisStore(RedisStoreConfig(redis_server.url, timeout=5.0, prefix=name)) for name in ("unroll", "b:2")]
     firsts = [tokens.next(), tokens.next()]
     for store, first in zip(stores, firsts, strict=True):
@@ -321,7 +321,7 @@ async def test_deployments_with_different_prefixes_do_not_know_of_each_other(
         await store.stop()
 
 
-async def test_where_sessions_are_evicted_an_absent_one_is_not_said_to_have_expired(
+async def test_absent_session_is_not_reported_as_expired_on_an_evicting_server(
     redis_server: RedisServer, tokens: Tokens
 ) -> None:
     redis_server.client.config_set("maxmemory-policy", "allkeys-lru")

@@ -1,4 +1,4 @@
-"""The contract of every store: a commit is applied once, and only after the commit it names."""
+"""The contract of every store: a commit is applied once, and only on top of the commit it names."""
 
 import asyncio
 import itertools
@@ -29,7 +29,7 @@ KEPT = (Kept(0, 2, b"d" * 16, b"outputs"),)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis Cluster of one node, which refuses what a cluster refuses: keys of different slots in one script."""
+    """A Redis Cluster of one node. As any cluster, it refuses scripts with keys of different slots."""
     server = RedisServer(tmp_path_factory.mktemp("cluster"), **{"cluster-enabled": "yes"})
     server.start()
     server.client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
@@ -78,7 +78,7 @@ async def put(store: Store, *commits: Commit) -> list[type[Exception] | None]:
     return [error if error is None else type(error) for error in await store.commit(commits)]
 
 
-async def test_a_session_is_loaded_as_it_was_committed(store: Store, tokens: Tokens):
+async def test_session_is_loaded_as_committed(store: Store, tokens: Tokens):
     first, second = tokens.next(), tokens.next()
     assert await store.load(KEY) is None
     assert await put(store, commit(first)) == [None]
@@ -96,7 +96,7 @@ async def test_a_commit_that_follows_an_older_state_is_refused(store: Store, tok
     assert record.token == second
 
 
-async def test_a_refused_commit_brings_along_what_the_store_has(store: Store, tokens: Tokens):
+async def test_refused_commit_returns_the_stored_record(store: Store, tokens: Tokens):
     first, second = tokens.next(), tokens.next()
     await put(store, commit(first), commit(second, first, 3))
     (refused,) = await store.commit([commit(tokens.next(), first, 4)])
@@ -129,7 +129,7 @@ async def test_the_same_commit_twice_counts_once(store: Store, tokens: Tokens):
     assert await put(store, end, end) == [None, None]
 
 
-async def test_what_ended_says_how_and_with_which_answer(store: Store, tokens: Tokens):
+async def test_ended_session_reports_its_cause_and_last_answer(store: Store, tokens: Tokens):
     first = tokens.next()
     await put(store, commit(first), commit(tokens.next(), first, ends=True))
     assert await store.load(KEY) == Gone("session_closed", ORIGIN, KEPT)
@@ -150,7 +150,7 @@ async def test_closing(store: Store, tokens: Tokens):
     assert await store.close(KEY) is None
 
 
-async def test_a_new_session_takes_the_place_of_one_it_knows(store: Store, tokens: Tokens):
+async def test_new_session_replaces_the_one_it_names(store: Store, tokens: Tokens):
     first, second = tokens.next(), tokens.next()
     another = Origin("cd" * 32, "stored", b"c" * 16)
     await put(store, commit(first))
@@ -160,7 +160,7 @@ async def test_a_new_session_takes_the_place_of_one_it_knows(store: Store, token
     assert record.origin == another
 
 
-async def test_who_takes_a_record_is_the_only_one(store: Store, tokens: Tokens):
+async def test_record_is_taken_only_once(store: Store, tokens: Tokens):
     first = tokens.next()
     await put(store, commit(first))
     assert not await store.take(KEY, tokens.next(), tokens.next())
@@ -172,7 +172,7 @@ async def test_who_takes_a_record_is_the_only_one(store: Store, tokens: Tokens):
     assert await store.load(KEY) is None
 
 
-# ── Redis alone ──────────────────────────────────────────────────────────────────────────────────
+# ── Redis only ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def everything(server: RedisServer) -> set[str]:
     return {key.decode() for key in server.client.scan_iter()}
 
 
-async def test_keys_and_their_lives(made: RedisStore, redis_server: RedisServer, tokens: Tokens):
+async def test_keys_and_their_lifetimes(made: RedisStore, redis_server: RedisServer, tokens: Tokens):
     state, gone = "unroll:{lstm/a}", "unroll:{lstm/a}:gone"
     await put(made, commit(tokens.next()))
     assert everything(redis_server) == {state, gone}
@@ -197,9 +197,7 @@ async def test_keys_and_their_lives(made: RedisStore, redis_server: RedisServer,
     assert await made.close(KEY) is None
 
 
-async def test_the_life_of_a_session_begins_anew_with_each_step(
-    made: RedisStore, redis_server: RedisServer, tokens: Tokens
-):
+async def test_each_step_renews_the_sessions_lifetime(made: RedisStore, redis_server: RedisServer, tokens: Tokens):
     first = tokens.next()
     await put(made, commit(first))
     for key in everything(redis_server):
@@ -227,14 +225,14 @@ async def test_scripts_are_sent_again_when_the_server_forgot_them(
     assert await put(made, commit(tokens.next()), commit(tokens.next(), key=("lstm", "b"))) == [None, None]
 
 
-async def test_a_lost_connection_is_made_anew(made: RedisStore, redis_server: RedisServer, tokens: Tokens):
+async def test_lost_connection_is_reopened(made: RedisStore, redis_server: RedisServer, tokens: Tokens):
     first = tokens.next()
     await put(made, commit(first))
     redis_server.client.client_kill_filter(_type="normal", skipme=True)
     assert await put(made, commit(tokens.next(), first)) == [None]
 
 
-async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server: RedisServer, tokens: Tokens):
+async def test_answers_received_in_time_but_read_late_are_not_timeouts(redis_server: RedisServer, tokens: Tokens):
     sent = asyncio.Event()
 
     def draw() -> Fault:
@@ -255,8 +253,8 @@ async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server:
         await store.stop()
 
 
-async def test_a_record_whose_taker_gets_no_answer_is_taken_once(redis_server: RedisServer, tokens: Tokens):
-    """The connection breaks after Redis has handed the record out: the call that is sent again gets it."""
+async def test_record_is_taken_once_if_the_answer_is_lost(redis_server: RedisServer, tokens: Tokens):
+    """The connection breaks after Redis hands out the record; the repeated call gets it."""
     faults = iter([Fault.LOSE_REPLY])
     async with FaultProxy(redis_server.port) as proxy:
         store = RedisStore(RedisStoreConfig(f"redis://127.0.0.1:{proxy.port}/0", timeout=5.0))
@@ -275,7 +273,7 @@ async def test_a_record_whose_taker_gets_no_answer_is_taken_once(redis_server: R
 async def test_a_commit_that_is_refused_when_it_is_sent_again_may_have_been_stored(
     redis_server: RedisServer, tokens: Tokens, ends: bool
 ):
-    """Redis runs it, the connection breaks, and another replica goes on before it is sent again."""
+    """Redis runs the commit, the connection breaks, and another replica commits before the retry."""
     calls = itertools.count()
 
     def draw() -> Fault:
@@ -296,7 +294,7 @@ async def test_a_commit_that_is_refused_when_it_is_sent_again_may_have_been_stor
 
 
 async def test_each_of_many_is_answered_by_itself(store: Store, tokens: Tokens):
-    """More commits than one script call takes, some of them refused."""
+    """More commits than one script call takes; some are refused."""
     firsts = [commit(tokens.next(), key=("lstm", str(n))) for n in range(300)]
     assert await put(store, *firsts) == [None] * 300
     seconds = [
@@ -309,16 +307,14 @@ async def test_each_of_many_is_answered_by_itself(store: Store, tokens: Tokens):
         assert record.position == (3 if n % 3 else 2)
 
 
-async def test_what_is_wrong_with_one_key_is_not_with_others(
-    made: RedisStore, redis_server: RedisServer, tokens: Tokens
-):
+async def test_fault_of_one_key_does_not_affect_other_keys(made: RedisStore, redis_server: RedisServer, tokens: Tokens):
     redis_server.client.lpush("unroll:{lstm/b}", "not a session")
     others = [commit(tokens.next(), key=("lstm", name)) for name in "abc"]
     assert await put(made, *others) == [None, StoreUnavailable, None]
     assert isinstance(await made.load(("lstm", "c")), Record)
 
 
-async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
+async def test_store_out_of_memory_refuses_writes_and_keeps_its_records(
     made: RedisStore, redis_server: RedisServer, tokens: Tokens
 ):
     first = tokens.next()
@@ -340,7 +336,7 @@ async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
 @pytest.mark.parametrize(
     "url", ["redis://127.0.0.1:9/0", "redis+cluster://127.0.0.1:9", "redis+sentinel://127.0.0.1:9/main"]
 )
-async def test_a_store_that_is_not_there(url: str):
+async def test_absent_store_is_unavailable(url: str):
     store = RedisStore(RedisStoreConfig(url))
     with capture_logs() as logs:
         assert await put(store, commit(b"t")) == [StoreUnavailable]
@@ -383,7 +379,7 @@ async def test_all_open_sessions_are_listed_page_by_page(store: Store, tokens: T
     assert all(session.bytes > 30 for session in found)
 
 
-async def test_the_pages_of_a_tenant_say_nothing_of_others(store: Store, tokens: Tokens):
+async def test_pages_of_a_tenant_reveal_no_other_tenant(store: Store, tokens: Tokens):
     tenants = ("a", "acme", "acme2", "z", "")
     keys = {t: {(m, owned(t, f"s{i}")) for m in ("gru", "gru-2", "lstm") for i in range(5)} for t in tenants}
     await put(store, *[commit(tokens.next(), key=key) for own in keys.values() for key in own])
@@ -392,7 +388,7 @@ async def test_the_pages_of_a_tenant_say_nothing_of_others(store: Store, tokens:
         page = await store.page(after, 2, "acme")
         found += page.sessions
         named = after = page.after
-        with suppress(ValueError):  # hexadecimal, in most stores
+        with suppress(ValueError):  # hexadecimal in most stores
             named = bytes.fromhex(after.rpartition(".")[2]).decode()
         assert "\x1d" not in named or "\x1dacme\x1d" in named
         if not after:
@@ -400,7 +396,7 @@ async def test_the_pages_of_a_tenant_say_nothing_of_others(store: Store, tokens:
     assert sorted(session.key for session in found) == sorted(keys["acme"])
 
 
-async def test_a_page_that_no_page_named_is_refused(store: Store):
+async def test_page_token_that_no_page_returned_is_refused(store: Store):
     if isinstance(store, MemoryStore):
         pytest.skip("any text names one of its pages")
     with pytest.raises(InvalidRequest, match="use `after` of the previous page"):

@@ -71,7 +71,7 @@ def stream(server: Running, oracle: Any) -> Iterator[RawStream]:
     stream.close()
 
 
-def test_frames_whose_masked_payload_begins_with_any_byte(stream: RawStream, x: np.ndarray) -> None:
+def test_frames_with_any_first_byte_of_the_masked_payload(stream: RawStream, x: np.ndarray) -> None:
     """A payload that looks like a frame header is not taken for one."""
     step = frame((0, None, x[:1]))
     for first in range(256):

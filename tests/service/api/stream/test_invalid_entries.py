@@ -10,7 +10,7 @@ from streams import Dial, frame
 Oracles = Callable[..., Oracle]
 
 
-def test_a_refused_entry_leaves_the_others_unaffected(dial: Dial, oracle: Oracles, x: np.ndarray):
+def test_refused_entry_does_not_affect_other_entries(dial: Dial, oracle: Oracles, x: np.ndarray):
     client = dial("lstm")
     client.bind(*range(6))
     client.step(*[(handle, 0, x[:2]) for handle in range(6)])
@@ -35,7 +35,7 @@ def test_a_refused_entry_leaves_the_others_unaffected(dial: Dial, oracle: Oracle
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_row_that_is_not_finite_fails_alone(dial: Dial, oracle: Oracles, rng: np.random.Generator, bad: float):
+def test_non_finite_row_fails_alone(dial: Dial, oracle: Oracles, rng: np.random.Generator, bad: float):
     client = dial()
     client.bind(*range(20))
     x = rng.standard_normal((20, 1, 3)).astype("<f4")
@@ -48,7 +48,7 @@ def test_a_row_that_is_not_finite_fails_alone(dial: Dial, oracle: Oracles, rng: 
         assert np.array_equal(reply.outputs[0], oracle("lstm")(x[reply.handle]))
 
 
-def test_an_answer_that_is_not_finite_fails_alone(dial: Dial, oracle: Oracles, rng: np.random.Generator):
+def test_non_finite_answer_fails_alone(dial: Dial, oracle: Oracles, rng: np.random.Generator):
     client = dial("hot")
     client.bind(*range(5))
     x = rng.standard_normal((5, 1, 3)).astype("<f4")

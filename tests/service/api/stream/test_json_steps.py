@@ -104,7 +104,7 @@ def test_the_answer_has_the_rows_of_its_batch_if_asked_for(
     assert message(client) == answers[1] | {"batch_rows": None}, "a reply that was kept"
 
 
-def test_what_is_wrong_with_steps_in_json(dial: Dial, x: np.ndarray) -> None:
+def test_invalid_json_steps_are_refused(dial: Dial, x: np.ndarray) -> None:
     client = dial()
     client.bind(0)
     for members, code in (
