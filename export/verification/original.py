@@ -43,9 +43,9 @@ def check_same_as_original(
             with Decided.undone():
                 returned = ask_original("other inputs", original, double, inputs, rows)
         except ExportError:
-            if trial.scale == 1:
-                raise
-            continue  # forward refuses such numbers
+            if trial.may_fail:
+                continue
+            raise
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
             if not np.allclose(lifted[output.spec.name], expected, _CLOSE, _CLOSE, equal_nan=True):
@@ -53,7 +53,7 @@ def check_same_as_original(
                     "parity",
                     f"output {output.spec.name!r} changes when recurrent layers take their state from the row; does "
                     "forward read the weights or the states of a layer itself?"
-                    if trial.scale == 1
+                    if not trial.may_fail
                     else f"output {output.spec.name!r} differs from forward's own for inputs {trial.scale:g} times the "
                     "example's: does every step read only its own time step and its own row?",
                 )

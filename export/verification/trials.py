@@ -28,6 +28,11 @@ class Trial:
     scale: float = 1.0
     chunkings: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def may_fail(self) -> bool:
+        """Are the inputs so far outside the example's range that forward may refuse them?"""
+        return abs(self.scale) > 4
+
 
 _CUTS_OF_24 = ((1,) * 24, (5, 1, 9, 2, 7), (23, 1))
 

@@ -134,3 +134,17 @@ def test_rows_that_only_extreme_inputs_mix_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as refusal:
         export(ScaledByTheLoudest((0, 2)), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path)
     assert refusal.value.code == "rows_mixed"
+
+
+class Binned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.bins = nn.LSTM(3, 3, batch_first=True), nn.Embedding(100, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(self.bins((x[..., 0].abs() * 4).long()))[0]
+        return y
+
+
+def test_forward_may_refuse_extreme_inputs(tmp_path: Path) -> None:
+    assert export(Binned(), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path).manifest.streamable
