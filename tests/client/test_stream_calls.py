@@ -73,7 +73,7 @@ def test_positions_advance_with_the_outputs_and_not_before() -> None:
     assert (one.position, two.position) == (1, 1)
 
 
-def test_the_callers_array_may_be_filled_again() -> None:
+def test_caller_may_reuse_its_array() -> None:
     calls = StreamCalls(MODEL)
     (one,) = opened(calls, 1)
     x = X[0].copy()

@@ -223,7 +223,7 @@ def test_alerts_are_about_metrics_of_the_server():
 
 
 @pytest.mark.parametrize(("case", "surge"), [("default", 1), ("gpu", 0)])
-def test_a_rollout_needs_no_more_gpus_than_there_are(case: str, surge: int):
+def test_rolling_update_needs_no_extra_gpu(case: str, surge: int):
     assert workload(render(case))["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == surge
 
 

@@ -132,7 +132,7 @@ SHOWN = {
     ],
     ids=["short", "light", "dark"],
 )
-def test_no_view_has_a_serious_fault_of_accessibility(visit: Visit, scheme: str, views: list[str]) -> None:
+def test_no_view_has_a_serious_accessibility_fault(visit: Visit, scheme: str, views: list[str]) -> None:
     page = visit("models", scheme=scheme)
     for view in views:
         page.evaluate("view => (location.hash = view)", view)
@@ -365,7 +365,7 @@ def test_the_page_is_small(visit: Visit) -> None:
         assert sum(size for _, size in sizes) < most, sizes
 
 
-def test_a_page_of_another_origin_sees_why_its_stream_was_closed(server: Running, browser: Browser) -> None:
+def test_page_of_another_origin_learns_why_its_stream_was_closed(server: Running, browser: Browser) -> None:
     page = browser.new_page()
     page.goto(f"http://localhost:{server.port}/livez")  # this server under another name, hence another origin
     closed = page.evaluate(
@@ -401,7 +401,7 @@ def test_figures_and_files_are_read_correctly(visit: Visit) -> None:
     assert read[5] == [{"name": "column 1", "values": [1, 3]}, {"name": "column 2", "values": [2, 4]}]
 
 
-def test_a_server_with_keys_asks_for_one(browser: Browser, tmp_path: Path) -> None:
+def test_page_asks_for_an_api_key_if_the_server_needs_one(browser: Browser, tmp_path: Path) -> None:
     secret, entry = new_key("page", "acme", ["infer"])
     (tmp_path / "keys.toml").write_text(entry)
     running = Running(
