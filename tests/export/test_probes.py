@@ -113,3 +113,24 @@ def test_long_lookback_does_not_stream(tmp_path: Path, lag: int) -> None:
     report = export(FarBack(lag), {"x": torch.randn(2, 12, 3)}, name="far", repository=tmp_path)
     assert not report.manifest.streamable
     assert "reaches far back in time" in str(report.manifest.not_streamable_because)
+
+
+class ScaledByTheLoudest(nn.Module):
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.lstm, self.axes = nn.LSTM(3, 3, batch_first=True), axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(x / x.abs().amax(self.axes, keepdim=True).clamp(min=20))[0]
+        return y
+
+
+def test_what_only_extreme_inputs_show_does_not_stream(tmp_path: Path) -> None:
+    manifest = export(ScaledByTheLoudest((1, 2)), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path).manifest
+    assert not manifest.streamable
+
+
+def test_rows_that_only_extreme_inputs_mix_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as refusal:
+        export(ScaledByTheLoudest((0, 2)), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path)
+    assert refusal.value.code == "rows_mixed"
