@@ -68,7 +68,7 @@ print(json.dumps(found))
 """
 
 
-def test_help_and_wrong_arguments_wait_for_no_heavy_import() -> None:
+def test_help_and_wrong_arguments_import_nothing_heavy() -> None:
     wrong = [line.split() for line in WRONG.split("\n") if line]
     wrong += [[*command, "--no-such-option"] for command in commands()]
     shown = [["--version"], ["--help"], *([*command, "--help"] for command in commands())]
@@ -106,14 +106,14 @@ def test_a_wrong_argument_is_named_with_the_nearest_one(
     assert "--help lists the " in usage
 
 
-def test_without_a_command_help_is_printed_with_the_status_of_wrong_arguments(
+def test_missing_command_prints_help_and_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli.main([]) == 2
     assert capsys.readouterr().out.startswith("usage: unroll [OPTIONS] COMMAND ...\n")
 
 
-def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("unroll 0.")
 

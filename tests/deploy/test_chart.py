@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(HELM is None, reason="helm is missing: make depl
 
 #: One replica with its own store.
 SMALL = ["redis.enabled=false", "replicas=1", "store.embedded.enabled=true"]
-#: Resources of the Prometheus operator, whose definitions are not part of this repository.
+#: Resources of the Prometheus operator; this repository does not contain their definitions.
 CUSTOM = ("ServiceMonitor", "PrometheusRule")
 #: By case: the arguments of --set.
 CASES = {

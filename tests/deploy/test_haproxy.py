@@ -55,7 +55,7 @@ def test_the_configuration_is_valid():
     assert "WARNING" not in checked.stderr
 
 
-def test_a_session_stays_at_one_replica_and_sessions_are_shared_out(proxy: Proxy):
+def test_session_stays_at_one_replica_and_sessions_are_spread(proxy: Proxy):
     check_routing(proxy)
 
 

@@ -31,7 +31,7 @@ def test_every_week_through_one_session_equals_pytorch(server: str, capsys: pyte
     assert "same answer, applied once" in out
 
 
-def test_quick_sends_the_first_weeks_at_once_and_json_has_the_figures(server: str, capsys: pytest.CaptureFixture[str]):
+def test_quick_demo_sends_the_first_weeks_at_once_and_prints_json(server: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["demo", "--url", server, "--quick", "--json"]) == 0
     out, err = capsys.readouterr()
     assert "2284 weeks through one session, 520 of them one request each" in err

@@ -11,7 +11,7 @@ from unroll.models.load import calm_then_burst
 BURST = range(181, 201)  # readings, counted from 1
 
 
-def test_a_burst_raises_an_alarm_when_it_begins_and_the_calm_before_it_none(
+def test_burst_raises_an_alarm_and_calm_before_it_raises_none(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "load.csv"

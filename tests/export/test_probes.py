@@ -95,7 +95,7 @@ def test_wide_outputs_make_a_short_golden(tmp_path: Path) -> None:
 
 
 class FarBack(nn.Module):
-    """A recurrent layer whose outputs also depend on the input `lag` steps earlier."""
+    """A recurrent layer with outputs that also depend on the input `lag` steps earlier."""
 
     def __init__(self, lag: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Modules whose forward computes one time step: the bundle equals repeated calls of the module."""
+"""Modules with a forward of one time step: the bundle equals repeated calls of the module."""
 
 import threading
 from collections.abc import Callable

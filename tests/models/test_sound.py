@@ -14,7 +14,7 @@ def model() -> SoundDetector:
     return load()
 
 
-def test_it_finds_the_events_and_raises_few_false_alarms(model: SoundDetector) -> None:
+def test_detector_finds_events_with_few_false_alarms(model: SoundDetector) -> None:
     scores = sound.evaluate(model, clips=40)
     assert set(scores) == set(EVENTS)
     for name, score in scores.items():

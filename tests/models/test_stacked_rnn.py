@@ -131,7 +131,7 @@ def rewrite(stem: Path, change: dict[str, Any], without: str = "") -> None:
 
 
 @pytest.mark.parametrize("field", list(asdict(StackedRNNConfig(**SMALL))))
-def test_a_configuration_without_a_field_is_refused_even_if_it_has_a_default(stem: Path, field: str) -> None:
+def test_configuration_with_a_missing_field_is_refused(stem: Path, field: str) -> None:
     rewrite(stem, {}, without=field)
     with pytest.raises(CheckpointError, match=field):
         StackedRNN.load(stem)

@@ -66,6 +66,6 @@ def test_doctor_needs_the_store_packages_only_for_a_store() -> None:
     assert "→ pip install 'unroll-serve[cpu]'" in done.stdout
 
 
-def test_the_synchronous_client_does_not_wait_for_the_import_of_aiohttp() -> None:
+def test_synchronous_client_does_not_import_aiohttp() -> None:
     program = "import sys, unroll; unroll.Client('http://127.0.0.1').close(); assert 'aiohttp' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], timeout=PATIENCE, check=True)

@@ -221,7 +221,7 @@ def test_files_curves_and_signals_are_inputs(visit: Visit) -> None:
     assert shades(page, ".stage canvas >> nth=1") > 10
 
 
-def test_static_inputs_are_asked_for_and_sessions_begin_with_them(visit: Visit, server: Running) -> None:
+def test_playground_asks_for_static_inputs(visit: Visit, server: Running) -> None:
     page = visit("playground/voices")
     fields = page.locator("fieldset label")
     expect(fields).to_have_text(["speaker int64", "gain float32 [2]"])
@@ -254,7 +254,7 @@ def test_play_waits_for_the_session_that_opens(visit: Visit) -> None:
     press(page, "Pause")
 
 
-def test_the_rows_of_its_batch_are_shown(visit: Visit, server: Running) -> None:
+def test_playground_shows_the_rows_of_its_batch(visit: Visit, server: Running) -> None:
     page = visit("playground/two")
     rows = page.locator(".facts div", has_text="Rows in its batch").locator("dd")
     press(page, "Step")
