@@ -7,7 +7,7 @@ MASK = bytes.fromhex("37fa213d")
 
 
 def masked(first: int, payload: bytes, mask: bytes = MASK) -> bytes:
-    """Return one frame. first: the first byte, FIN and opcode."""
+    """Return one masked frame. first: The first byte, FIN and opcode."""
     size = len(payload)
     if size < 126:
         head = struct.pack("!BB", first, 0x80 | size)

@@ -1,4 +1,4 @@
-"""A repository of small models, a CUDA stub, and a Redis."""
+"""Fixtures for all tests: a repository of small models, a CUDA stub and a Redis; and faster imports."""
 
 import fcntl
 import gc
@@ -19,19 +19,19 @@ from redis_server import RedisServer
 from stub_cuda.child import Outcome, Stub
 from waiting import PATIENCE
 
-#: The fixture `made_once`.
+#: The type of the fixture `made_once`.
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 # Hypothesis draws the same examples in every run; the long versions of tests draw new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 if "UNROLL_TEST_EXAMPLES" not in os.environ:
     hypothesis.settings.load_profile("repeatable")
-gc.disable()  # until the tests are collected
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for processes that tests start
+gc.disable()  # enabled again once the tests are collected
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # child processes inherit it
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Skip imports in the xdist controller, as it runs no tests and the workers would wait for it."""
+    """Import torch early, except in the xdist controller: it runs no tests, and its workers would wait for it."""
     if not session.config.pluginmanager.hasplugin("dsession"):
         import torch
 
@@ -47,16 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Freeze the half million imported objects, which live for the whole run, so the garbage collector skips them."""
+    """Make the garbage collector skip the half million imported objects, which live for the whole run."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _httpx_is_quick_and_patient() -> Iterator[None]:
-    """Speed up httpx and extend its timeout: it loads all certificates per client and gives up after 5 s.
+    """Speed up httpx and extend its timeout. By default it loads all certificates per client and gives up after 5 s.
 
-    It also imports sniffio several times per request; without sniffio, Python searches all folders each time.
+    It also tries to import sniffio several times per request. If that is absent, Python searches all folders each time.
     """
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("sniffio") is None:
@@ -69,7 +69,7 @@ def _httpx_is_quick_and_patient() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _loggers_are_not_cached() -> Iterator[None]:
-    """Disable logger caching: a logger first used under a command's configuration would keep it for the whole run."""
+    """Disable the caching of loggers, which would keep the configuration of the command that used them first."""
     configure = structlog.configure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(structlog, "configure", lambda **of: configure(**{**of, "cache_logger_on_first_use": False}))
@@ -78,7 +78,7 @@ def _loggers_are_not_cached() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
-    """Restore the log configuration, as a command run in this process would change it for all later tests."""
+    """Restore the log configuration, which a command run in this process changes for all later tests."""
     before, root = structlog.get_config(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -89,7 +89,7 @@ def _log_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
-    """`made_once(name, make)`: a read-only folder, filled by `make` once for all processes of a run."""
+    """`made_once(name, make)` returns a read-only folder that `make` fills once for all processes of a run."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -117,9 +117,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_with_stub(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
-    """`run_with_stub(script, *arguments)` runs Python where onnxruntime-gpu finds the CUDA of `stub_cuda/`.
+    """`run_with_stub(script, *arguments)` runs Python with `stub_cuda/` as the CUDA of onnxruntime-gpu.
 
-    Its results are meaningless; the outcome lists the calls.
+    Computed results are meaningless; the outcome lists the CUDA calls.
     """
     if missing := Stub.missing():
         pytest.skip(missing)
@@ -137,6 +137,6 @@ def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisSer
 
 @pytest.fixture
 def redis_server(redis_process: RedisServer) -> RedisServer:
-    """An empty Redis. A test that harms the process creates its own RedisServer."""
+    """An empty Redis. A test that kills or suspends Redis creates its own RedisServer."""
     redis_process.flush()
     return redis_process

@@ -1,4 +1,4 @@
-"""An in-memory store for tests: the contract of `interface.py` without expiry."""
+"""An in-memory store for tests. It keeps the contract of `interface.py`, but sessions do not expire."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The correct outputs of a session: its whole sequence in one onnxruntime call."""
+"""Computes the correct outputs of a session: its whole sequence in one onnxruntime call."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class Oracle:
         self._names = [output.name for output in self.manifest.outputs]
 
     def all(self, *inputs: np.ndarray, state: np.ndarray | None = None) -> tuple[list[np.ndarray], np.ndarray]:
-        """inputs: each (time, *shape). Returns each output without its batch axis, and the state row after them."""
+        """Run inputs, each (time, *shape); return the outputs without a batch axis, and the final state row."""
         feed = {spec.name: array[np.newaxis] for spec, array in zip(self.manifest.inputs, inputs, strict=True)}
         row = self.manifest.initial_row() if state is None else state
         lens = np.array([len(inputs[0])], np.int32)
@@ -30,5 +30,5 @@ class Oracle:
         return [output[0] for output in outputs], state_out[0]
 
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
-        """The first output of the whole sequence."""
+        """Return the first output for the whole sequence."""
         return self.all(*inputs)[0][0]

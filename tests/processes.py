@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 
 class Launched(Served):
-    """`unroll serve`, or a script that calls it, forked from a process that has imported it, for a quick start.
+    """`unroll serve`, or a script that calls it. It starts quickly: it is forked from a process that has imported it.
 
-    stderr: its output.
+    stderr: A pipe with its stdout and stderr.
     """
 
     def __init__(self, *arguments: str, script: str = "") -> None:
@@ -35,7 +35,7 @@ class Launched(Served):
         return self.poll()
 
     def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
-        """Wait for the exit; return nothing for stdout, and the stderr output not yet read."""
+        """Wait for the exit. Return an empty stdout, and the rest of stderr."""
         with self:
             return "", self.stderr.read()
 
@@ -54,16 +54,16 @@ class Launched(Served):
 
 
 def spawn(*arguments: str, script: str = "") -> subprocess.Popen[str]:
-    """Start the same in a new interpreter, as a user does."""
+    """Start the same in a new interpreter, as a user would."""
     program = ["-c", script] if script else ["-m", "unroll", "serve"]
     command = [sys.executable, *program, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 class Process:
-    """A server as a separate process. `log`: its stderr lines, each a JSON document.
+    """A server as a separate process, started by `Launched` or `spawn`.
 
-    start: `Launched` or `spawn`.
+    log: The lines of its stderr, each a JSON document.
     """
 
     def __init__(self, repository: Path, *flags: str, start: Callable[..., Any] = Launched, script: str = "") -> None:
@@ -84,5 +84,5 @@ class Process:
         return self.popen.returncode
 
 
-#: The fixture `start_process`, called with flags, `start=…` and `script=…`.
+#: The type of the fixture `start_process`, called with flags, `start=…` and `script=…`.
 StartProcess = Callable[..., Process]

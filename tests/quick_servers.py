@@ -1,4 +1,4 @@
-"""`install()` shortens the waits of test servers, so they start and stop faster."""
+"""`install()` shortens waits in servers under test, so that they start and stop faster."""
 
 import asyncio
 import itertools
@@ -11,7 +11,7 @@ from unroll.service.models import loading
 
 
 def install() -> None:
-    # For a few models, 0.15 s each is most of the start; a rougher curve suffices for tests.
+    # The default of 0.15 s per model would take most of the start; a rougher curve suffices for tests.
     loading.measure = partial(measure, budget_seconds=0.005)  # type: ignore[assignment]
     uvicorn.Server.main_loop = _main_loop  # type: ignore[method-assign]
 

@@ -18,7 +18,7 @@ from deploy import local_redis
 
 
 def free_port() -> int:
-    """Return a free loopback port below the ephemeral range, so no connection takes it before or between starts.
+    """Return a free loopback port below the ephemeral range, so that no connection takes it while Redis is down.
 
     A Redis Cluster also listens 10,000 ports above its own.
     """
@@ -30,9 +30,9 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """folder: for its files. appendfsync: always, everysec or no. options: further flags, by name.
+    """A Redis with its files in `folder`. Skips the test if no server is installed.
 
-    Skips the test if no server is installed.
+    appendfsync: "always", "everysec" or "no". options: More flags by name.
     """
 
     def __init__(self, folder: Path, appendfsync: str = "everysec", **options: str) -> None:
@@ -48,7 +48,7 @@ class RedisServer:
         self.client = redis.Redis(port=self.port, socket_timeout=PATIENCE)
 
     def start(self) -> None:
-        """Start it; return when it replies, with any data from its files."""
+        """Start Redis with the data in its files, and wait until it replies."""
         self.folder.mkdir(parents=True, exist_ok=True)
         where = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)}
         flags = [word for name, value in {**where, **self._flags}.items() for word in (f"--{name}", value)]
@@ -66,7 +66,7 @@ class RedisServer:
 
     @property
     def append_only_files(self) -> Path:
-        """The append-only folder, or a single file before Redis 7."""
+        """The append-only folder; before Redis 7, a single file."""
         folder = self.folder / "appendonlydir"
         return folder if folder.exists() else self.folder / "appendonly.aof"
 
@@ -74,7 +74,7 @@ class RedisServer:
         self.client.flushall()
 
     def stop(self) -> None:
-        """Shut it down cleanly, with all accepted data in its files."""
+        """Shut Redis down cleanly, with all accepted data in its files."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:

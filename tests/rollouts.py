@@ -1,4 +1,4 @@
-"""A rollout on the client's side: the same steps one by one, and the same random draws."""
+"""Rollouts computed by the client: the same steps one by one, with the same random draws."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,12 +7,12 @@ from typing import Any
 import httpx
 import numpy as np
 
-#: Makes the next inputs from a step's outputs, each (*shape), and the next position.
+#: Computes the next inputs from a step's outputs, each (*shape), and the next position.
 Feed = Callable[[list[np.ndarray], int], list[np.ndarray]]
 
 
 def split_mix(seed: int, position: int) -> float:
-    """SplitMix64 as published by its authors, up to the number at the position."""
+    """Return the number at the position in the sequence of SplitMix64, in [0, 1)."""
     state, mixed = seed, 0
     for _ in range(position + 1):
         state = mixed = (state + 0x9E3779B97F4A7C15) % 2**64
@@ -36,7 +36,7 @@ def sample(logits: np.ndarray, position: int, *, seed: int, temperature: float =
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
-    """Parse the server-sent events of a body."""
+    """Parse server-sent events; yield their names and data."""
     name = ""
     for line in lines:
         if line.startswith("event: "):
@@ -46,7 +46,7 @@ def events(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
 
 
 def roll(client: httpx.Client, session: str, **body: Any) -> tuple[list[dict], dict]:
-    """Return the steps of a rollout and its final event."""
+    """Request a rollout; return its steps and its final event."""
     with client.stream("POST", f"{session}/rollout", json=body) as answer:
         if answer.status_code != 200:
             answer.read()
@@ -59,7 +59,7 @@ def roll(client: httpx.Client, session: str, **body: Any) -> tuple[list[dict], d
 
 
 def by_hand(client: httpx.Client, session: str, feed: Feed, outputs: Any, position: int, count: int) -> list[Any]:
-    """Send `count` steps one by one, each made from the previous outputs; return their outputs."""
+    """Send `count` steps one by one, each computed from the previous outputs; return their inputs and outputs."""
     found = []
     for i in range(count):
         inputs = feed(outputs, position + i)

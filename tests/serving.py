@@ -1,4 +1,4 @@
-"""A server on a real socket in the test process, and an engine that can be held."""
+"""A server on a real socket in the test process, and an engine that holds back results."""
 
 import asyncio
 import socket
@@ -34,7 +34,7 @@ quick_servers.install()
 
 
 class _SharedTrialProcess(TrialProcess):
-    """Tries the bundles of all servers in this process, as a trial process takes longer to start than a server."""
+    """One trial process for all servers of this process, because it takes longer to start than a server."""
 
     def close(self) -> None: ...
 
@@ -57,12 +57,12 @@ RAW = {"Content-Type": "application/octet-stream"}
 
 
 def raw_steps(x: Sized) -> dict[str, str]:
-    """Return the headers for the raw bytes of x, (time, ...)."""
+    """Return the headers of a request with the raw bytes of x, (time, ...)."""
     return {**RAW, "Unroll-Steps": str(len(x))}
 
 
 class _Announcing(DrainingServer):
-    """Announces that it listens or failed to."""
+    """Sets `announced` once it listens or has failed to."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,7 +86,7 @@ class Running:
         tls = None if files is None else Tls(files)
         config = uvicorn_config(application, self.server, "127.0.0.1", 0, ConnectionLimits.of(settings), tls)
         if "keep_alive" not in settings.model_fields_set:
-            config.timeout_keep_alive = PATIENCE  # keeps connections open for a client that was starved of CPU
+            config.timeout_keep_alive = PATIENCE  # keep connections of a client that was starved of CPU
         operator = None
         if settings.admin_port is not None:
             listener = bind(settings.admin_host, settings.admin_port)
@@ -124,7 +124,7 @@ class Running:
             model.scheduler.check_invariants()
 
     def keep_little_for(self, client: socket.socket) -> None:
-        """Shrink the kernel's buffers for data sent to this client, on a connection already in use."""
+        """Shrink the kernel's buffers for data sent to this client, whose connection is already in use."""
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         address = client.getsockname()
         (sends,) = [
@@ -153,14 +153,14 @@ class Running:
 
     @contextmanager
     def holding(self, name: str, version: str | None = None) -> Iterator["HeldEngine"]:
-        """Keep the model's batches unanswered inside the block, so their chunks stay in flight."""
+        """Hold back the model's results inside the block, so that chunks stay in flight."""
         loop = self.model(name, version).loop
         with HeldEngine(loop) as held:
             yield held
 
 
 class HeldEngine:
-    """Replaces a loop's engine: runs batches in its thread, and returns no result until released."""
+    """Replaces a loop's engine: runs batches in the engine's thread and returns no result until released."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -188,7 +188,7 @@ class HeldEngine:
         return result
 
     def wait(self) -> None:
-        """Return when a batch has run."""
+        """Wait until a batch has run."""
         assert self.reached.wait(PATIENCE), "no batch was run"
 
     def release(self) -> None:
@@ -196,7 +196,7 @@ class HeldEngine:
 
 
 class SlowEngine(HeldEngine):
-    """A slow engine: work for the next batch accumulates while it runs."""
+    """Replaces a loop's engine by one that takes `seconds` per batch, so that work accumulates meanwhile."""
 
     def __init__(self, loop: Loop, seconds: float) -> None:
         super().__init__(loop)
@@ -208,7 +208,7 @@ class SlowEngine(HeldEngine):
 
 
 def metrics(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Parse a scrape into samples by name and labels. Raises if it is not Prometheus text format."""
+    """Parse a scrape into samples by name and labels. Raises if the text is not in Prometheus format."""
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
@@ -222,5 +222,5 @@ def metric(text: str, name: str, **labels: str) -> float:
     return sum(value for (found, has), value in metrics(text).items() if found == name and wanted <= has)
 
 
-#: The fixture `serve`, called with a clock or None, and settings by name.
+#: The type of the fixture `serve`, called with a clock or None, and settings by name.
 Serve = Callable[..., Running]

@@ -1,7 +1,7 @@
-"""How tests wait: for a named condition, always with a limit. No other test module polls.
+"""How tests wait: for a named condition, always with a time limit. No other test module polls.
 
-A test awaits an event, a future or a pipe where one exists. Another process announces nothing, so its condition is
-polled.
+A test waits for an event, a future or a pipe where one exists. Polling is for conditions that nothing announces, such
+as the state of another process.
 """
 
 import asyncio
@@ -12,11 +12,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Self
 
-#: Seconds until a test gives up. A limit, not a measure: a busy machine takes ten times as long as an idle one.
+#: Seconds until a test gives up. Generous, because a busy machine can be ten times slower than an idle one.
 PATIENCE = 120.0
-#: Pauses grow with the time already waited, as polling takes processor time from the awaited work.
+#: Pauses grow with the time already waited, because polling takes processor time from the awaited work.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.05
-#: Turns of the event loop before the first pause, as the loop itself usually makes the condition true.
+#: Turns of the event loop before the first pause; usually the loop itself makes the condition true.
 _TURNS = 50
 
 
@@ -28,7 +28,7 @@ def until(condition: Callable[[], object], what: str = "the condition") -> None:
 
 
 async def reached(condition: Callable[[], object | Awaitable[object]], what: str = "the condition") -> None:
-    """`until` inside an event loop, whose other tasks run in between. The condition may be a coroutine function."""
+    """Like `until`, but lets other tasks of the event loop run. The condition may be a coroutine function."""
     began = time.monotonic()
     for turn in itertools.count():
         found = condition()
@@ -45,15 +45,15 @@ def _next_pause(began: float, what: str) -> float:
 
 
 async def turns(count: int = 1) -> None:
-    """Run the event loop this many turns, before a test asserts that something has not happened."""
+    """Run the event loop for this many turns, before a test asserts that something has not happened."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 class LoopTime:
-    """A stopwatch that pauses while the machine does not run this event loop.
+    """A stopwatch that stands still while the machine does not run this event loop.
 
-    seconds: since the stopwatch was entered, counted by ticks of the loop.
+    seconds: Seconds since it was started, counted in ticks of the loop.
     """
 
     _TICK_SECONDS = 0.01

@@ -228,5 +228,5 @@ def _close(one: np.ndarray, other: np.ndarray) -> bool:
         return False
     if one.dtype.kind != "f":
         return np.array_equal(one, other)
-    scale = max(1.0, float(np.max(np.abs(other))))
-    return bool(np.max(np.abs(one - other)) <= _CLOSE * scale)
+    scale = max(1.0, float(np.max(np.abs(other), where=np.isfinite(other), initial=0.0)))
+    return np.allclose(one, other, 0.0, _CLOSE * scale, equal_nan=True)

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,7 @@ _PATIENCE, _PATIENCE_OF_OPERATORS = 2.0, 600.0
 _FORWARDED = (b"authorization", b"x-api-key")
 #: Media type of Prometheus's text format.
 METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-#: The name of a sample, and the brace if it has labels.
-_SAMPLE = re.compile(r"(\w+)(\{?)")
-_UP = "# HELP unroll_worker_up 1 if the worker answers.\n# TYPE unroll_worker_up gauge\n"
+_UP = "unroll_worker_up 1 if the worker answers.\n# TYPE unroll_worker_up gauge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class AllWorkers:
     async def ask(self, http: Request) -> Answers:
         request = await read_request(http.scope, http.receive, MOST_BYTES)
         headers = [b"%b: %b\r\n" % (name, request.headers[name]) for name in _FORWARDED if name in request.headers]
-        head = b"%b %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n%bContent-Length: %d\r\n\r\n" % (
+        head = b"%b %b HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n%bContent-Length: %d\r\n\r\n" % (
             http.method.encode(),
             http.scope["raw_path"],
             b"".join(headers),
@@ -85,10 +82,10 @@ async def _answer(socket: Path, request: bytes, patience: float) -> WorkerAnswer
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     except OSError:  # TimeoutError is one
         return None
-    if not head:
-        return None
-    media_type = re.search(rb"(?i)\r\ncontent-type: ([^\r]*)", head)
-    return WorkerAnswer(int(head[9:12]), None if media_type is None else media_type[1].decode(), body)
+    fields = dict(re.findall(r"\r\n([\w-]+): ([^\r]*)", head.decode("latin-1")))
+    if fields.get("content-length") != str(len(body)):
+        return None  # the worker ended before its answer
+    return WorkerAnswer(int(head[9:12]), fields.get("content-type"), body)
 
 
 def done_by_all(answers: Answers) -> Response:
@@ -109,14 +106,15 @@ def metrics_of_all(answers: Answers) -> Response:
     families: dict[str, list[str]] = {_UP: []}
     for number, answer in enumerate(answers, 1):
         text = answer.body.decode() if answer is not None and answer.status == HTTPStatus.OK else None
-        families[_UP].append(f'unroll_worker_up{{worker="{number}"}} {int(text is not None)}.0\n')
-        for family in re.findall(r"(?ms)^# HELP .*?(?=^# HELP |\Z)", text or ""):
-            lines = re.findall(r".*\n", family)  # labels may contain other line breaks
-            labelled = [_SAMPLE.sub(partial(_label, number), line, count=1) for line in lines[2:]]
-            families.setdefault("".join(lines[:2]), []).extend(labelled)
-    merged = "".join(head + "".join(samples) for head, samples in families.items())
+        families[_UP].append(f'unroll_worker_up{{worker="{number}"}} {int(text is not None)}.0')
+        for family in f"\n{text or ''}".rstrip("\n").split("\n# HELP ")[1:]:
+            described, kind, *samples = family.split("\n")  # labels may contain other line breaks
+            families.setdefault(f"{described}\n{kind}", []).extend(_labelled(line, number) for line in samples)
+    merged = "".join("\n".join([f"# HELP {head}", *samples, ""]) for head, samples in families.items())
     return Response(merged, media_type=METRICS_TEXT)
 
 
-def _label(number: int, sample: re.Match[str]) -> str:
-    return f'{sample[1]}{{worker="{number}"' + ("," if sample[2] else "}")
+def _labelled(sample: str, number: int) -> str:
+    if "{" in sample:
+        return sample.replace("{", f'{{worker="{number}",', 1)
+    return sample.replace(" ", f'{{worker="{number}"}} ', 1)

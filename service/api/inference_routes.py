@@ -49,7 +49,7 @@ class Route:
     method: str = "POST"
 
     def matches(self, path: Path) -> bool:
-        return len(path) == self.parts and all(path[i] == part for i, part in self.fixed.items())
+        return len(path) == self.parts and all(path[1:]) and all(path[i] == part for i, part in self.fixed.items())
 
     def handle(self, app: AppState, path: Path, request: Request, respond: Respond) -> None:
         """Start the work; `request.cancel` cancels it. `respond` is always called exactly once.
@@ -213,10 +213,10 @@ def log(app: AppState, route: Route, path: Path, request: Request, answer: Answe
 
 
 async def respond(app: AppState, http: HttpRequest) -> Response:
-    """Handle a POST to an inference route; cancelling the caller cancels the work."""
+    """Handle a request to an inference route; cancelling the caller cancels the work."""
     request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
     http.scope[ERROR] = None  # logged below, not by the middleware
-    parts = split(http.url.path)
+    parts = split(http.scope["path"])  # `http.url` drops tabs and line ends
     route = find(http.method, parts)
     assert route is not None, parts
     started = perf_counter()

@@ -15,7 +15,7 @@ Serve = Callable[[Callable[[ServerConnection], Awaitable[None]]], Any]
 
 @pytest.fixture
 def websocket_server() -> Serve:
-    """Starts a server that calls the handler for each connection; yields its port."""
+    """`websocket_server(handler)` serves each connection with the handler and yields the port."""
 
     @asynccontextmanager
     async def serving(handler: Callable[[ServerConnection], Awaitable[None]]) -> AsyncIterator[int]:
@@ -27,5 +27,5 @@ def websocket_server() -> Serve:
 
 @pytest.fixture(scope="session")
 def models(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """A repository with the models; PyTorch's outputs are in the folder above."""
+    """The repository of the benchmark's models; PyTorch's outputs are in its parent folder."""
     return made_once("bench", lambda path: model.write(path / "repository")) / "repository"

@@ -1,4 +1,4 @@
-"""The benchmark runs, checks every answer and writes figures. The values of the figures are not tested."""
+"""The benchmark runs, checks every answer and writes its figures. No test depends on their values."""
 
 import json
 import subprocess

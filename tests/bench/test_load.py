@@ -14,7 +14,7 @@ REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 class Scripted(asyncio.Protocol):
-    """answer: for each request, the seconds to wait and the pieces of the reply."""
+    """A server whose `answer` returns, per request, the seconds to wait and the pieces of the reply."""
 
     def __init__(self, answer: Callable[[int], tuple[float, list[bytes]]]) -> None:
         self._answer = answer
@@ -89,7 +89,7 @@ async def test_malformed_reply_fails_the_run(reply: bytes) -> None:
 
 
 async def test_open_loop_latency_counts_from_the_due_time() -> None:
-    """The server stalls once for 0.2 s, two fifths of the run: every request due during the stall has waited."""
+    """The server stalls once for 0.2 s, two fifths of the run, and the requests due in that time count as waiting."""
 
     def stalls(number: int) -> tuple[float, list[bytes]]:
         return (0.2 if number == 20 else 0.0), [REPLY]

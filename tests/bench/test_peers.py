@@ -39,7 +39,7 @@ def test_peer_is_correct_and_leaves_no_process(peer: Peer, models: Path, tmp_pat
 
 
 def check_steps(peer: Peer, model: str, path: Path, port: int) -> None:
-    """Clients alternate on persistent connections; then the first starts again."""
+    """Clients step in turn on persistent connections, then the first one starts a new sequence."""
     values = random(CLIENTS, STEPS, model)
     connections = [create_connection((HOST, port), timeout=PATIENCE) for _ in range(CLIENTS)]
     for index in range(STEPS):
@@ -96,7 +96,7 @@ def started(peer: Peer, models: dict[str, Path], folder: Path) -> Iterator[Serve
 
 
 def descendants(pid: int) -> list[int]:
-    """The process and all its descendants, whatever their sessions and groups."""
+    """Return the process and all its descendants, in any session or process group."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *(found for child in children for found in descendants(int(child)))]
 

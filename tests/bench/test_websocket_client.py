@@ -18,7 +18,7 @@ def outputs(entries: np.ndarray, values: np.ndarray) -> bytes:
 
 
 async def adding_server(connection: ServerConnection) -> None:
-    """Adds 1 to the values; answers the entries one by one in reverse order, after a ping."""
+    """Adds 1 to the values. Sends a ping, then answers the entries one by one in reverse order."""
     steps = 0
     async for message in connection:
         if isinstance(message, str):
@@ -40,7 +40,7 @@ async def adding_server(connection: ServerConnection) -> None:
             await connection.send(outputs(entries[i : i + 1], values[i : i + 1] + 1))
 
 
-@pytest.mark.parametrize("entries", [1, 300, 6000])  # lengths of 7, 16 and 64 bits
+@pytest.mark.parametrize("entries", [1, 300, 6000])  # payload lengths encoded in 7, 16 and 64 bits
 async def test_sessions_open_and_all_entries_return(websocket_server, entries: int) -> None:
     values = np.random.default_rng(0).standard_normal((entries, FEATURES), np.float32)
     frames = [steps_frame(range(entries), values)]

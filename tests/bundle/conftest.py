@@ -1,4 +1,4 @@
-"""The golden vectors of the running sum."""
+"""Golden vectors of the running-sum model."""
 
 import numpy as np
 import pytest

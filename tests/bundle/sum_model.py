@@ -1,4 +1,4 @@
-"""A bundle's model in NumPy: a running sum with the sum so far as its state."""
+"""A bundle's model in NumPy: a running sum, whose state is the sum so far."""
 
 import numpy as np
 
@@ -24,6 +24,6 @@ MANIFEST = Manifest(
 
 
 def run(inputs, state, sequence_lens):
-    """Run the model."""
+    """Run the model, as the runner does."""
     total = state[:, None] + np.cumsum(inputs["x"], axis=1, dtype=state.dtype)
     return {"y": total, "last": inputs["token"][:, -1].astype(np.int32)}, total[:, -1].copy()

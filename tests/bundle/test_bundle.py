@@ -1,4 +1,4 @@
-"""A bundle round-trips exactly or is refused."""
+"""A bundle is read and written back exactly, or refused."""
 
 import json
 from dataclasses import asdict, replace
@@ -12,9 +12,9 @@ from unroll import bundle
 from unroll.bundle import BundleError, Golden, Manifest
 from unroll.bundle.manifest import check_name
 
-#: Models without a node, of two versions of ONNX.
+#: Models without nodes, from two versions of ONNX.
 GRAPH, OTHER = b"\x08\x0a\x3a\x00", b"\x08\x09\x3a\x00"
-#: With such a tolerance, any answer would count as PyTorch's.
+#: A tolerance so large that any output would match PyTorch's.
 UNUSABLE = (float("inf"), float("nan"), -1.0)
 
 
@@ -120,13 +120,13 @@ def test_existing_bundle_is_kept_unless_asked(path: Path, tmp_path: Path, golden
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "é", "x" * 65, "-a", "a\n"])
-def test_bad_name(name: str) -> None:
+def test_invalid_name_is_refused(name: str) -> None:
     with pytest.raises(BundleError, match="model name"):
         check_name(name, "1")
 
 
 @pytest.mark.parametrize("version", ["", "0", "01", "-1", "1.0", "v1", "1" * 19, "1\n", "١"])
-def test_bad_version(version: str) -> None:
+def test_invalid_version_is_refused(version: str) -> None:
     with pytest.raises(BundleError, match="version"):
         check_name("a", version)
 
@@ -147,6 +147,6 @@ def test_unlistable_folder_is_not_a_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 40, b"not a file"])
-def test_damaged_vectors(damage: bytes) -> None:
+def test_damaged_golden_vectors_are_refused(damage: bytes) -> None:
     with pytest.raises(ValueError, match="golden vectors"):
         Golden.from_bytes(damage)

@@ -1,4 +1,4 @@
-"""Divisions allowed in a graph: floats by anything, integers by constants other than -1."""
+"""A graph may divide floats by anything, but integers only by constants other than -1."""
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ def node(operator: str, *names: str, **attributes: object) -> onnx.NodeProto:
 
 
 def found(*nodes: onnx.NodeProto) -> set[str]:
-    """Return the forbidden operators of a graph with these nodes and the inputs `x` (float) and `n` (integer)."""
+    """Return the forbidden operators in a graph of these nodes, with the inputs `x` (float) and `n` (integer)."""
     values = [helper.make_tensor_value_info(name, kind, [4]) for name, kind in (("x", FLOAT), ("n", INT))]
     outputs = [helper.make_tensor_value_info("y", FLOAT, None)]
     constants = [numpy_helper.from_array(np.array(value), name) for name, value in CONSTANTS.items()]
@@ -46,7 +46,7 @@ def body(*nodes: onnx.NodeProto, inputs: str = "", kind: int = FLOAT) -> onnx.Gr
         [node("Constant", "c", value=helper.make_tensor("", INT, [1], [3])), node("Mod", "n", "c", "y")],
     ],
 )
-def test_a_division_that_cannot_end_the_process_is_allowed(nodes: list[onnx.NodeProto]) -> None:
+def test_division_that_cannot_crash_is_allowed(nodes: list[onnx.NodeProto]) -> None:
     assert not found(*nodes)
 
 
@@ -68,5 +68,5 @@ def test_a_division_that_cannot_end_the_process_is_allowed(nodes: list[onnx.Node
         ],
     ],
 )
-def test_a_division_of_integers_by_computed_ones_is_not(nodes: list[onnx.NodeProto]) -> None:
+def test_integer_division_by_a_computed_integer_is_forbidden(nodes: list[onnx.NodeProto]) -> None:
     assert len(found(*nodes)) == 1

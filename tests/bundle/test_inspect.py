@@ -20,7 +20,7 @@ def inspect(*arguments: object) -> int:
     return cli.main(["inspect", *map(str, arguments)])
 
 
-def test_the_table_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_shows_the_contents_of_the_bundle(capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(BUNDLE) == 0
     printed = capsys.readouterr().out
     for words in ("bytes version 1", "streaming  yes", "2 LSTM", "0 <= value < 256", "(time, 256)", "1792 bytes"):
@@ -47,7 +47,7 @@ def test_json_contains_the_manifest_and_the_contents_of_the_files(capsys: pytest
     assert found["operators"] == dict(Counter(node.op_type for node in nodes))
 
 
-def test_operators_of_subgraphs_and_other_domains_count() -> None:
+def test_operators_include_subgraphs_and_other_domains() -> None:
     inner = helper.make_graph([helper.make_node("Tanh", ["a"], ["b"])], "then", [], [_value("b")])
     nodes = [
         helper.make_node("If", ["c"], ["d"], then_branch=inner, else_branch=inner),
@@ -59,7 +59,7 @@ def test_operators_of_subgraphs_and_other_domains_count() -> None:
 
 
 @pytest.mark.parametrize("content", [b"\x3a\xff\xff\xff\xff\x0fgraph", b"\x3b", b"\x3a" + b"\x80" * 12, b"\x3a\x80"])
-def test_other_bytes_are_no_model(content: bytes) -> None:
+def test_unreadable_model_is_reported(content: bytes) -> None:
     with pytest.raises(BundleError, match="not an ONNX model"):
         operators(content)
 

@@ -1,4 +1,4 @@
-"""Signed bundles, and a server that serves only bundles with a trusted signature."""
+"""Bundles can be signed, and a server can require a trusted signature."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def swapped(path: Path) -> None:
     shutil.copy(path.parents[1] / "ours" / "1" / "signature.json", path)
 
 
-#: By model: the signing key, a later change, and the code that refuses it.
+#: By model: the signing key, a later change, and the code of the refusal, if any.
 CASES: dict[str, tuple[str | None, Callable[[Path], object], str]] = {
     "ours": ("ours", lambda path: None, ""),
     "theirs": ("theirs", lambda path: None, "bundle_signature"),

@@ -54,7 +54,7 @@ def test_chunked_joins_time_and_keeps_the_last(golden: Golden) -> None:
 
 
 def by_length(inputs, state, sequence_lens):
-    """Compute the running sum with `sequence_lens`, as a graph does."""
+    """Compute the running sum with `sequence_lens`, as an exported graph does."""
     outputs, _ = run(inputs, state, sequence_lens)
     ends = np.arange(len(state)), sequence_lens - 1
     return {"y": outputs["y"], "last": inputs["token"][ends].astype(np.int32)}, outputs["y"][ends].copy()
@@ -93,7 +93,7 @@ def test_the_largest_difference_is_nan_if_one_is() -> None:
 
 
 @pytest.mark.parametrize("time", [1, 2, 3, 30])
-def test_chunks_cut_all_of_it(time: int) -> None:
+def test_random_chunks_cover_the_sequence(time: int) -> None:
     for seed in range(20):
         chunks = random_chunks(time, np.random.default_rng(seed))
         assert sum(chunks) == time

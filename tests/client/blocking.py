@@ -1,4 +1,4 @@
-"""The asynchronous client behind a synchronous interface, so one test covers both clients."""
+"""A synchronous interface to the asynchronous client, so that one test covers both clients."""
 
 import asyncio
 import inspect

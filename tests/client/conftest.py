@@ -1,4 +1,4 @@
-"""A server for all tests of the client, and both clients behind one interface."""
+"""One server for all client tests, and both clients behind one interface."""
 
 import asyncio
 import shutil
@@ -58,7 +58,7 @@ def client(make_client: MakeClient, server: Running) -> Any:
 
 @pytest.fixture(scope="session")
 def node() -> list[str]:
-    """The command of a Node version with WebSockets."""
+    """The command that runs a Node with WebSockets."""
     command = shutil.which("node")
     if command is None:
         pytest.skip("node is not installed")

@@ -41,7 +41,7 @@ class ExampleDriver(PythonDriver):
             try:
                 session._socket = session._connect()
             except ConnectionClosed:
-                continue  # as its _exchange
+                continue  # as its _exchange does
         return {"id": session.id, "position": session.position}
 
     async def _apply(self, command: Command, method: str) -> dict[str, Any]:

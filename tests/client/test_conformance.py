@@ -1,4 +1,4 @@
-"""The client conformance suite: our clients pass, the examples pass their part, and wrong clients are caught."""
+"""The client conformance suite: our clients pass, the examples pass what they support, wrong clients are caught."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PAGE = HERE.parents[1] / "docs" / "client-conformance.md"
 CONVERSATIONS = {each.name: each for each in read_conversations(sorted(suite.FOLDER.glob("*.yaml")))}
 PYTHON = (sys.executable, "-m", "unroll.client.conformance.python_driver")
 
-#: The conversations for the clients in docs/protocol.md, which have one session and raise every refusal.
+#: The conversations that the example clients support: they have one session and raise every refusal.
 OF_EXAMPLES = (
     *("stream-steps-and-chunks", "stream-what-is-of-a-later-version", "stream-reply-not-kept", "stream-outputs-twice"),
     *("stream-frame-lost", "stream-outputs-lost", "stream-outputs-lost-thrice", "stream-outputs-cut-in-half"),
@@ -29,10 +29,10 @@ OF_EXAMPLES = (
     *("stream-payload-mismatch", "stream-wrong-values", "stream-message-refused", "stream-message-too-large"),
 )
 
-#: Redundant with another wrong client, or slow because of waits.
+#: Wrong clients that resemble another one, or that are slow because they wait.
 LONG = {"never_stops", "rolls_out_the_rest", "yields_at_the_end"}
 
-#: The conversation that catches each wrong client, and those it passes.
+#: Per wrong client: conversations that catch it, and conversations that it passes.
 CAUGHT = {
     "never_retries": (["rest-retry-after", "stream-outputs-lost", "stream-closing"], ["rest-steps-and-chunks"]),
     "retries_without_position": (["rest-answer-lost", "rest-steps-and-chunks"], ["stream-outputs-lost"]),

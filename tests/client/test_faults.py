@@ -1,4 +1,4 @@
-"""Failures under a client: connections broken at every point, servers, and stores."""
+"""Clients survive connections broken at every point, killed servers and temporary refusals."""
 
 import asyncio
 import random
@@ -15,10 +15,10 @@ from serving import Oracle, Running
 from unroll.client import AsyncClient, Client, errors
 
 
-async def test_connections_break_at_every_place(
+async def test_connections_may_break_at_every_point(
     server: Running, oracle: Callable[[str], Oracle], rng: np.random.Generator
 ) -> None:
-    """Truncated requests and lost, late or missing replies: each step is applied once."""
+    """Each step is applied once despite truncated requests and lost, truncated or missing replies."""
     x = rng.standard_normal((4, 25, 3)).astype(np.float32)
     chance = random.Random(1)
     weights = {Fault.NONE: 12, Fault.CUT_REQUEST: 1, Fault.LOSE_REPLY: 1, Fault.CUT_REPLY: 1, Fault.SILENCE: 0.2}
@@ -73,7 +73,7 @@ def test_absent_server_is_reported() -> None:
 
 
 def test_temporary_refusal_is_retried_until_the_timeout(server: Running) -> None:
-    """503 with Retry-After over HTTP and on a stream; finally the error is raised; the step can be resent."""
+    """Both over HTTP and on a stream, the error is raised in the end, and the step can be sent again."""
     with Client(server.url, retry_for=0.3) as client, client.stream("gru") as stream:
         (streamed,) = stream.open()
         with client.session("gru") as session:

@@ -17,7 +17,7 @@ MODULE = ROOT / "client" / "unroll.mjs"
 STATIC = {"speaker": 3, "gain": [0.25, -0.5]}
 
 Oracles = Callable[[str], Oracle]
-#: Runs scenarios by name against an address; returns their results.
+#: Runs the named scenarios against a URL and returns their results.
 Play = Callable[..., Any]
 
 
@@ -51,7 +51,9 @@ def same(got: list, right: np.ndarray) -> bool:
     return np.array_equal(np.array(got, np.float32), right)
 
 
-def test_it_gets_the_same_bits(server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play) -> None:
+def test_javascript_client_gets_the_oracles_bits(
+    server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play
+) -> None:
     found = play(server.url, "sessions", "copies", "tensors", "stream")
     right = oracle("lstm")(given["x"])
     for durability in ("memory", "stored", "client"):
@@ -81,7 +83,7 @@ def test_it_gets_the_same_bits(server: Running, oracle: Oracles, given: dict[str
 
 
 def rolled(lstm: Oracle, x: np.ndarray) -> tuple[list[list], np.ndarray]:
-    """Return four steps after x, made from the outputs before them, and all steps."""
+    """Return the four steps of a rollout after x, and the whole sequence with them."""
     right = []
     for position in range(9, 13):
         y = lstm(x)[-1]
@@ -91,7 +93,9 @@ def rolled(lstm: Oracle, x: np.ndarray) -> tuple[list[list], np.ndarray]:
     return right, x
 
 
-def test_it_rolls_sessions_out(server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play) -> None:
+def test_javascript_client_rolls_sessions_out(
+    server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play
+) -> None:
     found = play(server.url, "rollouts")["rollouts"]
     right, _ = rolled(oracle("lstm"), given["x"])
     assert found["forks"] == [right] * 6
@@ -122,7 +126,7 @@ def test_stream_rollouts_survive_broken_connections(
     ]
 
 
-def test_refusals_have_their_codes(server: Running, play: Play) -> None:
+def test_javascript_client_reports_error_codes(server: Running, play: Play) -> None:
     assert play(server.url, "refusals")["refusals"] == [
         *("session_closed", 2, "session_closed"),
         *("payload_mismatch", "InvalidInput"),

@@ -1,4 +1,4 @@
-"""unroll.mjs in a browser, on the page of a server that is killed and restarted."""
+"""unroll.mjs in a browser, served by a server that is killed and restarted."""
 
 import asyncio
 import shutil
@@ -15,7 +15,7 @@ from waiting import PATIENCE
 api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-#: Two sessions, over HTTP and on a stream. Each waits for the test before its fourth step.
+#: Steps one session over HTTP and one on a stream. Each waits for the test before its fourth step.
 LIVE = """async (x) => {
   const { Client } = await import("/page/unroll.mjs");
   const life = async (session) => {
@@ -46,7 +46,7 @@ async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
 
 @pytest.fixture
 async def page() -> AsyncIterator[Any]:
-    """A page of the browser. An uncaught error fails the test."""
+    """A browser page; an uncaught error in it fails the test."""
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     errors: list[str] = []

@@ -1,6 +1,6 @@
 """Rollouts through both clients, compared with the same steps one by one.
 
-test_conformance.py breaks their connections, and ends them early.
+test_conformance.py covers broken connections and rollouts that end early.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ def x(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("durability", ["memory", "stored", "client"])
-def test_a_rollout_is_the_steps_one_by_one(client: Any, x: np.ndarray, durability: str) -> None:
+def test_rollout_equals_the_steps_one_by_one(client: Any, x: np.ndarray, durability: str) -> None:
     with client.session("lstm", durability=durability) as session:
         y = session.steps(x)[-1]
         rolled = list(session.rollout(4, map=SCALED))
@@ -60,21 +60,21 @@ def test_a_rollout_is_the_steps_one_by_one(client: Any, x: np.ndarray, durabilit
         assert same(rolled, by_hand(copy, y))
 
 
-def test_on_the_session_it_is_applied_once(client: Any, x: np.ndarray) -> None:
+def test_applied_rollout_advances_the_session_once(client: Any, x: np.ndarray) -> None:
     with client.session("lstm") as session:
         y = session.steps(x)[-1]
         copy = session.fork()
         right = by_hand(copy, y)
         rolled = list(session.rollout(4, map=SCALED, on="session"))
         assert same(rolled, right)
-        rolled[-1].outputs[:] = 0  # the caller's own arrays
+        rolled[-1].outputs[:] = 0  # the caller owns these arrays
         assert session.position == session.refresh() == 9
         right = by_hand(copy, right[-1][1])  # continues from this client's last outputs
         assert same(list(session.rollout(4, map=SCALED, on="session")), right)
         assert np.array_equal(session.step(x[0]), copy.step(x[0]))
 
 
-def test_given_time_steps_and_outputs(client: Any, x: np.ndarray) -> None:
+def test_rollout_starts_from_given_inputs_or_outputs(client: Any, x: np.ndarray) -> None:
     with client.session("lstm") as session, client.session("lstm") as other:
         y = session.steps(x)[-1]
         right = by_hand(session, y)
@@ -114,7 +114,7 @@ def test_tokens_several_inputs_and_outputs_without_time(client: Any, x: np.ndarr
         assert same(rest, by_hand(session, y))
 
 
-def test_refusals_of_rollouts(client: Any, x: np.ndarray) -> None:
+def test_invalid_rollouts_are_refused(client: Any, x: np.ndarray) -> None:
     with client.session("lstm") as session:
         session.steps(x)
         with pytest.raises(errors.MapInvalid, match="shape"):
@@ -130,7 +130,7 @@ def test_refusals_of_rollouts(client: Any, x: np.ndarray) -> None:
         list(session.rollout(4, map=SCALED, on="session", inputs=x))
 
 
-def test_on_a_stream_it_is_the_same(client: Any, x: np.ndarray) -> None:
+def test_stream_rollout_equals_the_steps_one_by_one(client: Any, x: np.ndarray) -> None:
     with client.session("lstm") as session, client.stream("lstm") as stream:
         y = session.steps(x)[-1]
         one, two, other = stream.open(3)
@@ -154,7 +154,7 @@ def test_on_a_stream_it_is_the_same(client: Any, x: np.ndarray) -> None:
         assert same(rest, by_hand(other, first.outputs))
 
 
-def test_a_rollout_on_a_stream_that_is_refused_leaves_the_stream(client: Any, x: np.ndarray) -> None:
+def test_refused_stream_rollout_keeps_the_stream_usable(client: Any, x: np.ndarray) -> None:
     with client.stream("lstm") as stream:
         one, two = stream.open(2)
         for session in (one, two):
@@ -170,7 +170,7 @@ def test_a_rollout_on_a_stream_that_is_refused_leaves_the_stream(client: Any, x:
         with pytest.raises(errors.InvalidInput, match="already has a rollout"):
             list(one.rollout(4, map=SCALED))
         client.session("lstm", one.id, mode="resume").step(x[0])
-        with pytest.raises(errors.PositionError):  # of the step, not the rollout
+        with pytest.raises(errors.PositionError):  # from the step, not from the rollout
             one.step(x[1])
         assert [step.position for step in rolling] == [7, 8, 9]
         with pytest.raises(errors.PositionTooOld):
@@ -203,7 +203,7 @@ async def test_stream_rollout_continues_after_its_server_is_killed(tmp_path: Pat
             over_http = await client.session("tiny", other.id, mode="resume")
             right = [(step.inputs, step.outputs) async for step in over_http.rollout(1000, map=fed)]
             assert same(rolled, right)  # type: ignore[arg-type]
-            await session.step(np.ones(features, np.float32))  # the server's position as well
+            await session.step(np.ones(features, np.float32))  # the server is at the same position
     finally:
         server.kill()
 
@@ -221,11 +221,11 @@ def test_caller_that_stops_early_ends_the_stream_rollout(client: Any, server: Ru
             until(lambda: not len(loop.scheduler.rollouts))
         right = list(
             session.rollout(4, map=SCALED, outputs=y)
-        )  # late steps of the first are not taken for steps of this one
+        )  # late steps of the first rollout must not count as steps of this one
         assert same(right, by_hand(session, y))
 
 
-def test_a_session_that_is_not_open_yet_says_so(server: Running) -> None:
+def test_unopened_session_reports_how_to_open_it(server: Running) -> None:
     async def use() -> None:
         async with AsyncClient(server.url) as client:
             session = client.session("lstm")

@@ -1,4 +1,4 @@
-"""The logic of stream calls without a connection: partial answers, disconnects in between, thousands of sessions."""
+"""Stream calls without a connection: partial answers, disconnects between them, thousands of sessions."""
 
 import json
 import struct
@@ -30,7 +30,7 @@ def outputs(handle: int, end: int, value: float) -> bytes:
 
 
 def answer(calls: StreamCalls, call: ControlCall, **items: object) -> None:
-    """Send the open message and answer it: every handle is at position 0, except those given in `items` as h0, h1, …"""
+    """Send the call's messages and answer them. Handles are opened at position 0, unless `items` has h0, h1, …"""
     call.begin()
     for message in calls.controls(call):
         sent = json.loads(message)
@@ -52,7 +52,7 @@ def opened(calls: StreamCalls, count: int) -> list[Place]:
 
 
 def test_positions_advance_with_the_outputs_and_not_before() -> None:
-    """A caller that gives up after half of the answers does not get them, and sends both steps again."""
+    """A caller that gives up after half of the answers gets none of them and sends both steps again."""
     calls = StreamCalls(MODEL)
     one, two = opened(calls, 2)
     call = calls.steps([one, two], X, chunk=False, several=True)
@@ -73,7 +73,7 @@ def test_positions_advance_with_the_outputs_and_not_before() -> None:
     assert (one.position, two.position) == (1, 1)
 
 
-def test_the_callers_array_may_be_filled_again() -> None:
+def test_caller_may_reuse_its_array() -> None:
     calls = StreamCalls(MODEL)
     (one,) = opened(calls, 1)
     x = X[0].copy()

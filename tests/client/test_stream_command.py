@@ -1,4 +1,4 @@
-"""`unroll stream` and `unroll rollout` against a real server: formats, wrong rows, continued sessions."""
+"""`unroll stream` and `unroll rollout` against a real server: formats, invalid rows, continued sessions."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from unroll.client.errors import InvalidInput
 from unroll.client.tensors import Model, Tensor
 
 Oracles = Callable[[str], Oracle]
-#: Runs the command with arguments and stdin; returns status, stdout and stderr.
+#: Runs the command with arguments and stdin and returns its status, stdout and stderr.
 Run = Callable[..., tuple[int, bytes, str]]
 
 
@@ -169,8 +169,8 @@ def test_a_wav_that_ends_within_a_time_step_is_filled_with_zeros(run: Run, oracl
     assert err == "the last time step is padded with 2 zeros\n2 steps\n"
 
 
-def test_bytes_of_text_and_those_that_follow(run: Run, oracle: Oracles) -> None:
-    text = bytes([1, 5, 10, 3])  # \n is one of the bytes
+def test_lines_format_reads_and_writes_bytes(run: Run, oracle: Oracles) -> None:
+    text = bytes([1, 5, 10, 3])  # \n is one of the input bytes
     status, out, _ = run("tokens", "--format", "lines", stdin=text)
     logits = oracle("tokens")(np.array(list(text), np.int64))
     assert (status, out) == (0, bytes(logits.argmax(-1).tolist()))
@@ -218,7 +218,7 @@ def test_a_rollout_draws_bytes_and_leaves_the_session_as_it_is(roll: Run, server
         (["--map", "identity"], 1, "map_invalid"),
     ],
 )
-def test_a_map_that_does_not_fit(roll: Run, words: list[str], status: int, says: str) -> None:
+def test_map_that_does_not_fit_is_refused(roll: Run, words: list[str], status: int, says: str) -> None:
     found, _, err = roll("lstm", "--steps", "2", *words, stdin=b"1,2,3\n")
     assert found == status
     assert err.startswith("unroll rollout: ")

@@ -1,4 +1,4 @@
-"""Drives the modified client named by the first argument. Most are wrong, and the conversations must detect it."""
+"""Drives the modified client named by the first argument. Most are wrong, and the conversations must catch them."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def retries_without_position() -> None:
 
 
 def applies_twice() -> None:
-    """After a lost answer, queries the session's position and sends the step there."""
+    """After a lost answer, asks for the session's position and sends the step again at that position."""
     attempt = Client._attempt
 
     def changed(self: Client, request: Request) -> Response:
@@ -71,7 +71,7 @@ def drops_a_chunk_at_reconnect() -> None:
 
 
 def takes_any_outputs() -> None:
-    """Does not compare the position of outputs with that of the step."""
+    """Accepts outputs without comparing their position with that of the step."""
     receive = StepsCall.receive
 
     def changed(self: StepsCall, handle: int, end: int, outputs: Any) -> None:
@@ -101,7 +101,7 @@ def forgets_where_a_rollout_ended() -> None:
 
 
 def yields_steps_again() -> None:
-    """After a broken connection, yields the steps of a rollout from the first again."""
+    """After a broken connection, yields the steps of a rollout again from the first."""
     restart = Rollout.restart
 
     def changed(self: Rollout) -> None:
@@ -121,7 +121,7 @@ def takes_a_cut_for_the_end() -> None:
 
 
 def rolls_out_the_rest() -> None:
-    """After a broken connection, requests the missing steps from the position of the last one received."""
+    """After a broken connection, requests the missing steps as a new rollout from the last position received."""
     restart = Rollout.restart
 
     def changed(self: Rollout) -> None:
@@ -156,7 +156,7 @@ def yields_at_the_end() -> None:
 
 
 def takes_rolled_steps_for_outputs() -> None:
-    """Takes steps of a rollout for outputs of another session it waits for."""
+    """Mistakes the steps of a rollout for the outputs of another session."""
     running = StreamCalls._running
 
     def changed(self: StreamCalls, handle: int) -> Any:
@@ -171,7 +171,7 @@ def takes_rolled_steps_for_outputs() -> None:
 
 
 def takes_late_steps() -> None:
-    """Takes late steps of a stopped rollout for steps of the next one."""
+    """Mistakes late steps of a stopped rollout for steps of the next one."""
 
     def running(self: StreamCalls, handle: int) -> StreamRollout | None:
         return self._places[handle].rollout
@@ -180,7 +180,7 @@ def takes_late_steps() -> None:
 
 
 def rollouts_in_json() -> None:
-    """A correct client: requests rollouts on streams in JSON."""
+    """A correct client that requests rollouts on streams in JSON."""
     message, receive = StreamRollout.message, StreamCalls._receive_text
 
     def changed(self: StreamCalls, document: dict[str, Any]) -> None:

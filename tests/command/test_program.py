@@ -1,4 +1,4 @@
-"""The command line as a whole: help, wrong arguments, completion, and their imports."""
+"""The command line as a whole: help, wrong arguments, completion, and what they import."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from unroll.service.access.keys import SCOPES
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "command-line.md"
 
-#: Slow to import, or not installed everywhere.
+#: Packages that are slow to import, or not installed everywhere.
 HEAVY = ("aiohttp", "fastapi", "lmdb", "numpy", "onnx", "onnxruntime", "onnxscript", "redis")
 HEAVY += ("pydantic", "safetensors", "starlette", "torch", "uvicorn", "websockets")
-#: Imported only by help.
+#: Packages that only help imports.
 FOR_HELP = "rich"
 #: Wrong options and values of every kind: unknown, missing, of the wrong type, not allowed, and conflicting.
 WRONG = """
@@ -53,7 +53,7 @@ keys new none --tenant a --scope all
 steam
 """
 
-#: Runs several command lines; prints each status and the modules imported so far.
+#: Runs command lines in order; prints each status and the modules imported by then.
 LINES = """
 import contextlib, io, json, sys
 from unroll import cli

@@ -1,4 +1,4 @@
-"""A job for child processes, in a module with quick imports."""
+"""A job for child processes, in a module that imports quickly."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A job that dies or hangs is reported and affects no other job."""
+"""A job that dies or hangs is reported, and other jobs continue."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""The committed document has every row, and a few rows are remeasured; `make conformance` measures all."""
+"""The committed document has every row. A few rows are measured again; `make conformance` measures all."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ PAGE = documents.PAGE.read_text()
 
 
 def rows(title: str) -> dict[str, list[str]]:
-    """Return the cells of the table below a heading, by first cell."""
+    """Return the rows of the table below a heading, by first cell."""
     [table] = re.findall(rf"^### {re.escape(title)}\n\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()[2:]]
     return {row[0]: row[1:] for row in cells}
@@ -37,7 +37,7 @@ def test_every_kind_is_in_the_document() -> None:
     assert set(OUTCOMES.values()) == {"streams", "whole only", "refused"}
 
 
-def test_every_other_part_was_measured() -> None:
+def test_document_has_all_other_measurements() -> None:
     for architecture in ARCHITECTURES:
         assert f"| {architecture.name} | {architecture.like} |" in PAGE
     assert PAGE.count("| int8 |") == PAGE.count("| float16 |") >= 6
@@ -52,7 +52,7 @@ def test_every_other_part_was_measured() -> None:
         *(pytest.param(name, marks=pytest.mark.long) for name in ("bidirectional GRU", "two speeds")),
     ],
 )
-def test_a_row_is_as_the_document_says(name: str) -> None:
+def test_measured_row_equals_the_document(name: str) -> None:
     found = matrix.measure_export(name)
     assert found.outcome == OUTCOMES[name]
     if found.outcome == "streams":
@@ -115,7 +115,7 @@ def test_plain_export_that_fails_says_where() -> None:
     assert "cummax" in verdict.says
 
 
-def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_marked_block_is_replaced(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- kinds: begin -->\nold\n<!-- kinds: end -->\nafter\n")
     row = Row(
@@ -152,7 +152,7 @@ def test_architectures_give_a_step_for_a_step(module) -> None:
     assert all(output.shape[:2] == size and torch.isfinite(output).all() for output in outputs)
 
 
-def test_the_spectrum_is_fourier_s() -> None:
+def test_spectrum_equals_the_fourier_transform() -> None:
     spectrum, frames = Spectrum(16), torch.randn(5, 16)
     real, imaginary = spectrum.split(frames)
     assert torch.allclose(torch.complex(real, imaginary), torch.fft.rfft(frames), atol=1e-5)

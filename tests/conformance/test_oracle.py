@@ -1,4 +1,4 @@
-"""The oracle detects bundles that contradict their manifest; otherwise a pass would mean nothing."""
+"""The oracle detects bundles that contradict their manifest; otherwise passing it would mean nothing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ GOOD = Tree("floats", 3, (GRU, Dense(4, 3)), "steps")
 
 @pytest.fixture(scope="module")
 def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`write(tree, **claims)`: the path of its bundle, with another manifest."""
+    """`write(tree, **claims)` returns the path of the tree's bundle, with these claims in its manifest."""
 
     @cache
     def exported(tree: Tree) -> bundle.Bundle:
@@ -53,7 +53,7 @@ def test_valid_bundle_passes_the_oracle(write) -> None:
     assert finding.bits
 
 
-def test_other_weights(write) -> None:
+def test_changed_weights_are_detected(write) -> None:
     with pytest.raises(Wrong, match=r"y of \d sequences of 6 steps is off"):
         ask(write(GOOD), replace(GOOD, seed=1))
 
@@ -73,7 +73,7 @@ def test_false_ragged_claim_is_detected(write) -> None:
 
 
 @pytest.mark.long
-def test_another_initial_state(write) -> None:
+def test_changed_initial_state_is_detected(write) -> None:
     tree = replace(GOOD, blocks=(replace(GRU, start="learned"), Dense(4, 3)))
     with pytest.raises(Wrong, match="is off"):
         ask(write(tree, initial_state=None), tree)

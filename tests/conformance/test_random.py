@@ -1,4 +1,4 @@
-"""Random models: a few from `make fuzz-export`, and its tools."""
+"""A few of the random models of `make fuzz-export`, and its tools."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from conformance.trees import Along, Conv, Dense, Elementwise, Loop, Recurrent, 
 @pytest.mark.timeout(240)
 @settings(max_examples=1, derandomize=True, deadline=None, database=None)
 @given(trees())
-def test_nothing_is_silently_wrong(tree: Tree) -> None:
+def test_random_models_are_never_silently_wrong(tree: Tree) -> None:
     verdict = judge(tree)
     assert verdict.outcome not in BAD, f"{verdict.says}\npython -m conformance fuzz --tree '{verdict.tree}'"
 
@@ -46,7 +46,7 @@ def test_nothing_is_silently_wrong(tree: Tree) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_trees_of_every_outcome(tree: Tree, outcome: str, says: str) -> None:
+def test_judge_gives_the_expected_outcome(tree: Tree, outcome: str, says: str) -> None:
     verdict = judge(tree)
     assert verdict.outcome == outcome
     assert says in verdict.code or says in verdict.says
@@ -69,7 +69,7 @@ def test_run_resumes_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     store, first = Store(tmp_path), next(draw(1))
     store.add(Verdict(repr(first), "streams"))
     with (tmp_path / "verdicts.jsonl").open("a") as file:
-        file.write('{"tree": "Tree(sou')  # killed during a write
+        file.write('{"tree": "Tree(sou')  # as if killed during a write
     asked: list[Tree] = []
 
     def run(work, jobs, **options):

@@ -1,4 +1,4 @@
-"""The decoders, each with its allowed errors and its seeds: valid bytes and known attacks on servers."""
+"""The decoders, each with its allowed errors and its seeds: valid bytes, and known attacks on servers."""
 
 import struct
 import tempfile
@@ -33,7 +33,7 @@ _SCRATCH = Path(tempfile.gettempdir()) / "unroll-decoder-fuzz"
 
 @dataclass(frozen=True)
 class Decoder:
-    """decode: may raise only `refusals`."""
+    """A decoder of untrusted bytes; `decode` may raise only `refusals`."""
 
     decode: Callable[[bytes], object]
     seeds: dict[str, bytes]
@@ -53,7 +53,7 @@ def _raw_steps(content: bytes) -> object:
 
 
 def _infer(content: bytes) -> object:
-    """The first two bytes are the length of the JSON, if they are not zero."""
+    """Decode a request. The first two bytes are the length of its JSON, unless they are zero."""
     length = int.from_bytes(content[:2], "little") or None
     request = open_inference.parse(content[2:], length, _LIMIT)
     return open_inference.read_inputs(request, _TYPES[:1])

@@ -1,7 +1,7 @@
 """Checks of Kubernetes manifests against the schemas of Kubernetes and of projects with custom resources.
 
-The custom schemas have tens of thousands of lines and are not included. `UNROLL_CRDS` names a folder with the
-published CustomResourceDefinitions of KServe (config/crd/full) and the Prometheus operator.
+The custom schemas have tens of thousands of lines and are not part of this repository. `UNROLL_CRDS` names a folder
+with the published CustomResourceDefinitions of KServe (config/crd/full) and the Prometheus operator.
 """
 
 import os
@@ -30,14 +30,14 @@ def documents(text: str) -> list[Manifest]:
 
 
 def check(manifest: Manifest) -> None:
-    """Raise for a field that is missing, unknown, or of the wrong type."""
+    """Raise if a field is missing, unknown, or of the wrong type."""
     for version in KUBERNETES:
         with _short_message():
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def check_custom(manifest: Manifest) -> None:
-    """Like `check`, for a custom resource; skips if its definition is not available."""
+    """Check a custom resource as `check` does, or skip the test if its definition is not available."""
     group, _, version = manifest["apiVersion"].partition("/")
     for schema in _schemas(group, manifest["kind"], version):
         with _short_message():
@@ -48,7 +48,7 @@ def check_custom(manifest: Manifest) -> None:
 
 @contextmanager
 def _short_message() -> Iterator[None]:
-    """A validation error prints the whole schema; the fault and its path suffice."""
+    """Reduce a validation error, which prints the whole schema, to the fault and its path."""
     try:
         yield
     except jsonschema.ValidationError as error:
@@ -66,13 +66,15 @@ def _schemas(group: str, kind: str, version: str) -> Iterator[Manifest]:
 
 
 def _strict(schema: Any) -> Any:
-    """The schema, made strict: the API server would drop unknown fields silently."""
+    """Return the schema without room for unknown fields, which the API server would drop silently."""
     if isinstance(schema, list):
         return [_strict(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     strict = {key: _strict(part) for key, part in schema.items()}
-    if isinstance(pattern := strict.get("pattern"), str) and "(?i)" in pattern:  # Go allows it anywhere
+    if (
+        isinstance(pattern := strict.get("pattern"), str) and "(?i)" in pattern
+    ):  # Go allows the flag anywhere, Python only first
         strict["pattern"] = "(?i)" + pattern.replace("(?i)", "")
     if strict.get("x-kubernetes-int-or-string"):
         strict.pop("type", None)

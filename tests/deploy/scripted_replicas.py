@@ -1,4 +1,4 @@
-"""Two scripted servers, and a client of the proxy in front of them."""
+"""Two scripted servers behind a proxy, and a client of the proxy."""
 
 import base64
 import hashlib
@@ -10,12 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from waiting import PATIENCE, until
 
-#: RFC 6455's GUID for the accept header, which the proxy verifies.
+#: RFC 6455's GUID for the Sec-WebSocket-Accept header, which the proxy verifies.
 _RFC_6455 = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 class Replica(ThreadingHTTPServer):
-    """Replies with its name; on scripted paths it dies before it replies."""
+    """Replies with its name. If `deadly`, it closes the connection of a POST without a reply."""
 
     daemon_threads = True
 
@@ -25,14 +25,12 @@ class Replica(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
-        """The proxy's health checks may disconnect at any time."""
+        """Ignore errors: the proxy's health checks may disconnect at any time."""
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # the body is sent separately from the headers and would wait for their acknowledgement
-    )
+    disable_nagle_algorithm = True  # otherwise the body waits until the headers are acknowledged
     server: Replica
 
     def do_GET(self) -> None:
@@ -91,7 +89,7 @@ class Proxy:
 
 @contextmanager
 def behind(start: Callable[[dict[str, int]], AbstractContextManager[int]]) -> Iterator[Proxy]:
-    """Two replicas, `a` and `b`, behind the proxy that `start(ports by name)` starts; its value is its own port."""
+    """Run two replicas, `a` and `b`, behind the proxy that `start(ports by name)` starts; it yields its own port."""
     replicas = [Replica("a"), Replica("b")]
     try:
         with start({each.name: each.server_port for each in replicas}) as port:
@@ -109,7 +107,7 @@ def steps(session: str) -> str:
 
 
 def check_routing(proxy: Proxy) -> None:
-    """Each session's requests go to one replica over every API; sessions and other requests are spread evenly."""
+    """Check that each session stays at one replica over every API, and that sessions and other requests are spread."""
     places = {session: proxy.ask(steps(session))[1] for session in map(str, range(40))}
     assert set(places.values()) == {"a", "b"}
     for session, place in places.items():

@@ -1,4 +1,4 @@
-"""The Helm chart: manifests are valid, hardened and use existing settings; contradictory values are refused."""
+"""The Helm chart renders valid, hardened manifests with existing settings, and refuses contradictory values."""
 
 import base64
 import functools
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(HELM is None, reason="helm is missing: make depl
 
 #: One replica with its own store.
 SMALL = ["redis.enabled=false", "replicas=1", "store.embedded.enabled=true"]
-#: Resources of the Prometheus operator; their definitions are not included.
+#: Resources of the Prometheus operator, whose definitions are not part of this repository.
 CUSTOM = ("ServiceMonitor", "PrometheusRule")
-#: Arguments of --set, by case.
+#: By case: the arguments of --set.
 CASES = {
     "default": [],
     "one-replica": ["redis.enabled=false", "replicas=1"],
@@ -166,7 +166,7 @@ def test_the_small_installation_keeps_its_sessions_on_a_volume():
     [mounted] = [each["mountPath"] for each in container(manifests)["volumeMounts"] if each["name"] == "sessions"]
     assert variables(container(manifests))["UNROLL_STORE"]["value"].startswith(f"file://{mounted}/")
     context = pod(manifests)["securityContext"]
-    assert context["fsGroup"] == context["runAsGroup"]  # it may write to the volume
+    assert context["fsGroup"] == context["runAsGroup"]  # the group may write to the volume
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -223,7 +223,7 @@ def test_alerts_are_about_metrics_of_the_server():
 
 
 @pytest.mark.parametrize(("case", "surge"), [("default", 1), ("gpu", 0)])
-def test_a_rollout_needs_no_more_gpus_than_there_are(case: str, surge: int):
+def test_rolling_update_needs_no_extra_gpu(case: str, surge: int):
     assert workload(render(case))["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == surge
 
 
@@ -233,7 +233,7 @@ def test_gpus_are_requested_and_required():
     assert "--device=cuda:0,cuda:1" in server["args"]
 
 
-def test_it_scales_on_the_queue():
+def test_autoscaler_scales_on_the_queue():
     metrics = of_kind(render("scaled"), "HorizontalPodAutoscaler")["spec"]["metrics"]
     [queue] = [metric["pods"]["metric"]["name"] for metric in metrics if metric["type"] == "Pods"]
     assert f'"{queue}"' in (ROOT / "service/telemetry/metrics.py").read_text()

@@ -50,4 +50,6 @@ def test_the_server_with_a_folder_needs_nothing_else():
     named, folder = service["volumes"][-1].split(":")
     assert named in FILE["volumes"]
     assert service["environment"]["UNROLL_STORE"].startswith(f"file://{folder}/")
-    assert f"install -d -o 10001 -g 10001 {folder}\n" in (ROOT / "Dockerfile").read_text()  # it may write to the volume
+    assert (
+        f"install -d -o 10001 -g 10001 {folder}\n" in (ROOT / "Dockerfile").read_text()
+    )  # the user may write to the volume

@@ -1,4 +1,4 @@
-"""The proxy configuration in front of two scripted servers: routing and retries."""
+"""HAProxy with our configuration routes and retries in front of two scripted servers."""
 
 import http.client
 import json
@@ -72,7 +72,7 @@ def test_a_step_with_a_position_survives_the_death_of_its_replica(proxy: Proxy):
     assert {proxy.ask(steps(str(session)), Unroll_Position="3") for session in range(20)} == {(200, "b")}
 
 
-def test_a_step_without_one_is_never_sent_twice(proxy: Proxy):
+def test_step_without_a_position_is_never_sent_twice(proxy: Proxy):
     proxy.replicas[0].deadly = True
     statuses = {proxy.ask(steps(str(session)))[0] for session in range(20)}
     assert statuses == {200, 502}
@@ -84,7 +84,7 @@ def test_undelivered_request_goes_to_another_replica(proxy: Proxy):
     assert {proxy.ask(steps(str(session))) for session in range(20)} == {(200, "b")}
 
 
-def test_a_websocket_passes(proxy: Proxy):
+def test_websocket_passes_the_proxy(proxy: Proxy):
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as connection:
         connection.sendall(
             b"GET /v1/models/co2/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -98,8 +98,8 @@ def test_a_websocket_passes(proxy: Proxy):
         assert answer.read(4) == b"ping"
 
 
-def test_an_offer_of_http_2_costs_no_body(repository: Path, tmp_path: Path):
-    """Java's client sends one with each request; the proxy passes it on."""
+def test_http_2_offer_keeps_the_request_body(repository: Path, tmp_path: Path):
+    """Java's client offers HTTP/2 with each request, and the proxy passes the offer on."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "lstm").symlink_to(repository / "lstm")
     running = Running(Settings(repository=tmp_path / "models"))

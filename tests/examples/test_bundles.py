@@ -1,4 +1,4 @@
-"""Committed bundles equal an export of the committed checkpoints; the doctor's equals an export from its seed."""
+"""Committed bundles equal a new export of the committed checkpoints, and the doctor's a new export of its seed."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def afresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["co2", "bytes", "sound", "load", "policy", "tiny"])
-def test_exported_afresh_it_gives_the_same_numbers(afresh: Path, name: str) -> None:
+def test_new_export_gives_the_same_numbers(afresh: Path, name: str) -> None:
     folder = bundles.DOCTOR if name == "tiny" else bundles.REPOSITORY
     committed, fresh = bundle.read(folder / name / "1"), bundle.read(afresh / name / "1")
     assert fresh.manifest.state == committed.manifest.state
@@ -28,5 +28,5 @@ def test_exported_afresh_it_gives_the_same_numbers(afresh: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["co2", "bytes", "sound", "load", "policy"])
-def test_it_is_small(name: str) -> None:
+def test_bundle_is_small(name: str) -> None:
     assert sum(file.stat().st_size for file in (bundles.REPOSITORY / name / "1").iterdir()) <= 1_000_000

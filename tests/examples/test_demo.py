@@ -1,4 +1,4 @@
-"""The demo against a real server, and its messages for each failure."""
+"""The demo runs against a real server and has a message for each failure."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def test_quick_sends_the_first_weeks_at_once_and_json_has_the_figures(server: st
     assert found["mean_absolute_error"] < found["persistence_error"]
 
 
-def test_it_leaves_no_session_behind(server: str):
+def test_demo_leaves_no_session_behind(server: str):
     with Client(server) as client:
         before = client.models()[-1].description["sessions"]
         assert cli.main(["demo", "--url", server, "--quick"]) == 0
@@ -60,17 +60,17 @@ def test_the_printed_commands_work_as_pasted(server: str):
         assert stepped["position"] == info["position"] == resumed["position"] == 2
         assert whole["outputs"] == [stepped["outputs"]]
         assert metadata["inputs"][0]["name"] == "ppm"
-        script = demo.commands(server)  # another session
+        script = demo.commands(server)  # opens another session
 
 
-def test_no_server(capsys: pytest.CaptureFixture[str]):
+def test_missing_server_is_reported(capsys: pytest.CaptureFixture[str]):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening
         assert cli.main(["demo", "--url", f"http://127.0.0.1:{unused.getsockname()[1]}"]) == 1
     assert "make run" in capsys.readouterr().err
 
 
-def test_no_address(capsys: pytest.CaptureFixture[str]):
+def test_invalid_address_is_reported(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["demo", "--url", "localhost:8000"]) == 1
     assert "is not the URL of a server" in capsys.readouterr().err
 
@@ -85,12 +85,12 @@ def test_forecasts_that_are_not_pytorchs_are_a_failure(server: str, tmp_path: Pa
     assert "differ from PyTorch by 1.0e-03 ppm" in capsys.readouterr().err
 
 
-def test_an_incomplete_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_incomplete_example_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["demo", "--example", str(tmp_path)]) == 1
     assert "is not a folder of the example" in capsys.readouterr().err
 
 
-def test_an_example_of_other_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_example_with_other_measurements_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     expected = load((demo.EXAMPLE / "expected.safetensors").read_bytes())
     expected["input"][7] += 1
     shutil.copy(demo.EXAMPLE / "co2.csv", tmp_path)
@@ -101,7 +101,7 @@ def test_an_example_of_other_measurements(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(("exact", "last_bits", "faults"), [(True, 1, 1), (False, 1, 0), (False, 1000, 1)])
 def test_streamed_and_whole_must_agree(example: demo.Example, exact: bool, last_bits: int, faults: int):
-    """Bit for bit if the model guarantees it, otherwise within rounding."""
+    """They agree bit for bit if the model guarantees it, otherwise within rounding."""
     whole = example.float32.copy()
     whole[-1] += last_bits * np.spacing(whole[-1])
     streamed = demo.Streamed(example.float32, singles=1, seconds=1.0)
@@ -138,6 +138,6 @@ def test_the_live_display_is_drawn_in_place(monkeypatch: pytest.MonkeyPatch):
     assert out.getvalue().endswith("▇\na note\n\n\n")
 
 
-def test_bars():
+def test_bars_are_scaled_to_the_range():
     assert bars(np.array([0.0, 5.0, 10.0]), 0.0, 10.0) == "▁▅█"
     assert bars(np.array([3.0, 3.0]), 3.0, 3.0) == "▁▁"

@@ -11,7 +11,7 @@ from waiting import PATIENCE
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_model.ipynb"
 
 
-def test_its_code_trains_serves_and_equals_pytorch(monkeypatch: pytest.MonkeyPatch):
+def test_notebook_code_trains_serves_and_equals_pytorch(monkeypatch: pytest.MonkeyPatch):
     nbformat = pytest.importorskip("nbformat", reason="the notebook's packages are not installed")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     monkeypatch.setitem(sys.modules, "__main__", type(sys)("__main__"))

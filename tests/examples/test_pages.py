@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").glob("*.md")])
 
-#: All files, so that a page can name one by the end of its path.
+#: All files; a page may name one by the end of its path.
 FILES = [
     f"/{path.relative_to(ROOT)}"
     for folder in ROOT.iterdir()
@@ -23,7 +23,7 @@ _PATH = re.compile(r"`(?:unroll/)?([\w./-]+\.(?:py|cu|lua))`")
 
 
 def prose(page: Path) -> str:
-    """The page without fenced blocks and measured tables."""
+    """Return the page without fenced blocks and measured tables."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", text, flags=re.DOTALL)
 

@@ -8,7 +8,7 @@ from unroll.examples import policy
 
 
 def left(server: str, capsys: pytest.CaptureFixture[str], *flags: str) -> int:
-    """Return how many of 32 mazes the policy solves."""
+    """Return how many of 32 mazes the policy leaves."""
     assert policy.main(["--episodes", "32", "--url", server, *flags]) == 0
     printed = re.fullmatch(r"(\d+) of 32 mazes left, in \d+ steps\n", capsys.readouterr().out)
     assert printed

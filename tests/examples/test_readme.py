@@ -1,4 +1,4 @@
-"""Names in the README and CONTRIBUTING exist; tests/examples/test_snippets.py runs their code."""
+"""The commands and codes named in README and CONTRIBUTING exist; test_snippets.py runs the code in them."""
 
 import re
 from pathlib import Path

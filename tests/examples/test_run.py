@@ -1,4 +1,4 @@
-"""`make run` and `make stop`, without make."""
+"""What `make run` and `make stop` run, without make."""
 
 import os
 import re
@@ -20,7 +20,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder with a space in its name; stops any server left running in it."""
+    """An empty working directory with a space in its name. A server still running in it is stopped at the end."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -44,7 +44,7 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(
         assert ready.status == 200
     pid = int((folder / ".run" / "server.pid").read_text())
 
-    # The second server: the first was killed halfway, and its session continued.
+    # The running server is the second one: the first was killed halfway, and its session continued.
     [(killed, successor)] = re.findall(r"process (\d+), is killed[^$]+by process (\d+), which", started.stdout)
     assert int(killed) != int(successor) == pid
     with pytest.raises(ProcessLookupError):
@@ -65,7 +65,7 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """`refused("--port", ...)` runs it in this process, expects status 1, and returns the output."""
+    """`refused("--port", ...)` runs the program in this process, expects status 1, and returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> str:
@@ -75,7 +75,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return call
 
 
-def test_a_folder_that_cannot_hold_the_sessions(refused: Refused, port: int, tmp_path: Path):
+def test_unusable_folder_is_reported(refused: Refused, port: int, tmp_path: Path):
     (tmp_path / "file").touch()
     assert refused("--port", str(port), "--store", str(tmp_path / "file" / "sessions")) == (
         f"make run: the store {tmp_path / 'file' / 'sessions'} cannot be used: Not a directory\n"
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_hold_the_sessions(refused: Refused, port: int, tmp
     )
 
 
-def test_a_port_that_is_taken(refused: Refused):
+def test_occupied_port_is_reported(refused: Refused):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         says = refused("--port", str(port))

@@ -1,4 +1,4 @@
-"""The pages as a site: `make docs`."""
+"""The site that `make docs` builds from the pages."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Every command and program in the README and the pages runs, or its page states why not."""
+"""Every command and program on the README and the pages runs, or the page states why not."""
 
 import re
 from collections import Counter
@@ -23,7 +23,7 @@ def test_code_on_the_page_runs_as_shown(
     made_once: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Blocks run in order in one folder; the output shown after a block must match."""
+    """Blocks run in order in one folder. An output shown after a block must match."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     trained = made_once("classifier", train)

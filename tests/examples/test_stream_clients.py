@@ -1,6 +1,6 @@
-"""The two clients of the stream over breaking connections: no output is lost or duplicated.
+"""The two example stream clients lose and duplicate no output while their connections break.
 
-tests/client/test_conformance.py plays them the rest of what may happen.
+tests/client/test_conformance.py covers every other failure.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ process.exit();
 
 @pytest.fixture
 async def breaking(server: str) -> AsyncIterator[tuple[str, Counter[Fault]]]:
-    """The address of a proxy that cuts a connection at every fifth message or answer, and its faults so far."""
+    """The URL of a proxy that cuts the connection at one in five messages, and a count of its faults so far."""
     chance, faults = random.Random(5), Counter[Fault]()
 
     def draw() -> Fault:
@@ -86,7 +86,9 @@ def chunks(ppm: np.ndarray) -> list[np.ndarray]:
     return np.split(ppm, np.cumsum(CHUNKS)[:-1])
 
 
-async def test_python(server: str, breaking: tuple[str, Counter[Fault]], ppm: np.ndarray, expected: bytes):
+async def test_python_client_survives_broken_connections(
+    server: str, breaking: tuple[str, Counter[Fault]], ppm: np.ndarray, expected: bytes
+):
     url, faults = breaking
     session = Session(url, "co2")
 
@@ -98,7 +100,7 @@ async def test_python(server: str, breaking: tuple[str, Counter[Fault]], ppm: np
     assert min(faults[cut] for cut in CUTS) >= 2
 
 
-def test_python_without_a_server():
+def test_python_client_reports_a_missing_server():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening
         session = Session(f"ws://127.0.0.1:{unused.getsockname()[1]}", "co2")
@@ -123,7 +125,7 @@ def run(node: list[str], script: Path, *arguments: object) -> subprocess.Complet
     return subprocess.run([*node, script, json.dumps(arguments)], capture_output=True, text=True, timeout=PATIENCE)
 
 
-async def test_javascript(
+async def test_javascript_client_survives_broken_connections(
     server: str,
     breaking: tuple[str, Counter[Fault]],
     ppm: np.ndarray,
@@ -154,7 +156,7 @@ def test_links_lead_somewhere(target: str):
 
 
 def test_wscat_conversation_on_the_page(server: str) -> None:
-    """Compared line by line; only the last digits of numbers may differ, as between processors."""
+    """Each line must match; only the last digits of numbers may differ, because they depend on the processor."""
     transcript = re.search(r"```text\n\$ wscat -c ws://127.0.0.1:8000(\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert transcript is not None
     path, lines = transcript.groups()

@@ -1,4 +1,4 @@
-"""A single torch thread, and a folder for bundles that lasts the whole session."""
+"""One torch thread, and a folder of bundles shared by the whole test session."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run loops over 64 steps unless a number in the code requires more, and probes over few rows."""
+    """Shorten loops to 64 steps, unless a number in the code requires more, and run fewer streaming probes."""
     monkeypatch.setattr(trials, "LOOP_STEPS", 64)
     monkeypatch.setattr(trials, "ORIGINAL_LONG", Trial(2, 64, 29, 30))
     monkeypatch.setattr(trials, "LONG_IF_COUNTED", 1)

@@ -15,7 +15,7 @@ from unroll.export import ExportError, export
 
 
 class Filled(nn.Module):
-    """Replaces missing values by zero and adds a mask as an input."""
+    """Replaces missing values by zero and feeds a mask to the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Filled(nn.Module):
 
 
 class Spread(Gaps):
-    """NaN * 0 is NaN."""
+    """Lets NaN reach the output, because NaN * 0 is NaN."""
 
     def forward(self, x: Tensor, known: Tensor) -> Tensor:
         return super().forward(x, known) + 0 * x[..., :2]
@@ -56,7 +56,9 @@ X, KNOWN = torch.randn(2, 9, 3), torch.randn(2, 9, 1)
     ("kind", "source"),
     [(Filled, "test_allow_nan:Filled"), pytest.param(Gaps, "served_models.models:Gaps", marks=pytest.mark.long)],
 )
-def test_from_the_command_line(kind: type[nn.Module], source: str, few_steps: None, tmp_path: Path) -> None:
+def test_command_exports_a_model_that_allows_nan(
+    kind: type[nn.Module], source: str, few_steps: None, tmp_path: Path
+) -> None:
     model = kind().eval()
     torch.save(model.state_dict(), tmp_path / "gaps.pt")
     words = ["--weights", str(tmp_path / "gaps.pt"), "--repository", str(tmp_path), "--name", "gaps"]
@@ -64,7 +66,7 @@ def test_from_the_command_line(kind: type[nn.Module], source: str, few_steps: No
     assert cli.main(["export", source, *words, *described]) == 0
     found = bundle.read(tmp_path / "gaps" / "1")
     assert {spec.name: spec.nan for spec in found.manifest.inputs} == {"x": True, "known": False}
-    assert np.isnan(found.golden.inputs["x"]).any()  # each server verifies it again
+    assert np.isnan(found.golden.inputs["x"]).any()  # servers replay it when they load the bundle
     assert found.manifest.streamable
     x, known = torch.randn(60, 3), torch.randn(60, 1)
     x[torch.rand(60, 3) < 0.5] = torch.nan
@@ -83,7 +85,9 @@ def test_from_the_command_line(kind: type[nn.Module], source: str, few_steps: No
         (Gaps, {"x": X.clone().fill_(torch.inf), "known": KNOWN}, "x", "not_finite", "infinity"),
     ],
 )
-def test_refused(model: type, example: dict[str, Any], allowed: str, code: str, says: str, tmp_path: Path) -> None:
+def test_invalid_use_of_nan_is_refused(
+    model: type, example: dict[str, Any], allowed: str, code: str, says: str, tmp_path: Path
+) -> None:
     with pytest.raises(ExportError, match=says) as refusal:
         export(model(), example, name="refused", repository=tmp_path, allow_nan=[allowed])
     assert refusal.value.code == code

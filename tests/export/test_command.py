@@ -59,7 +59,7 @@ def run(*arguments: str) -> int:
     return cli.main(["export", *arguments])
 
 
-def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_is_exported_the_same_each_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = StackedRNNConfig(cell="gru", hidden_size=6, layers=2, output_size=3, input_size=4, dropout=0.1)
     StackedRNN(config).save(folder / "small")
 
@@ -99,7 +99,7 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
     )
 
     printed = capsys.readouterr()
-    if suffix == ".pt":  # weights for one direction only
+    if suffix == ".pt":  # the weights are for one direction only
         assert (code, (folder / "out").exists()) == (1, False)
         assert "checkpoint: " in printed.err
         assert "reverse" in printed.err
@@ -148,7 +148,7 @@ TOKEN = ("--input", "token:int64:", "--random-weights")
         (("--nonsense",), 2, "usage"),
     ],
 )
-def test_refused(folder: Path, capsys, arguments: tuple[str, ...], code: int, says: str) -> None:
+def test_invalid_command_is_refused(folder: Path, capsys, arguments: tuple[str, ...], code: int, says: str) -> None:
     assert run(*arguments, "--repository", "out") == code
     printed = capsys.readouterr()
     assert says in printed.err
@@ -179,7 +179,7 @@ def test_internal_export_error_is_reported_as_one(folder: Path, capsys, monkeypa
     assert "internal: this is a bug in unroll: KeyError: 'lost'" in capsys.readouterr().err
 
 
-def test_help(capsys) -> None:
+def test_help_describes_the_arguments(capsys) -> None:
     assert run("--help") == 0
     assert "MODULE:FACTORY" in capsys.readouterr().out
 
@@ -266,7 +266,7 @@ class Net(nn.Module):
 """
 
 
-def test_the_time_may_be_last(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_axis_may_be_last(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "channels.py").write_text(TIME_LAST)
     net = ("channels:Net", "--input", "x:float32:3", "--random-weights", "--repository", "out", "--name", "net")
     assert run(*net, "--time-last", "--time-first") == 1

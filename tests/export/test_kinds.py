@@ -1,4 +1,4 @@
-"""Every kind of module is either exported with results equal to PyTorch's, or refused with a reason.
+"""Every kind of module is either exported with PyTorch's results or refused with a reason.
 
 `make test` skips kinds that take the same path through export as another, and runs loops over few steps.
 `make long-test` exports all kinds and runs loops over as many steps as a user's export.
@@ -30,7 +30,7 @@ SHORT = {
     "a GRU as a function, with a mask on its weights",
     "state in self.h",
 }
-#: The refused kinds that `make test` skips: slow, and refused for the same reason as another.
+#: The refused kinds that `make test` skips: they are slow, and another kind is refused for the same reason.
 LONG = {
     "an operator that ONNX lacks",
     "a loop that depends on the length",
@@ -62,13 +62,13 @@ def _named(kinds: Iterable[Kind]) -> pytest.MarkDecorator:
 
 
 @_named(kind for kind in EXPORTED if kind.name in SHORT)
-def test_exported_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
+def test_supported_kind_is_exported_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
     _export(kind, tmp_path)
 
 
 @pytest.mark.long
 @_named(EXPORTED)
-def test_exported(kind: Kind, tmp_path: Path) -> None:
+def test_supported_kind_is_exported(kind: Kind, tmp_path: Path) -> None:
     _export(kind, tmp_path)
 
 
@@ -101,7 +101,7 @@ def _tensors(example: dict) -> list[torch.Tensor]:
 
 
 def _answers_like_torch(kind, module, example, report) -> None:
-    """Compare the bundle from its initial state with the user's unmodified module on inputs of another size."""
+    """Compare the bundle, from its initial state, with the unmodified module on inputs of another size."""
     first, unbatched = kind.options.get("batch_first", True), "without a batch" in kind.name
     last = kind.options.get("time_last", False)
     inputs, given = {}, {}
@@ -146,13 +146,13 @@ def _orders(tensor: torch.Tensor) -> list[tuple[int, ...]]:
 
 
 @_named(kind for kind in REFUSED if kind.name not in LONG)
-def test_refused_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
+def test_unsupported_kind_is_refused_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
     _refuse(kind, tmp_path)
 
 
 @pytest.mark.long
 @_named(REFUSED)
-def test_refused(kind: Kind, tmp_path: Path) -> None:
+def test_unsupported_kind_is_refused(kind: Kind, tmp_path: Path) -> None:
     _refuse(kind, tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_named_kinds_exist() -> None:
 
 
 def test_one_node_per_layer() -> None:
-    """Checks the committed bundle, which a new export must equal; see tests/served_models."""
+    """The committed bundle has one node per layer; tests/served_models checks that a new export equals it."""
     found = bundle.read(BUNDLES / "embedding-LSTM-norm-GRU" / "1")
     nodes = [node.op_type for node in onnx.ModelProto.FromString(found.model).graph.node]
     assert nodes.count("LSTM") == 2

@@ -1,6 +1,6 @@
-"""Code that changes behaviour late in a sequence or after many calls is detected; lookalikes are not refused.
+"""Code that behaves differently late in a sequence or after many calls is detected; lookalikes are exported.
 
-The kinds of `conformance/kinds/late.py` test the same through `export`.
+The kinds in `conformance/kinds/late.py` test the same through `export`.
 """
 
 import cProfile
@@ -31,7 +31,7 @@ CELL = nn.GRUCell(4, 6)
 
 
 def first_irregular(module: nn.Module, steps: int = 200) -> int | None:
-    """Return the first deviating step, from a log of the module only."""
+    """Return the first step that deviates, judged only by a log of the module's operations."""
 
     def logged(time: int) -> Any:
         log = OperationLog(module, [""], places=True)
@@ -115,7 +115,7 @@ def test_loops_of_every_form_are_regular(forward: Callable[..., Tensor]) -> None
 
 
 def branching(s: Any, x: Tensor) -> Tensor:
-    """Every branch is decided: both arms are seen, the other arm raises, or its numbers do not grow."""
+    """Every branch is decided: both arms run, the other arm raises, or the numbers compared do not grow."""
     h, outs, t, steps = None, [], 0, x.shape[1]
     if steps == 1:
         return x.repeat(1, 1, 2)[..., :6]
@@ -262,7 +262,7 @@ BY_LENGTH = {
 }
 
 
-#: Detected like "slice" or refused like "zip".
+#: Cases that are detected like "slice" or refused like "zip".
 LIKE_ANOTHER = {
     "window",
     "product",
@@ -276,7 +276,7 @@ LIKE_ANOTHER = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] if name in LIKE_ANOTHER else []) for name in BY_LENGTH]
 )
-def test_a_number_in_the_code_is_a_length_to_try(name: str, few_steps: None, tmp_path: Path) -> None:
+def test_lengths_named_in_the_code_are_tried(name: str, few_steps: None, tmp_path: Path) -> None:
     forward, parts = BY_LENGTH[name]
     with pytest.raises(ExportError, match=r"test_long_sequences\.py:\d+") as refusal:
         export(made(forward, cell=CELL, most=100, **parts), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
@@ -321,7 +321,7 @@ def test_profiler_around_export_gets_the_whole_profile() -> None:
     assert any(name == "<built-in method builtins.len>" for _, _, name in profile.stats)
 
 
-def test_a_number_without_source_is_undecided() -> None:
+def test_number_without_source_is_undecided() -> None:
     names: dict[str, Any] = {}
     exec("def later(s, t, x, h): return s.cell(x, h * (t < 5000))", names)
     assert count_undecided(looping(names["later"])) == 1
@@ -347,14 +347,14 @@ def test_code_before_a_condition_is_not_part_of_it(iterates: Any) -> None:
 
 @pytest.mark.long
 def test_a_chaotic_loop_is_exported(tmp_path: Path) -> None:
-    """Rounding alone changes the sequence after a few hundred steps."""
+    """Rounding errors alone change the outputs after a few hundred steps."""
     torch.manual_seed(0)
     module = looping(lambda s, t, x, h: torch.tanh(s.w(x) + h @ s.u), w=nn.Linear(4, 6), u=torch.randn(6, 6) * 4)
     assert export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path).manifest.streamable
 
 
 class Watching(nn.Module):
-    """Records its inputs and builds a table once; the next call reads neither."""
+    """Records its inputs and builds a table once; later calls read neither."""
 
     def __init__(self) -> None:
         super().__init__()

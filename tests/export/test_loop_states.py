@@ -1,4 +1,4 @@
-"""Values that a loop over time may carry: inputs and results, under several names, over several steps."""
+"""A loop over time may carry inputs and results, under several names and over several steps."""
 
 import warnings
 from collections import deque
@@ -21,7 +21,7 @@ def zeros(x: Tensor) -> Tensor:
 
 
 def many_names(s: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The last two inputs, the state before the update, and two aliased states."""
+    """Carries the last two inputs, the state before the update, and two aliased states."""
     h, older, other, before, second, outs = zeros(x), zeros(x), zeros(x) + 1, zeros(x), zeros(x), []
     for t in range(x.shape[1]):
         outs.append(torch.cat([h, before], 1))
@@ -57,7 +57,7 @@ def previous_by_index(s: Any, x: Tensor) -> Tensor:
 
 
 def delayed(s: Any, x: Tensor) -> Tensor:
-    """A loop without any computation."""
+    """Only carries values, and computes none."""
     before, outs = zeros(x), []
     for t in range(x.shape[1]):
         outs.append(before)
@@ -142,7 +142,7 @@ def layers_over_lists(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_the_first(s: Any, x: Tensor) -> Tensor:
-    """Every step reads the first one, inside the loop and outside."""
+    """Reads the first step in every step, inside the loop and after it."""
     h, outs, first = zeros(x), [], x[:, 0]
     for step in x.unbind(1):
         h = torch.tanh(s.head(step - first) + s.r * h)
@@ -245,7 +245,7 @@ class RowAfterRow(nn.Module):
 
 
 class LinearRecurrence(nn.Module):
-    """An LRU as defined in its paper."""
+    """An LRU as its paper defines it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,6 +307,39 @@ def test_rows_with_different_initial_states_are_refused(few_steps: None, tmp_pat
     module = made(numbered, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
     with pytest.raises(ExportError, match=r"loops over the rows of a batch.*x\[:, t\] in place of"):
         export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+
+
+def unlike_from_row_90(s: Any, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for row in range(x.shape[0]):
+        h, gain = torch.zeros(4), 1 + max(row - 90, 0)
+        for t in range(x.shape[1]):
+            y[row, t] = h = torch.tanh(s.head(x[row, t] * gain) + s.r * h)
+    return y
+
+
+@pytest.mark.long
+def test_rows_that_may_differ_in_larger_batches_are_refused(few_steps: None, tmp_path: Path) -> None:
+    module = made(unlike_from_row_90, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
+    with pytest.raises(ExportError, match=r"over the rows of a batch, and a value depends.*gain = .*for 67 rows"):
+        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+
+
+def scaled_by_the_loudest(s: Any, x: Tensor) -> Tensor:
+    """Only a sequence louder than the example shows that every step reads all steps."""
+    level = x.abs().amax((1, 2)).clamp(min=20)[:, None]
+    h, outs = zeros(x), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(s.head(x[:, t] / level) + s.r * h)
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+def test_what_only_extreme_inputs_show_is_refused(few_steps: None, tmp_path: Path) -> None:
+    module = made(scaled_by_the_loudest, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
+    with pytest.raises(ExportError, match="inputs 32 times the example's") as refusal:
+        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+    assert refusal.value.code == "parity"
 
 
 def squashed(s: Any, x: Tensor) -> Tensor:

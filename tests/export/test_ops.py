@@ -1,4 +1,4 @@
-"""The custom ops define a layer in plain PyTorch and must equal PyTorch's own layer, lengths included."""
+"""The custom ops compute a layer in plain PyTorch and must equal PyTorch's own layer, also with lengths."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def call(kind: str, module: nn.RNNBase, x: torch.Tensor, lens: torch.Tensor, sta
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("kind", "layer", "options"), LAYERS)
-def test_is_the_torch_layer(kind, layer, options, bias: bool, bidirectional: bool) -> None:
+def test_op_equals_the_torch_layer(kind, layer, options, bias: bool, bidirectional: bool) -> None:
     module = layer(4, 5, bias=bias, bidirectional=bidirectional, **options).double()
     x, lens = torch.randn(7, 3, 4).double(), torch.tensor([7, 2, 5], dtype=torch.int32)
     state = tuple(torch.randn(2, 1 + bidirectional, 3, 5).double())[: 2 if kind == "LSTM" else 1]
@@ -49,7 +49,7 @@ def test_fake_kernel_has_the_real_shapes(kind, layer, options) -> None:
     torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_the_domain_of_a_function_of_onnxscript_is_known_without_its_source() -> None:
+def test_onnxscript_function_knows_its_domain_without_its_source() -> None:
     domain = aten_abs.function_ir.domain
     with unparsed_functions():
         assert aten_abs.function_ir.domain == domain

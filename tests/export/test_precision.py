@@ -1,4 +1,4 @@
-"""Reduced precision: requested, measured, stated in the bundle, and enforced by the server."""
+"""Reduced precision is measured at export, stated in the bundle, and enforced by the server."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,7 +66,7 @@ def test_float32_export_is_unchanged(reports) -> None:
         *(pytest.param("GRU", precision, marks=pytest.mark.long) for precision in ("float16", "int8")),
     ],
 )
-def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision: str) -> None:
+def test_bundle_states_its_error_and_is_served(reports, kind: str, precision: str) -> None:
     report = reports(kind, precision)
     manifest = report.manifest
     assert manifest.precision == precision
@@ -77,7 +77,7 @@ def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision
         assert reduced.tolerance >= entry.tolerance
         assert reduced.onnxruntime <= reduced.tolerance < 0.05
     assert by_output["y"].onnxruntime > 1e-5
-    # The server accepts it by exactly that bound; the state stays float32.
+    # The server accepts the bundle within exactly that bound. The state stays float32.
     found = bundle.read(report.path)
     backend = open_backend(found, "cpu", EngineOptions())
     assert backend.slack == 1.0
@@ -90,8 +90,8 @@ def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision
     assert cli.main(["verify", str(report.path)]) == 0
 
 
-def test_the_server_takes_no_looser_bound(reports) -> None:
-    """A model with an error above its own bound is refused, even if below the bound of another precision."""
+def test_server_enforces_the_bound_of_the_bundle(reports) -> None:
+    """A model whose error exceeds its own bound is refused, even if another precision would allow that error."""
     coarse, fine = (bundle.read(reports("LSTM", precision).path) for precision in ("int8", "float16"))
     with pytest.raises(GoldenMismatch):
         bundle.Verifier(Runner(coarse.model, coarse.manifest), fine.manifest).replay(fine.golden)
@@ -104,7 +104,7 @@ def test_the_server_takes_no_looser_bound(reports) -> None:
         ("gru", {"GRU": 2, "MatMulInteger": 1}),
     ],
 )
-def test_weights_that_become_integers(name: str, expected: dict[str, int]) -> None:
+def test_int8_quantises_weights_of_these_operators(name: str, expected: dict[str, int]) -> None:
     found = operators(reduced_graph(_graph(name), "int8"))
     names = {"LSTM", "GRU", "MatMul", "com.microsoft.DynamicQuantizeLSTM", "MatMulInteger"}
     assert {operator: count for operator, count in found.items() if operator in names} == expected
@@ -158,7 +158,7 @@ def test_model_that_pytorch_cannot_run_in_float16_is_refused(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_takes_no_integers_and_no_second_reduction(reports) -> None:
+def test_gpu_refuses_int8_and_a_second_reduction(reports) -> None:
     with pytest.raises(ValueError, match="is for the CPU"):
         open_backend(bundle.read(reports("LSTM", "int8").path), "cuda:0", EngineOptions())
     with pytest.raises(ValueError, match="in float16 already"):

@@ -1,4 +1,4 @@
-"""The texts of refusals: a section per code, and messages with the line in forward and the remedy."""
+"""Each refusal code has a section in the docs, and each message names the line in forward and the remedy."""
 
 import re
 from pathlib import Path

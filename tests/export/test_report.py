@@ -1,4 +1,4 @@
-"""The report as a notebook shows it."""
+"""How a notebook displays the export report."""
 
 import re
 from dataclasses import replace

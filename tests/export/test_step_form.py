@@ -1,4 +1,4 @@
-"""Modules with a forward of one time step: the bundle answers as repeated calls of the module do."""
+"""Modules whose forward computes one time step: the bundle equals repeated calls of the module."""
 
 import threading
 from collections.abc import Callable
@@ -15,14 +15,14 @@ import unroll
 from unroll import cli
 from unroll.export import ExportError
 
-#: The number of clients, and the steps of each.
+#: Number of clients, and steps per client.
 CLIENTS, STEPS = 4, 150
 
 Arguments = dict[str, Any]
 
 
 class Policy(nn.Module):
-    """States with the layer axis first, as in PyTorch's layers; the end of an episode resets them."""
+    """Takes states with the layer axis first, as PyTorch's layers do, and resets them at the end of an episode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Policy(nn.Module):
 
 
 class Swapped(nn.Module):
-    """A dict state returned with its keys in another order; the client's goal is a static input."""
+    """Returns its dict state with the keys in another order. The client's goal is a static input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class OneClient(nn.Module):
 
 
 class Hidden(nn.Module):
-    """Keeps its layer's returned state, None before the first step."""
+    """Keeps the state that its layer returned; it is None before the first step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Optional(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Changes the given state in place, and returns it as the state and as an output."""
+    """Changes the given state in place and returns it both as the state and as an output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class InPlace(nn.Module):
 
 
 class RowsFirst(nn.Module):
-    """States with the client axis first, transposed in the step; a one-row initial delay; leftovers of training."""
+    """Takes states with the client axis first, starts its delay from one row, and holds leftovers of training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def zeros(*size: int) -> Tensor:
 
 OBS = torch.randn(6, 3)
 GOAL = torch.randn(6, 2)
-#: The module, its example, the options, and a function from its last result, or None, to the next step's states.
+#: By name: the module, its example, the options, and a function that maps the last result (or None) to the next states.
 CASES: dict[str, tuple[type[nn.Module], Arguments, Arguments, Callable[[Any], Arguments]]] = {
     "layer first": (
         Policy,
@@ -179,7 +179,9 @@ def test_bundle_equals_repeated_calls_of_the_module(name: str, repository: Path)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     report = unroll.export(module, example, name=made.__name__.lower(), repository=repository, step=True, **options)
     assert report.manifest.streamable
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())  # it does not step
+    assert all(
+        torch.equal(value, before[key]) for key, value in module.state_dict().items()
+    )  # export leaves the buffers as they were
     check(name, module, repository)
 
 
@@ -197,7 +199,7 @@ def test_bundle_equals_repeated_calls_of_the_module(name: str, repository: Path)
         ),
     ],
 )
-def test_from_the_command_line(name: str, described: list[str], few_steps: None, tmp_path: Path) -> None:
+def test_command_exports_a_step_module(name: str, described: list[str], few_steps: None, tmp_path: Path) -> None:
     module = CASES[name][0]().eval()
     made = type(module).__name__
     torch.save(module.state_dict(), tmp_path / "weights.pt")
@@ -216,7 +218,7 @@ def test_carried_state_may_be_transposed_an_input_or_one_row(name: str, few_step
 
 
 def check(name: str, module: nn.Module, repository: Path) -> None:
-    """Compare the bundle over 300 steps with `module`, fed with its own results."""
+    """Compare the bundle over 300 steps with `module`, which gets its own results as states."""
     oracle, following = Oracle(repository, type(module).__name__.lower()), CASES[name][-1]
     inputs = {spec.name: torch.randn(300, *spec.shape) for spec in oracle.manifest.inputs}
     if "done" in inputs:
@@ -265,7 +267,7 @@ class Normalising(nn.Module):
 
 
 class Learned(nn.Module):
-    """Begins with a state that does not fit a row of the bundle."""
+    """Has an initial state that does not fit into a row of the bundle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +292,7 @@ class Locked(nn.Module):
 
 
 class FirstStep(nn.Module):
-    """Carries a running maximum, and counts its steps to weight each."""
+    """Carries a running maximum and counts its steps to weight them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,7 +304,7 @@ class FirstStep(nn.Module):
 
 
 class Several(nn.Module):
-    """Requires two clients or more."""
+    """Needs at least two clients."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The guarantees of an exported stack on random models, chunkings and batches: bit for bit, and near float64."""
+"""Random models, chunkings and batches: results are bit-identical to the whole sequence and near float64."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -43,7 +43,7 @@ class Exported:
         return x, rng.uniform(-0.9, 0.9, (batch, self.manifest.state_size)).astype(np.float32)
 
     def torch(self, x: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return PyTorch's answers in float64 through its own state tensors (layers, batch, hidden)."""
+        """Return PyTorch's float64 results, computed with its own state tensors (layers, batch, hidden)."""
         config = self.module.config
         kinds = 2 if config.cell == "lstm" else 1
         pieces = torch.from_numpy(state).double().reshape(len(x), config.layers, kinds, config.hidden_size)
@@ -79,7 +79,7 @@ examples = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 @models
-def test_manifest(index, exported) -> None:
+def test_stack_streams_and_is_exact(index, exported) -> None:
     manifest = exported(index).manifest
     assert manifest.streamable
     assert manifest.ragged
@@ -91,7 +91,7 @@ def test_manifest(index, exported) -> None:
 @examples
 @given(seed=st.integers(0, 2**32), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6))
 def test_streamed_equals_whole_and_batched_equals_single(index, exported, seed: int, lengths: list[int]) -> None:
-    """One row, cut into chunks; each chunk runs in a different batch at a different row index."""
+    """One sequence is cut into chunks, and each chunk runs in a different batch at a different row."""
     model, rng = exported(index), np.random.default_rng(seed)
     x, state = model.draw(rng, 1, sum(lengths))
     whole, after = model.run(x, state)
@@ -126,7 +126,7 @@ def test_padded_row_equals_single_row(index, exported, seed: int, lens: list[int
 @models
 @examples
 @given(seed=st.integers(0, 2**32), batch=st.integers(1, 9), time=st.integers(1, 40))
-def test_near_float64(index, exported, seed: int, batch: int, time: int) -> None:
+def test_results_are_near_float64(index, exported, seed: int, batch: int, time: int) -> None:
     model, rng = exported(index), np.random.default_rng(seed)
     x, state = model.draw(rng, batch, time)
     tolerance = {entry.output: entry.tolerance for entry in model.manifest.parity}

@@ -1,4 +1,4 @@
-"""The public API as a type checker sees it in a user's file; `make check` uses this project's settings instead."""
+"""A user's file type-checks against the public API; `make check` covers only this project's own settings."""
 
 import subprocess
 import sys

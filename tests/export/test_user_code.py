@@ -1,7 +1,7 @@
-"""User code may have any name and is exported from the command line, a script and a notebook.
+"""User code may have any name, and can be exported from the command line, a script or a notebook.
 
-Each test uses child processes, as imports persist in a process. Importing torch is slow, so one process forks the
-rest, and each child tries many names.
+Imports persist in a process, so each test uses child processes. Importing torch is slow, so one process imports it and
+forks the rest, and each child tries many names.
 """
 
 import json
@@ -14,7 +14,7 @@ from waiting import PATIENCE
 
 from unroll import bundle, cli
 
-#: The names of this project's folders, two of the standard library that export imports, and a common one.
+#: This project's folders, two standard library modules that export imports, and a common name.
 NAMES = ("models", "service", "export", "bundle", "examples", "tests", "conformance", "types", "copy", "net")
 
 BLOCK = """
@@ -24,7 +24,7 @@ def block():
     return nn.GRU(3, 4, batch_first=True)
 """
 
-#: {sibling}: the import of the block, in the factory and again in forward.
+#: {sibling}: the statement that imports the block, in the constructor and again in forward.
 NET = """
 from torch import nn
 
@@ -39,7 +39,7 @@ class Net(nn.Module):
         return self.rnn(x)[0]
 """
 
-#: Runs the command in each folder, in a process that has imported no code of the folder. The export only calls the
+#: Runs the command in each folder, in a process that has imported no code from it. The patched export only calls the
 #: model, to show that its code is found.
 COMMAND = """
 import json, os, sys
@@ -89,7 +89,7 @@ LAYOUTS = {
         "from {name}_block import block",
         "path/to/{name}.py:Net",
     ),
-    # A file in a package with relative imports, and one that imports from its folder.
+    # A file in a package: with relative imports, and with imports from its own folder.
     "relative": ("{name}/inner/net.py", "{name}/block.py", "from ..block import block", "{name}/inner/net.py:Net"),
     "beside": (
         "{name}/inner/net.py",
@@ -100,7 +100,7 @@ LAYOUTS = {
 }
 
 
-def test_code_of_any_name_from_the_command_line(tmp_path: Path) -> None:
+def test_command_finds_code_of_any_name(tmp_path: Path) -> None:
     targets = {}
     for layout, texts in LAYOUTS.items():
         # No program can import a package with the name of a standard library package.
@@ -131,7 +131,7 @@ print(unroll.__version__)
 """
 
 
-#: The script's export. `make test` only runs the imports of `unroll.export`; the export is then refused.
+#: The export in the script: one that succeeds, and a quicker one that is refused once `unroll.export` is imported.
 EXPORTED = (
     'assert unroll.export(net, {"x": torch.randn(2, 7, 3) * scale}, name="net", repository="out").manifest.streamable'
 )
@@ -145,7 +145,7 @@ except unroll.ExportError as error:
 
 @pytest.mark.long
 @pytest.mark.parametrize("export", [REFUSED, EXPORTED], ids=["refused", "exported"])
-def test_from_a_script(export: str, tmp_path: Path) -> None:
+def test_script_may_export_its_own_code(export: str, tmp_path: Path) -> None:
     files = {f"{name}.py": "width = 4\n" for name in ("bundle", "conformance", "export", "tests")}
     files |= {"service/__init__.py": "scale = 2.0\n", "examples/__init__.py": ""}
     write(tmp_path, files | {"models.py": NET.format(sibling="from block import block"), "block.py": BLOCK})
@@ -164,7 +164,7 @@ CELLS = [
 
 
 @pytest.mark.long
-def test_from_a_notebook(tmp_path: Path) -> None:
+def test_notebook_may_export_its_own_code(tmp_path: Path) -> None:
     write(tmp_path, {"models.py": BLOCK})
     kernel = f"import sys; sys.path.insert(0, '')\nfor cell in {CELLS!r}:\n    exec(compile(cell, '<cell>', 'exec'))\n"
     assert "streaming yes" in run(tmp_path, "-", stdin=kernel)

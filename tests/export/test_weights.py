@@ -1,4 +1,4 @@
-"""Weight files in common formats, with common keys and prefixes; and models without weights."""
+"""Weight files in common formats, with common keys and prefixes, and models without weights."""
 
 import argparse
 import re
@@ -56,7 +56,7 @@ INPUT = ("--input", "x:float32:3")
 
 
 class Exported:
-    """Return the command's arguments to `unroll.export`, which does not run."""
+    """Records the arguments that the command passes to `unroll.export`, in place of an export."""
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
@@ -191,7 +191,7 @@ def whole(path: Path) -> None:
     torch.save(mynet.Net(), path)
 
 
-#: The function that writes the file, and the expected message.
+#: Per case: the function that writes the file, and the expected message.
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "garbage": (lambda path: path.write_bytes(b"everything else" * 99), "is no PyTorch model or weights file"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
@@ -242,7 +242,7 @@ def test_model_of_another_framework_gets_its_conversion_path(
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the message: one line of whole sentences without colours."""
+    """Return the message; check that it is one line of whole sentences without colours."""
     printed = capsys.readouterr().err
     assert re.fullmatch(r"unroll export: checkpoint: [^\n\x1b]+[\w`)>]\n", printed), printed
     return printed

@@ -6,7 +6,7 @@ from unroll import bundle
 
 
 def random_inputs(manifest: bundle.Manifest, rng: np.random.Generator, steps: int) -> tuple[np.ndarray, ...]:
-    """Each (steps, *shape)."""
+    """Return random inputs, each (steps, *shape)."""
     return tuple(
         rng.integers(0, spec.limit or 2, (steps, *spec.shape)).astype(spec.numpy)
         if spec.limit

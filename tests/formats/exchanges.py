@@ -1,6 +1,7 @@
-"""Exchanges with a running server, recorded once and replayed: a stream's messages, and HTTP requests.
+"""Replays recorded exchanges with a running server: messages of a stream, and HTTP requests.
 
-Compares everything except the wording of errors; floats within a millionth, as their last bits depend on the machine.
+Everything is compared except the wording of errors. Floats may differ by a millionth, because their last bits depend on
+the machine.
 """
 
 import json
@@ -18,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 _TOLERANCE = 1e-6
-#: Parts of a binary message: (how to compare, bytes); -1: the rest.
+#: Parts of a binary message: (how to compare, number of bytes, or -1 for the rest).
 Layout = list[tuple[str, int]]
 _WORDS = re.compile(r'"(detail|error)":"(?:[^"\\]|\\.)*"')
 _HEADERS = (
@@ -34,7 +35,7 @@ _HEADERS = (
 
 
 class Conversation:
-    """One connection, and the shutdown of its server."""
+    """One stream connection; it can also stop its server."""
 
     def __init__(self, running: Running, model: str) -> None:
         self._running = running
@@ -42,8 +43,12 @@ class Conversation:
         self._socket: ClientConnection = connect(f"{self._address}/{model}/stream", max_size=None).__enter__()
 
     def exchange(self, sent: dict[str, Any]) -> list[dict[str, Any]]:
-        """sent: a `text` or `hex`, and how many `answers` there are: texts, and entries of frames. Or `connect`: a
-        model's name; or `stop`: the server ends. Returns what came."""
+        """Send a recorded message and return the server's messages.
+
+        Args:
+            sent: `text` or `hex`, and the expected number of `answers`, counted in texts and entries of frames. Or
+                `connect`, a model's name for a connection that must be refused; or `stop`, to stop the server.
+        """
         if "connect" in sent:
             return [self._refusal(sent["connect"])]
         if "stop" in sent:
@@ -92,7 +97,7 @@ def _without_words(text: str) -> str:
 
 
 def check_messages(expected: list[dict[str, Any]], found: list[dict[str, Any]], *, any_order: bool) -> None:
-    """any_order: outputs may come in any order, as the server may answer one frame by several."""
+    """Compare messages. any_order: Outputs may come in any order, because several frames may answer one."""
     if any_order:
         expected, found = _one_by_one(expected), _one_by_one(found)
     assert [kind for message in found for kind in message] == [kind for message in expected for kind in message]
@@ -105,7 +110,7 @@ def check_messages(expected: list[dict[str, Any]], found: list[dict[str, Any]], 
 
 
 def _one_by_one(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return texts, then a frame per entry. For models with one output of two float32 per step."""
+    """Return texts, then one frame per entry. Assumes a model with one output of two float32 per step."""
     frames = []
     for message in messages:
         if "hex" in message:
@@ -123,7 +128,7 @@ def _one_by_one(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ask(client: httpx.Client, sent: dict[str, Any]) -> dict[str, Any]:
-    """sent: method, path, headers, and `text` or `hex`. Returns status, headers, and `text` or `hex`."""
+    """Send a recorded request (method, path, headers, `text` or `hex`); return status, headers, and `text` or `hex`."""
     content = sent["text"].encode() if "text" in sent else bytes.fromhex(sent.get("hex", ""))
     answer = client.request(sent["method"], sent["path"], headers=sent.get("headers", {}), content=content)
     found: dict[str, Any] = {
@@ -136,7 +141,7 @@ def ask(client: httpx.Client, sent: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_answer(expected: dict[str, Any], found: dict[str, Any], sent: dict[str, Any]) -> None:
-    """sent: may have `ignored`, members of a JSON answer, and the `layout` of a binary one."""
+    """Compare answers. `sent` may name `ignored` members of a JSON answer, or the `layout` of a binary one."""
     assert (found["status"], found["headers"]) == (expected["status"], expected["headers"]), found
     if "text" in expected:
         pairs = [json.loads(answer["text"], object_pairs_hook=list) for answer in (expected, found)]
@@ -148,7 +153,7 @@ def check_answer(expected: dict[str, Any], found: dict[str, Any], sent: dict[str
 
 
 def _check_json(expected: Any, found: Any, ignored: set[str]) -> None:
-    """Parse objects as lists of (name, value), to compare the order of members. Objects may gain members."""
+    """Compare JSON whose objects are lists of (name, value), so that order counts. Objects may gain members."""
     if isinstance(expected, list | tuple):
         assert type(found) is type(expected)
         if expected and isinstance(expected, list) and isinstance(expected[0], tuple):

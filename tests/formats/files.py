@@ -1,4 +1,4 @@
-"""The golden files with one value each: the values and the code that wrote them. Nothing is random."""
+"""The values in the golden files of one value each, and the code that writes them. Nothing is random."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SNAPSHOT = Snapshot("ab" * 32, 42, np.array([0.5, -1.25, 3e-39, 1e30], np.float3
 ORIGIN = Origin("ab" * 32, "stored", b"b" * 16, b"o" * 16)
 KEPT = (Kept(38, 3, b"c" * 16, b"outputs of three"), Kept(41, 1, b"d" * 16, b"outputs"))
 RECORD = Record(ORIGIN, 42, SNAPSHOT.row.tobytes(), KEPT, 4, b"t" * 16)
-#: A session in memory at its model's initial state.
+#: A memory session at its model's initial state.
 UNTOUCHED = Record(Origin("cd" * 32, "memory", b"e" * 16), 0, b"")
 
 CLOSED = Gone("session_closed", ORIGIN, KEPT)
@@ -35,7 +35,7 @@ SESSIONS: list[tuple[Key, Record, float]] = [
 
 
 def write(folder: Path) -> None:
-    """Return all files; those only Redis writes are assembled from the table in `store/redis_store.py`."""
+    """Write all files. Those that only Redis writes are assembled from the table in `store/redis_store.py`."""
     keys = SnapshotKeys(KEYS)
     origin, last = ORIGIN.to_bytes(), pack_last(RECORD.depth, KEPT)
     for name, content in {

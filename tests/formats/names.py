@@ -24,7 +24,7 @@ _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
 def flags() -> dict[str, list[str]]:
-    """Return the flags of every command, as listed in its help."""
+    """Return the flags of every command, as its help lists them."""
     found = {}
     for command in _COMMAND.findall(_help()):
         actions = _COMMAND.findall(_help(command)) if "COMMAND ..." in _help(command) else []
@@ -50,13 +50,13 @@ def settings() -> list[str]:
 
 
 def codes() -> dict[str, int]:
-    """Return the status by code."""
+    """Return the HTTP status of every error code."""
     kinds = [kind for kind in _below(UnrollError) if hasattr(kind, "code")]
     return {kind.code: STATUS[kind] for kind in sorted(kinds, key=lambda kind: kind.code)}
 
 
 def bundle_codes() -> list[str]:
-    """Return the codes of refused bundles."""
+    """Return the codes with which bundles are refused."""
     return sorted(REMEDIES)
 
 
@@ -72,7 +72,7 @@ def routes(client: httpx.Client) -> list[str]:
 
 
 def bodies(client: httpx.Client) -> dict[str, list[str]]:
-    """Return members by schema; `!` marks required ones."""
+    """Return the members of every schema; `!` marks required ones."""
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     return {
         name: [member + "!" * (member in schema.get("required", ())) for member in schema["properties"]]
@@ -81,7 +81,7 @@ def bodies(client: httpx.Client) -> dict[str, list[str]]:
 
 
 def metrics(client: httpx.Client) -> list[str]:
-    """Return each sample's name with its label names."""
+    """Return the name of every sample, with its label names."""
     return _samples(client.get("/metrics").text)
 
 

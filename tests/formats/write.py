@@ -1,4 +1,4 @@
-"""Rewrites the golden files: `PYTHONPATH=tests python -m formats.write`. Only for a new format."""
+"""Rewrites the golden files, for a new format only: `PYTHONPATH=tests python -m formats.write`."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ class Steps(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Two inputs plus a static one, two outputs plus one of the last step, and a non-zero initial state."""
+    """Two inputs and a static one, an output per step and one of the last step, and a non-zero initial state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def write_bundles(repository: Path) -> None:
 
 
 def values(*shape: int) -> np.ndarray:
-    """Return float32 values with the same JSON text on every machine: multiples of 1/64."""
+    """Return multiples of 1/64, whose JSON text is the same on every machine."""
     count = int(np.prod(shape))
     return (((np.arange(count) * 37) % 129 - 64) / 64).astype("<f4").reshape(shape)
 
@@ -75,7 +75,7 @@ def _text(answers: int = 1, **message: Any) -> dict[str, Any]:
 
 
 def _frame(*entries: tuple, **options: Any) -> dict[str, Any]:
-    """entries: handle, position, and the values of each input, (T, *shape)."""
+    """Return a frame of entries: handle, position, and the values of each input, (T, *shape)."""
     head = struct.pack("<BBHI", 1, 0, 0, len(entries))
     table = [struct.pack("<IIQ", h, len(x), _UNSAID if p is None else p) for h, p, x, *_ in entries]
     columns = zip(*[inputs for _, _, *inputs in entries], strict=True)
@@ -160,7 +160,7 @@ def _stream() -> list[dict[str, Any]]:
 
 
 def _http(manifest: Manifest) -> list[dict[str, Any]]:
-    """manifest: of `steps`."""
+    """Return the HTTP requests. manifest: The manifest of the model `steps`."""
     row = 4 * manifest.state_size
     state = [("same", 52), ("floats", row), ("skip", 16)]
     sealed = [("same", 12 + len(files.SESSION) + 52), ("floats", row), ("skip", 16 + 32)]

@@ -6,7 +6,7 @@ import sys
 import pytest
 from waiting import PATIENCE
 
-#: Runs the command as if the packages were not installed.
+#: Runs the command with imports of these packages disabled.
 COMMAND = """
 import sys
 packages, *arguments = sys.argv[1:]
@@ -59,7 +59,7 @@ def test_a_command_needs_only_its_own_packages() -> None:
     assert run("onnxruntime", "doctor").returncode in {0, 1}
 
 
-def test_the_doctor_needs_the_packages_of_the_server_only_for_a_store() -> None:
+def test_doctor_needs_the_store_packages_only_for_a_store() -> None:
     done = run("torch,uvicorn,redis", "doctor", "--device", "cpu", "--store", "file:///none")
     assert (done.returncode, done.stderr) == (1, "")
     assert "LSTM on cpu" in done.stdout

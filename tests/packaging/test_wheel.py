@@ -15,7 +15,7 @@ import unroll
 
 ROOT = Path(__file__).parents[2]
 FILES = ("pyproject.toml", "README.md", "LICENSE")
-#: What src/unroll links.
+#: The targets of the links in src/unroll.
 FOLDERS = ("bundle", "client", "examples", "export", "models", "service")
 DATA = (
     "client/unroll.*",
@@ -39,7 +39,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy with the installed setuptools: needs no network and leaves no build/ in the project."""
+    """A wheel built from a copy with the installed setuptools: no network, and no build/ left in the project."""
     source = tmp_path_factory.mktemp("source")
     for name in FILES:
         shutil.copy(ROOT / name, source)
@@ -56,12 +56,12 @@ def names(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_there_is_one_package_at_the_top_level(wheel: Path, names: set[str]) -> None:
+def test_wheel_has_one_top_level_package(wheel: Path, names: set[str]) -> None:
     assert wheel.name == f"unroll_serve-{unroll.__version__}-py3-none-any.whl"
     assert {name.split("/")[0] for name in names} == {"unroll", f"unroll_serve-{unroll.__version__}.dist-info"}
 
 
-def test_every_module_is_inside_and_no_test(names: set[str]) -> None:
+def test_wheel_contains_every_module_and_no_test(names: set[str]) -> None:
     modules = {f"unroll/{path.relative_to(ROOT)}" for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
     own = [path for pattern in ("*.py", "commands/*.py") for path in (ROOT / "src" / "unroll").glob(pattern)]
     modules |= {str(path.relative_to(ROOT / "src")) for path in own}
@@ -69,7 +69,7 @@ def test_every_module_is_inside_and_no_test(names: set[str]) -> None:
     assert not [name for name in names if "test" in name or name.startswith(("conformance", "bench"))]
 
 
-def test_the_data_are_inside(names: set[str]) -> None:
+def test_wheel_contains_the_data_files(names: set[str]) -> None:
     data = {pattern: {f"unroll/{path.relative_to(ROOT)}" for path in ROOT.glob(pattern)} for pattern in DATA}
     assert all(data.values())
     assert {"unroll/py.typed", *set().union(*data.values())} <= names
@@ -77,7 +77,7 @@ def test_the_data_are_inside(names: set[str]) -> None:
 
 
 def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
-    """Runs in a separate environment that borrows its dependencies from ours."""
+    """The wheel runs in its own environment, which borrows the dependencies of ours."""
     environment = tmp_path / "environment"
     python = environment / "bin" / "python"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)

@@ -20,7 +20,7 @@ def launch(kind: BrowserType, *flags: str) -> Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Skips without an installed Chromium, as Playwright would download one."""
+    """Launch the installed Chromium, or skip the test: without one, Playwright would download it."""
     with sync_playwright() as playwright:
         browser = launch(playwright.chromium)
         yield browser

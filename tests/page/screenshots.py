@@ -1,4 +1,4 @@
-"""`make screenshots`: the pictures of the page in docs/."""
+"""`make screenshots`: take the pictures of the page for docs/."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from serving import Running
 from unroll.service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-#: File: scheme, width, height, view.
+#: By file: colour scheme, width, height, view.
 PICTURES = {
     "page-light": ("light", 1240, 860, "playground/co2"),
     "page-dark": ("dark", 1240, 790, "playground/bytes"),

@@ -24,10 +24,10 @@ from unroll.service.access.keys import new_key
 from unroll.service.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "repository"
-#: Uncompressed bytes of everything a view loads, including the client and the example's measurements.
+#: Limit per view, in uncompressed bytes of all it loads, including the client and the example's measurements.
 MOST_BYTES = {"models": 90_000, "playground": 200_000}
 
-#: Opens a view, such as "playground/co2".
+#: Opens a view such as "playground/co2" and returns its page.
 Visit = Callable[..., Page]
 
 expect.set_options(timeout=PATIENCE * 1000)
@@ -35,7 +35,7 @@ expect.set_options(timeout=PATIENCE * 1000)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The examples, and models that do not stream, have two or static inputs, or are refused."""
+    """A server of the examples and of models that do not stream, have two or static inputs, or are refused."""
     repository = models.link(tmp_path_factory.mktemp("repository"), "whole", "two", "voices")
     for example in EXAMPLES.iterdir():
         (repository / example.name).symlink_to(example)
@@ -54,7 +54,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(server: Running, browser: Browser) -> Iterator[Visit]:
-    """A page that must contact no other host and log no error."""
+    """Opens pages that must contact no other host and log no error."""
     faults: list[str] = []
     contexts = []
 
@@ -81,7 +81,7 @@ def visit(server: Running, browser: Browser) -> Iterator[Visit]:
 
 
 def shades(page: Page, selector: str) -> int:
-    """Return the number of colours on a canvas: 1 if nothing is drawn."""
+    """Return the number of colours on a canvas; an empty canvas has one."""
     return page.locator(selector).evaluate(
         """canvas => new Set(new Uint32Array(
             canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size"""
@@ -113,7 +113,7 @@ def play_to(page: Page, least: int) -> None:
     press(page, "Pause")
 
 
-#: The element of a view that appears last.
+#: By view: the element that appears last.
 SHOWN = {
     "models": "article",
     "playground/bytes": ".stage canvas",
@@ -132,7 +132,7 @@ SHOWN = {
     ],
     ids=["short", "light", "dark"],
 )
-def test_no_view_has_a_serious_fault_of_accessibility(visit: Visit, scheme: str, views: list[str]) -> None:
+def test_no_view_has_a_serious_accessibility_fault(visit: Visit, scheme: str, views: list[str]) -> None:
     page = visit("models", scheme=scheme)
     for view in views:
         page.evaluate("view => (location.hash = view)", view)
@@ -293,7 +293,7 @@ def test_text_is_read_byte_by_byte_and_continued(visit: Visit) -> None:
 def test_the_microphone_is_an_input_of_models_that_declare_a_rate(
     server: Running, browser: Browser, tmp_path: Path
 ) -> None:
-    """The page's microphone gives the same detections as the recording itself."""
+    """A recording heard through the page's microphone gives the same detections as the recording itself."""
     recording = tmp_path / "whistle.wav"
     frames = synthesis.single("whistle", np.random.default_rng(7)).samples
     with wave.open(str(recording), "wb") as file:
@@ -335,7 +335,7 @@ def test_live_figures_follow_the_metrics(visit: Visit) -> None:
     page = visit("live")
     expect(page.locator("#live .facts")).to_contain_text("Sessions opened")
     expect(page.locator("#live")).to_contain_text("Call of the model")
-    expect(page.locator("#live .charts b").first).not_to_have_text("–")  # a rate, so a second scrape
+    expect(page.locator("#live .charts b").first).not_to_have_text("–")  # a rate, which needs two scrapes
     assert all(shades(page, f"#live canvas >> nth={i}") > 2 for i in range(4))
 
 
@@ -349,7 +349,7 @@ def test_both_orders_of_the_lattice_compute_the_same_cells_and_numbers(visit: Vi
     expect(page.locator(".verdict")).to_have_text("Equal, bit for bit: all 8 numbers of y.")
     page.get_by_label("Model").select_option("whole")
     expect(page.locator("#lattice")).to_contain_text("This model runs whole sequences only")
-    press(page, "Pause")  # it plays at once
+    press(page, "Pause")  # the view starts playing when it opens
     press(page, "Play")
 
 
@@ -365,9 +365,9 @@ def test_the_page_is_small(visit: Visit) -> None:
         assert sum(size for _, size in sizes) < most, sizes
 
 
-def test_a_page_of_another_origin_sees_why_its_stream_was_closed(server: Running, browser: Browser) -> None:
+def test_page_of_another_origin_learns_why_its_stream_was_closed(server: Running, browser: Browser) -> None:
     page = browser.new_page()
-    page.goto(f"http://localhost:{server.port}/livez")  # a page of this server under another name
+    page.goto(f"http://localhost:{server.port}/livez")  # this server under another name, hence another origin
     closed = page.evaluate(
         """async url => {
             const { Client, Stream } = await import("/page/unroll.mjs");
@@ -401,7 +401,7 @@ def test_figures_and_files_are_read_correctly(visit: Visit) -> None:
     assert read[5] == [{"name": "column 1", "values": [1, 3]}, {"name": "column 2", "values": [2, 4]}]
 
 
-def test_a_server_with_keys_asks_for_one(browser: Browser, tmp_path: Path) -> None:
+def test_page_asks_for_an_api_key_if_the_server_needs_one(browser: Browser, tmp_path: Path) -> None:
     secret, entry = new_key("page", "acme", ["infer"])
     (tmp_path / "keys.toml").write_text(entry)
     running = Running(

@@ -66,7 +66,7 @@ class TwoInTwoOut(nn.Module):
 
 
 class Hot(nn.Module):
-    """Answers a huge input with infinity, as a float32 model may."""
+    """Answers huge inputs with infinity, as float32 models may."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Mixed(nn.Module):
 
 
 class Tables(nn.Module):
-    """A loop that looks up tables in many ways."""
+    """A loop that reads tables in many ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Tables(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers with the width of their inputs."""
+    """Layers as wide as their inputs."""
 
     def __init__(self, kind: type[nn.RNNBase], layers: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Residual(nn.Module):
 
 
 class Bare(nn.Module):
-    """A single layer with a width no kernel tile divides."""
+    """A single layer whose width is no multiple of a kernel tile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Gaps(nn.Module):
 
 
 def tiny() -> Model:
-    """The model that `unroll doctor` uses as version 1, with this seed's weights."""
+    """Return the model of `unroll doctor`, with this seed's weights."""
     config = StackedRNNConfig(cell="lstm", hidden_size=4, layers=2, input_size=2, output_size=1)
     return Model(StackedRNN(config).eval(), {"x": torch.randn(2, 4, 2)})
 

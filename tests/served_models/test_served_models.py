@@ -12,7 +12,7 @@ from unroll.service.engine.runner import Runner
 
 @pytest.mark.long
 @pytest.mark.parametrize("folder", models.MODELS)
-def test_exported_afresh_it_gives_the_same_numbers(folder: str, tmp_path: Path) -> None:
+def test_new_export_gives_the_same_numbers(folder: str, tmp_path: Path) -> None:
     models.export(folder, tmp_path)
     committed, fresh = bundle.read(models.BUNDLES / folder), bundle.read(tmp_path / folder)
     assert (fresh.manifest.inputs, fresh.manifest.outputs) == (committed.manifest.inputs, committed.manifest.outputs)

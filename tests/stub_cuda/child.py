@@ -18,14 +18,14 @@ _PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_provide
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """result: the last line of the script, as JSON; None without output."""
+    """result: The last line that the script prints, parsed as JSON; None if it prints nothing."""
 
     result: Any
     phases: dict[str, Calls]
 
 
 class Stub:
-    """Makes the library in the folder. `missing()` says why it could not."""
+    """Builds the stub library in a folder. `missing()` returns why it cannot be built."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -37,7 +37,7 @@ class Stub:
         return library.missing() if _PROVIDER.exists() else "needs onnxruntime-gpu"
 
     def run(self, script: str, *arguments: object) -> Outcome:
-        """arguments: the script's sys.argv[1:]. Raises if the script fails."""
+        """Run a script with `arguments` as its sys.argv[1:]. Raises if the script fails."""
         self._runs += 1
         log = self._folder / f"log{self._runs}"
         log.touch()

@@ -23,7 +23,7 @@ _LOOKED_UP = re.compile(rb"\0((?:cudnn|cufft|nvrtc)[A-Z]\w{3,60})(?=\0)")
 
 
 def missing() -> str | None:
-    """Why the library cannot be built or found on this machine."""
+    """Return why the library cannot be built or found on this machine, or an empty string."""
     if Path("/proc/driver/nvidia/version").exists():
         return "needs a machine without an NVIDIA driver"
     tools = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]

@@ -16,7 +16,7 @@ cuda = ctypes.CDLL("libcudart.so.13")
 
 
 def phase(name: str) -> None:
-    """All later calls belong to it."""
+    """Begin a phase, to which all later calls belong."""
     cuda.stub_mark(name.encode())
 
 
@@ -46,7 +46,7 @@ class Step:
         self.use(rows)
 
     def use(self, rows: int, steps: int = 1) -> None:
-        """Bind tensors of that size from now on. Earlier ones stay alive, as a graph may refer to them."""
+        """Bind tensors of that size from now on. Earlier ones stay alive, because a graph may refer to them."""
         self.binding = self.session.io_binding()
         self._kept.append(self.binding)
         for node in self.session.get_inputs():
@@ -59,7 +59,7 @@ class Step:
             self.binding.bind_ortvalue_output(node.name, value)
 
     def run(self, *, wait: bool = True, graph: int | None = None) -> None:
-        """graph: the number of onnxruntime's own graph, -1 for none."""
+        """Run the step. graph: The number of onnxruntime's own graph, -1 for none."""
         options = ort.RunOptions()
         if not wait:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -68,7 +68,7 @@ class Step:
         self.session.run_with_iobinding(self.binding, options)
 
     def capture(self, *, wait: bool = False) -> Any:
-        """Capture a graph around a run, as the owner of the stream does."""
+        """Capture a graph around a run, as the owner of the stream would."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         cuda.cudaStreamBeginCapture(self.stream, 0)
         try:

@@ -70,7 +70,7 @@ print(json.dumps(step.session.get_providers()))
 
 
 def test_arithmetic_on_shapes_is_not_and_costs_nothing(run_with_stub: RunWithStub) -> None:
-    """So a node on the CPU is not always a reason to refuse a model."""
+    """A node on the CPU is therefore not always a reason to refuse a model."""
     with pytest.raises(AssertionError, match="assigned to the default CPU EP"):
         run_with_stub(IMPORTS + "Step(argv[1])", model("matrices as steps"))
     script = """
@@ -174,7 +174,7 @@ def test_a_run_can_be_captured(run_with_stub: RunWithStub, tmp_path: Path, name:
 
 @pytest.mark.parametrize("name", ["co2", "embedding, LSTM, norm, GRU"])
 def test_host_memory_read_by_the_graph_does_not_change(run_with_stub: RunWithStub, name: str) -> None:
-    """Lengths, and tables of addresses for Split and Concat: every launch reads them again."""
+    """Every launch reads the lengths, and the address tables for Split and Concat, again."""
     phases = run_with_stub(IMPORTS + CAPTURE, model(name)).phases
     read = [call for call in phases["capture"].captured.crossings if call.destination == "device"]
     assert read
@@ -216,7 +216,7 @@ except RuntimeError as error:
 
 
 def test_only_a_run_that_waits_returns_its_pinned_memory(run_with_stub: RunWithStub) -> None:
-    """So uncaptured work waits; the memory of captures grows until the session ends."""
+    """Uncaptured work therefore waits. The pinned memory of captures grows until the session ends."""
     script = """
 step = Step(argv[1], stream=new_stream())
 for wait in (True, False):
@@ -233,7 +233,7 @@ for wait in (True, False):
 
 
 def test_an_input_bound_on_the_host_is_copied_when_it_is_bound(run_with_stub: RunWithStub) -> None:
-    """No run reads it again, so later writes have no effect."""
+    """No run reads it again, so later writes to it have no effect."""
     script = """
 import numpy as np
 import onnxruntime as ort
@@ -284,7 +284,7 @@ def own_graphs(run_with_stub: RunWithStub) -> dict[str, Calls]:
 def test_onnxruntime_captures_at_the_third_run_and_makes_all_three_at_once(
     own_graphs: dict[str, Calls], phase: str
 ) -> None:
-    """So a state that is its own input moves three steps."""
+    """A state that is its own input therefore advances three steps."""
     calls, layers = own_graphs[phase], 2
     assert not calls.forbidden
     assert len(calls.named("cudnnRNNForward")) == 3 * layers

@@ -1,4 +1,4 @@
-"""Samples find their layer, and shares become microseconds. Whether py-spy can sample depends on the machine."""
+"""Samples are assigned to layers and shares converted to microseconds. No test runs py-spy itself."""
 
 from collections import Counter
 

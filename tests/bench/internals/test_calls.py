@@ -1,4 +1,4 @@
-"""The steps are within their budgets; what goes beyond one is named."""
+"""The steps stay within their call budgets, and the report names any excess."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ BUDGETS = {
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """`check(figures, *flags)`: the exit status and all output of the command that counts these."""
+    """`check(figures, *flags)` runs the command on these figures and returns its exit status and output."""
 
     def call(figures: calls.Figures, *flags: str) -> tuple[int, str]:
         monkeypatch.setattr(calls, "measure", lambda: figures)

@@ -1,4 +1,4 @@
-"""The measured parts do real work, and the lowest run is reported."""
+"""The measured parts do real work, and the fastest run is reported."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[3] / "examples" / "repository"
 
 
 class Machine:
-    """A part that takes 10 µs for 4 steps, and every 3000th time 5 ms."""
+    """A part that takes 10 µs for 4 steps, but 5 ms at every 3000th call."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

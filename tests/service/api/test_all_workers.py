@@ -1,5 +1,6 @@
 """Merging the answers of all workers into one."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from serving import metrics
 
 from unroll.service.api.all_workers import WorkerAnswer, _answer, done_by_all, metrics_of_all
 from unroll.service.telemetry.metrics import Collector, RequestFigures, StoreFigures
+
+_SCRAPE = b"GET /metrics HTTP/1.1\r\n\r\n"
 
 
 def test_samples_of_all_workers_are_kept_apart_and_their_families_together() -> None:
@@ -41,4 +44,16 @@ def test_operation_fails_unless_every_worker_did_it() -> None:
 
 
 async def test_a_worker_that_is_not_there(tmp_path: Path) -> None:
-    assert await _answer(tmp_path / "1", b"GET /metrics HTTP/1.1\r\n\r\n", 60.0) is None
+    assert await _answer(tmp_path / "1", _SCRAPE, 60.0) is None
+
+
+@pytest.mark.parametrize(("body", "complete"), [(b"whole", True), (b"half", False), (b"", False)])
+async def test_an_answer_that_breaks_off_is_none(tmp_path: Path, body: bytes, complete: bool) -> None:
+    async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 5\r\n\r\n" + body)
+        writer.close()
+
+    async with await asyncio.start_unix_server(end, tmp_path / "1"):
+        answer = await _answer(tmp_path / "1", _SCRAPE, 60.0)
+    assert answer == (WorkerAnswer(200, "text/plain", body) if complete else None)

@@ -9,6 +9,8 @@ import pytest
 from serving import RAW, Oracle
 from wire import infer
 
+#: FastAPI's route answers such a request.
+FRAMEWORK = {"Expect": "100-continue"}
 IDS = [
     *(
         "robot/arm 7@site",
@@ -23,7 +25,21 @@ IDS = [
         "a//b/",
         "/",
     ),
-    *("state", "x/state", "x/steps", "a..b", "a\nb", "a\0b", "{MODEL}", "}:gone", "'\"\\", "\u202ea", " "),
+    *(
+        "state",
+        "x/state",
+        "x/steps",
+        "a..b",
+        "a\nb",
+        "a\rb",
+        "a\tb",
+        "a\0b",
+        "{MODEL}",
+        "}:gone",
+        "'\"\\",
+        "\u202ea",
+        " ",
+    ),
 ]
 
 
@@ -42,10 +58,11 @@ def test_a_session_of_any_name(client: httpx.Client, oracle: Callable[..., Oracl
     assert client.put(f"{session}/state", content=snapshot, headers=RAW).json()["position"] == 2
     answers[-1] = client.post(f"{session}/steps", content=x[2:3].tobytes(), headers=RAW).content
     answers.append(client.post(f"{session}/steps", content=x[3:4].tobytes(), headers=RAW).content)
-    found = np.concatenate([np.frombuffer(bytes(answer), "<f4") for answer in answers]).reshape(4, 2)
-    assert np.array_equal(found, oracle("lstm")(x[:4]))
+    answers.append(client.post(f"{session}/steps", content=x[4:5].tobytes(), headers=RAW | FRAMEWORK).content)
+    found = np.concatenate([np.frombuffer(bytes(answer), "<f4") for answer in answers]).reshape(5, 2)
+    assert np.array_equal(found, oracle("lstm")(x))
     assert client.post(f"{session}/fork", json={"session_id": (session_id + "'")[-128:]}).status_code == 201
-    assert client.delete(session).json()["session_id"] == session_id
+    assert client.delete(session, headers=FRAMEWORK).json()["session_id"] == session_id
     assert client.get(session).status_code == 410
     client.delete(f"{sessions}/{quote((session_id + chr(39))[-128:], safe='')}")
 
@@ -71,6 +88,13 @@ def test_a_name_that_is_not_utf_8_is_refused_and_no_other_session(client: httpx.
         answer = client.request(method, f"/v1/models/lstm/sessions/{path}", content=b"" if method == "GET" else b"{}")
         assert (answer.status_code, answer.json()["code"]) == (400, "malformed_request")
     assert client.delete(f"/v1/models/lstm/sessions/{quote(session, safe='')}").json()["position"] == 0
+
+
+@pytest.mark.parametrize("headers", [{}, FRAMEWORK], ids=["short way", "framework"])
+@pytest.mark.parametrize(("method", "path"), [("DELETE", "lstm/sessions/"), ("POST", "/sessions")])
+def test_an_empty_segment_is_no_route(client: httpx.Client, method: str, path: str, headers: dict[str, str]) -> None:
+    answer = client.request(method, f"/v1/models/{path}", headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
 def test_a_version_that_is_left_empty_is_not_the_current_one(client: httpx.Client) -> None:

@@ -311,7 +311,7 @@ def test_the_operators_port_speaks_for_all_workers(
     start_process: StartProcess, ports: list[int], tmp_path: Path
 ) -> None:
     flags = ("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", f"file://{tmp_path}/store")
-    started = start_process(*flags, "--admin", "--admin-port", "0")
+    started = start_process(*flags, "--admin", "--admin-port", "0", "--allowed-hosts", '["models.example.com"]')
     [port] = [line["port"] for line in started.log if line["event"] == "operator's port"]
     urls = [f"http://127.0.0.1:{own}" for own in ports[:NUMBER]]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as operator:
