@@ -16,7 +16,7 @@ GUARD = (
 )
 
 
-def test_a_guard_broken_by_small_sizes_makes_suspects() -> None:
+def test_sizes_that_break_a_guard_are_suspects() -> None:
     length, rows = "L['inputs'][0].size()[1]", "L['state'].size()[0]"
     assert _suspects(GUARD.format(f"time = {length}", f"((-1) + {length}) != 1")) == [(3, 2)]
     assert _suspects(GUARD.format(f"batch = {rows}", f"3 <= {rows}")) == [(1, 7), (2, 7)]
@@ -50,7 +50,7 @@ def test_samples_look_like_the_example() -> None:
     )
 
 
-def test_an_example_of_zeros_is_spread_out() -> None:
+def test_samples_for_an_example_of_zeros_vary() -> None:
     drawn = Samples({"x": np.zeros((1, 1, 3), np.float32)}).draw(9, 9, seed=0)["x"]
     assert 0.5 < drawn.std() < 2
 
@@ -95,7 +95,7 @@ def test_wide_outputs_make_a_short_golden(tmp_path: Path) -> None:
 
 
 class FarBack(nn.Module):
-    """A recurrent layer whose outputs also depend on the input `lag` steps earlier."""
+    """A recurrent layer with outputs that also depend on the input `lag` steps earlier."""
 
     def __init__(self, lag: int) -> None:
         super().__init__()
