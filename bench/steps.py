@@ -94,7 +94,7 @@ def websocket(bench: Bench) -> list[Outcome]:
         rows = bench.alternate(turns)
     named = by_name(rows)
     says = "small, WebSocket, a step a frame: of the bare WebSocket echo"
-    verdict = ratio(5, says, 0.62, named["unroll-ws"], named["ws-echo"])
+    verdict = ratio(5, says, 0.8, named["unroll-ws"], named["ws-echo"])
     single = Outcome("websocket", "One step a frame, 64 WebSockets, LSTM 2×64", "steps/s", rows, [verdict])
     return [single, _wide_frames(bench, "small", 0.70), _wide_frames(bench, "medium", 0.88)]
 
