@@ -124,7 +124,7 @@ class Running:
             model.scheduler.check_invariants()
 
     def keep_little_for(self, client: socket.socket) -> None:
-        """Shrink the kernel's buffers for data sent to this client, whose connection is already in use."""
+        """Shrink the kernel's buffers for data sent to this client, on a connection already in use."""
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         address = client.getsockname()
         (sends,) = [

@@ -4,6 +4,7 @@ import copy
 import operator
 from collections.abc import Collection
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,10 +68,15 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _whole(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    kind = type(module)
-    copied: nn.Module = object.__new__(type(kind.__name__, (kind,), {"__deepcopy__": _whole}))
+    """Copy a module of the same class with all its attributes and slots. Copies of the copy are made like this, too."""
+    copied: nn.Module = object.__new__(type(module))
     memo[id(module)] = copied
-    vars(copied).update(copy.deepcopy(vars(module), memo))
+    state: Any = object.__getstate__(module)
+    attributes, slots = state if isinstance(state, tuple) else (state, {})
+    vars(copied).update(copy.deepcopy({n: v for n, v in attributes.items() if n != "__deepcopy__"}, memo))
+    vars(copied)["__deepcopy__"] = partial(_whole, copied)
+    for name, value in slots.items():
+        object.__setattr__(copied, name, copy.deepcopy(value, memo))
     return copied
 
 

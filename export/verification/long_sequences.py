@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -99,8 +100,10 @@ class LongSequences:
             for path, calls in log.calls.items():
                 for number, (call, shape) in enumerate(zip(calls, shapes[path], strict=True)):
                     self._check_call(path, number, call, shape, trial, far)
-            self._check_branches(trial)
+            self._check_branches(trial, "time")
             break
+        if by_row:
+            self._check_branches(trials.ROW_LOOP, "batch")
         return far
 
     def _far(self, numbers: list[LargeNumber], each: int) -> LargeNumber | None:
@@ -187,31 +190,32 @@ class LongSequences:
                 f"({place}); make every step do the same, and pass any differences between steps as an input",
             )
 
-    def _check_branches(self, long: Trial) -> None:
-        """Refuse a model if a branch might go the other way after more steps than any trial has."""
+    def _check_branches(self, long: Trial, axis: Literal["time", "batch"]) -> None:
+        """Refuse a model if a branch might go the other way after more steps, or rows, than any trial has."""
+        things, each = ("time steps", "step") if axis == "time" else ("the rows of a batch", "row")
         if not is_readable():
             raise ExportError(
                 "calls_depend_on_time",
-                "forward loops over time steps, and whether a later step may differ cannot be found out on Python "
+                f"forward loops over {things}, and whether a later {each} may differ cannot be found out on Python "
                 f"{sys.version.split()[0]}; export it with Python 3.11, 3.12, 3.13 or 3.14",
             )
-        log = BranchLog()
-        for trial in (*(replace(long, time=time) for time in trials.BRANCHES), long):
+        log, most = BranchLog(), getattr(long, axis)
+        for size in (*trials.BRANCHES, most):
             with suppress(ExportError), log.running():
-                self._run(trial, [])
-            if trial.time == trials.BRANCHES[-1] and not log.undecided():
+                self._run(replace(long, **{axis: size}), [])  # type: ignore[arg-type]
+            if size == trials.BRANCHES[-1] and not log.undecided():
                 return
         for site in log.undecided():
             what, so_far = (
-                ("a branch depends on", f"It went one way for {long.time} steps, and may go the other way later")
+                ("a branch depends on", f"It went one way for {most} {each}s, and may go the other way later")
                 if isinstance(site, Branch)
-                else ("a value depends on", f"It followed one rule for {long.time} steps, and may follow another later")
+                else ("a value depends on", f"It followed one rule for {most} {each}s, and may follow another later")
             )
             raise ExportError(
                 "calls_depend_on_time",
-                f"forward loops over time steps, and {what} a number that grows with them "
-                f"({Place(site.code.co_filename, site.line, ())}). {so_far}; make every step do the same, and pass any "
-                "differences between steps as an input",
+                f"forward loops over {things}, and {what} a number that grows with them "
+                f"({Place(site.code.co_filename, site.line, ())}). {so_far}; make every {each} do the same, and pass "
+                f"any differences between {each}s as an input",
             )
 
     def _compare(self, trial: Trial, own: Arrays, served: Subject, far: LargeNumber | None) -> None:

@@ -34,20 +34,28 @@ def check_same_as_original(
     Raises:
         ExportError: parity, if the answers differ.
     """
-    for trial in trials.ORIGINAL:
+    for trial in (*trials.ORIGINAL, *trials.EXTREME):
         inputs, rows = reference.inputs(trial), reference.begin(trial)
-        lifted = reference.whole(inputs, rows)
         # A call may leave state in the module.
         original = detached_copy(exact) if attributes else exact
-        with Decided.undone():
-            returned = ask_original("other inputs", original, double, inputs, rows)
+        try:
+            lifted = reference.whole(inputs, rows)
+            with Decided.undone():
+                returned = ask_original("other inputs", original, double, inputs, rows)
+        except ExportError:
+            if trial.may_fail:
+                continue
+            raise
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
-            if not np.allclose(lifted[output.spec.name], expected, _CLOSE, _CLOSE):
+            if not np.allclose(lifted[output.spec.name], expected, _CLOSE, _CLOSE, equal_nan=True):
                 raise ExportError(
                     "parity",
                     f"output {output.spec.name!r} changes when recurrent layers take their state from the row; does "
-                    "forward read the weights or the states of a layer itself?",
+                    "forward read the weights or the states of a layer itself?"
+                    if not trial.may_fail
+                    else f"output {output.spec.name!r} differs from forward's own for inputs {trial.scale:g} times the "
+                    "example's: does every step read only its own time step and its own row?",
                 )
 
 

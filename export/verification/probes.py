@@ -43,7 +43,12 @@ def check_rows(reference: Subject) -> None:
     missing = ", ".join(spec.name for spec in reference.manifest.inputs if spec.nan)
     for trial in trials.ROWS:
         inputs, rows = reference.inputs(trial), reference.rows(trial)
-        together = reference.whole(inputs, rows)
+        try:
+            together = reference.whole(inputs, rows)
+        except ExportError:
+            if trial.may_fail:
+                continue
+            raise
         kept = next((name for name, array in together.items() if np.isnan(array).any()), None)
         if missing and kept is not None:
             what = "the state" if kept == "state_out" else f"output {kept!r}"
@@ -79,7 +84,12 @@ def why_not_streamable(subject: Subject, module: StreamingModule) -> str | None:
         inputs = subject.inputs(trial)
         rows = subject.samples.rows(trial.batch + 1, subject.manifest, seed=trial.row_seed)
         rows = rows[: trial.batch] if trial.batch > 1 else rows[1:]
-        whole = subject.whole(inputs, rows)
+        try:
+            whole = subject.whole(inputs, rows)
+        except ExportError:
+            if trial.may_fail:
+                continue
+            raise
         for chunks in trial.chunkings:
             try:
                 cut = subject.chunked(inputs, rows.astype(np.float64), chunks)
@@ -228,5 +238,5 @@ def _close(one: np.ndarray, other: np.ndarray) -> bool:
         return False
     if one.dtype.kind != "f":
         return np.array_equal(one, other)
-    scale = max(1.0, float(np.max(np.abs(other))))
-    return bool(np.max(np.abs(one - other)) <= _CLOSE * scale)
+    scale = max(1.0, float(np.max(np.abs(other), where=np.isfinite(other), initial=0.0)))
+    return np.allclose(one, other, 0.0, _CLOSE * scale, equal_nan=True)

@@ -28,11 +28,16 @@ class Trial:
     scale: float = 1.0
     chunkings: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def may_fail(self) -> bool:
+        """Are the inputs so far outside the example's range that forward may refuse them?"""
+        return abs(self.scale) > 4
+
 
 _CUTS_OF_24 = ((1,) * 24, (5, 1, 9, 2, 7), (23, 1))
 
 #: Are the rows of a batch independent? Also tried far outside the example's range, where a maximum over rows shows.
-ROWS = tuple(Trial(6, 7, 31, 32, scale) for scale in (1, -2, 4))
+ROWS = tuple(Trial(6, 7, 31, 32, scale) for scale in (1, -2, 4, 32))
 
 #: Does the model stream? Single steps and uneven chunks; many rows, also with inputs outside the example's range,
 #: because a running maximum is often just the latest value.
@@ -41,6 +46,7 @@ STREAMING = (
     Trial(1, 17, 42, 43, 1, ((1,) * 17, (2, 1, 1, 9, 4))),
     Trial(32, 24, 73, 43, 1, _CUTS_OF_24),
     Trial(32, 24, 73, 43, -2, _CUTS_OF_24[1:]),
+    Trial(8, 24, 73, 43, 32, _CUTS_OF_24[1:]),
 )
 
 #: Limits the rows of a streaming trial: so many state values in total, but at least so many rows.
@@ -88,8 +94,10 @@ REDUCED_BATCH, REDUCED_LONG = 32, Trial(2, 256, 81, 82)
 #: Which values does an integer input accept?
 RANGES = Trial(2, 9, 35, 36)
 
-#: Does the lifted model equal the user's own, for a single call and for successive calls?
+#: Does the lifted model equal the user's own, for a single call and for successive calls? Also far outside the
+#: example's range, if forward takes such numbers: a clamp may hide a dependency.
 ORIGINAL = (Trial(3, 10, 25, 26), Trial(2, 23, 25, 26))
+EXTREME = (Trial(3, 10, 25, 26, 32), Trial(3, 10, 25, 26, -32))
 CONTINUED = Trial(2, 10, 27, 28, 1, ((4, 1, 5),))
 
 #: And over long sequences? Lengths are halved from ORIGINAL_LONG down to ORIGINAL_SHORTEST. The longest is reduced, but
@@ -107,6 +115,9 @@ FAR_AFTER, FAR_STEPS, FAR_OPERATIONS, FAR_WEIGHTS = 5, 2**17, 2**21, 2**35
 
 #: The most operations to log in such a run.
 FAR_LOGGED = 2**18
+
+#: Does a forward that loops over rows do the same for all?
+ROW_LOOP = Trial(67, 2, 37, 38)
 
 #: Which numbers in conditions grow with the length? The lengths to compare.
 BRANCHES = (1, 2, 12, 17)

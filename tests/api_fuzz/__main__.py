@@ -26,7 +26,7 @@ version = "1"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m api_fuzz")
-    parser.add_argument("--schemathesis", required=True, help="the program")
+    parser.add_argument("--schemathesis", required=True, help="path of the Schemathesis program")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A bundle's model in NumPy: a running sum, whose state is the sum so far."""
+"""A bundle's model in NumPy: a running sum. The state is the sum so far."""
 
 import numpy as np
 

@@ -120,13 +120,13 @@ def test_existing_bundle_is_kept_unless_asked(path: Path, tmp_path: Path, golden
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "é", "x" * 65, "-a", "a\n"])
-def test_bad_name(name: str) -> None:
+def test_invalid_name_is_refused(name: str) -> None:
     with pytest.raises(BundleError, match="model name"):
         check_name(name, "1")
 
 
 @pytest.mark.parametrize("version", ["", "0", "01", "-1", "1.0", "v1", "1" * 19, "1\n", "١"])
-def test_bad_version(version: str) -> None:
+def test_invalid_version_is_refused(version: str) -> None:
     with pytest.raises(BundleError, match="version"):
         check_name("a", version)
 
@@ -147,6 +147,6 @@ def test_unlistable_folder_is_not_a_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 40, b"not a file"])
-def test_damaged_vectors(damage: bytes) -> None:
+def test_damaged_golden_vectors_are_refused(damage: bytes) -> None:
     with pytest.raises(ValueError, match="golden vectors"):
         Golden.from_bytes(damage)

@@ -46,7 +46,7 @@ def body(*nodes: onnx.NodeProto, inputs: str = "", kind: int = FLOAT) -> onnx.Gr
         [node("Constant", "c", value=helper.make_tensor("", INT, [1], [3])), node("Mod", "n", "c", "y")],
     ],
 )
-def test_a_division_that_cannot_end_the_process_is_allowed(nodes: list[onnx.NodeProto]) -> None:
+def test_division_that_cannot_crash_is_allowed(nodes: list[onnx.NodeProto]) -> None:
     assert not found(*nodes)
 
 
@@ -68,5 +68,5 @@ def test_a_division_that_cannot_end_the_process_is_allowed(nodes: list[onnx.Node
         ],
     ],
 )
-def test_a_division_of_integers_by_computed_ones_is_not(nodes: list[onnx.NodeProto]) -> None:
+def test_integer_division_by_a_computed_integer_is_forbidden(nodes: list[onnx.NodeProto]) -> None:
     assert len(found(*nodes)) == 1

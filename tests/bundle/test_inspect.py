@@ -47,7 +47,7 @@ def test_json_contains_the_manifest_and_the_contents_of_the_files(capsys: pytest
     assert found["operators"] == dict(Counter(node.op_type for node in nodes))
 
 
-def test_operators_of_subgraphs_and_other_domains_count() -> None:
+def test_operators_include_subgraphs_and_other_domains() -> None:
     inner = helper.make_graph([helper.make_node("Tanh", ["a"], ["b"])], "then", [], [_value("b")])
     nodes = [
         helper.make_node("If", ["c"], ["d"], then_branch=inner, else_branch=inner),

@@ -103,9 +103,7 @@ def test_inspect_names_the_signer(keys: Path, tmp_path: Path, capsys: pytest.Cap
     assert "bundle_signature" in capsys.readouterr().err
 
 
-def test_a_pair_of_keys_replaces_no_file_and_its_private_half_is_private(
-    keys: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_new_key_pair_overwrites_no_file_and_is_private(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (keys / "ours.pem").read_bytes()
     assert (keys / "ours.pem").stat().st_mode & 0o777 == 0o600
     assert cli.main(["keys", "pair", str(keys / "ours.pem")]) == 1

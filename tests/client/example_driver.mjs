@@ -1,4 +1,4 @@
-// Drives examples/stream.mjs, which has one session on a stream of its own, for a model of one input and one output.
+// Drives examples/stream.mjs: one session per stream, for a model with one input and one output.
 import { createInterface } from "node:readline";
 import { Session } from "../../examples/stream.mjs";
 
@@ -21,7 +21,7 @@ const operations = {
   },
   async open({ session: name, model }) {
     const session = (sessions[name] = new Session(address, model));
-    while (session.socket?.readyState !== WebSocket.OPEN) await session.connect(); // as its exchange
+    while (session.socket?.readyState !== WebSocket.OPEN) await session.connect(); // as its exchange does
     return { id: session.id, position: session.position };
   },
   step: (command) => apply(command, true),

@@ -1,4 +1,4 @@
-// What the JavaScript client gets from a server, as JSON. Arguments: the module's file, the URL, and the inputs.
+// Prints what the JavaScript client gets from a server, as JSON. Arguments: the module's file, the URL, the inputs.
 import { pathToFileURL } from "node:url";
 
 const [module, url, given] = process.argv.slice(2);
@@ -11,7 +11,7 @@ const rows = (values, width) => {
   return Array.from({ length: list.length / width }, (_, i) => list.slice(i * width, (i + 1) * width));
 };
 
-// A session's steps: two single ones, a chunk, and the rest as a stream.
+// Steps a session: two single steps, a chunk, and the rest as a stream.
 async function live(session, width = 2) {
   const outputs = [];
   outputs.push(...rows(await session.step(x[0]), width), ...rows(await session.step(new Float32Array(x[1])), width));

@@ -74,7 +74,7 @@ def test_applied_rollout_advances_the_session_once(client: Any, x: np.ndarray) -
         assert np.array_equal(session.step(x[0]), copy.step(x[0]))
 
 
-def test_given_time_steps_and_outputs(client: Any, x: np.ndarray) -> None:
+def test_rollout_starts_from_given_inputs_or_outputs(client: Any, x: np.ndarray) -> None:
     with client.session("lstm") as session, client.session("lstm") as other:
         y = session.steps(x)[-1]
         right = by_hand(session, y)
@@ -114,7 +114,7 @@ def test_tokens_several_inputs_and_outputs_without_time(client: Any, x: np.ndarr
         assert same(rest, by_hand(session, y))
 
 
-def test_refusals_of_rollouts(client: Any, x: np.ndarray) -> None:
+def test_invalid_rollouts_are_refused(client: Any, x: np.ndarray) -> None:
     with client.session("lstm") as session:
         session.steps(x)
         with pytest.raises(errors.MapInvalid, match="shape"):
@@ -154,7 +154,7 @@ def test_stream_rollout_equals_the_steps_one_by_one(client: Any, x: np.ndarray) 
         assert same(rest, by_hand(other, first.outputs))
 
 
-def test_a_rollout_on_a_stream_that_is_refused_leaves_the_stream(client: Any, x: np.ndarray) -> None:
+def test_refused_stream_rollout_keeps_the_stream_usable(client: Any, x: np.ndarray) -> None:
     with client.stream("lstm") as stream:
         one, two = stream.open(2)
         for session in (one, two):
@@ -225,7 +225,7 @@ def test_caller_that_stops_early_ends_the_stream_rollout(client: Any, server: Ru
         assert same(right, by_hand(session, y))
 
 
-def test_a_session_that_is_not_open_yet_says_so(server: Running) -> None:
+def test_unopened_session_reports_how_to_open_it(server: Running) -> None:
     async def use() -> None:
         async with AsyncClient(server.url) as client:
             session = client.session("lstm")

@@ -51,7 +51,7 @@ def test_whole_sequences_of_different_lengths(client: Any, oracle: Oracles, rng:
     assert client.sequences("lstm", []) == []
 
 
-def test_an_output_without_a_time_axis(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
+def test_output_may_have_no_time_axis(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
     x = floats(rng, 4, 3)
     with client.session("last") as session:
         assert np.array_equal(session.steps(x[:3]), oracle("last")(x[:3]))
@@ -90,7 +90,7 @@ def test_static_inputs_begin_sessions_and_sequences(client: Any, oracle: Oracles
         client.sequences("voices", [x, x], static=[static])
 
 
-def test_the_description_of_a_model(client: Any) -> None:
+def test_models_are_described(client: Any) -> None:
     assert {"lstm", "gru", "whole"} <= {model.name for model in client.models()}
     model = client.model("gru:1")
     assert (model.name, model.version, model.streamable) == ("gru", "1", True)
@@ -106,7 +106,7 @@ def test_the_description_of_a_model(client: Any) -> None:
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_arrays_of_other_libraries(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
+def test_arrays_of_other_libraries_are_accepted(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
     x = floats(rng, 4, 3)
     right = oracle("lstm")(x)
     strided = np.asfortranarray(x)
@@ -187,7 +187,7 @@ def test_fork_snapshot_and_rewind(
         client.session("lstm", snapshot=b"no snapshot")
 
 
-def test_the_modes_of_opening(client: Any) -> None:
+def test_opening_mode_is_obeyed(client: Any) -> None:
     name = f"pump/7 ö {type(client).__name__}"
     with pytest.raises(errors.SessionUnknown):
         client.session("lstm", name, mode="resume")
@@ -256,8 +256,8 @@ def test_invalid_timeouts_are_refused(kind: Any) -> None:
             kind("http://127.0.0.1", retry_for=seconds)
 
 
-def test_a_client_that_never_gives_up(make_client: Callable[..., Any]) -> None:
-    """Its timeout is the longest that a socket allows."""
+def test_client_may_retry_forever(make_client: Callable[..., Any]) -> None:
+    """Its timeout is the longest that the client accepts."""
     attempts = itertools.count()
 
     class Late(BaseHTTPRequestHandler):
@@ -280,7 +280,7 @@ def test_a_client_that_never_gives_up(make_client: Callable[..., Any]) -> None:
             thread.join()
 
 
-def test_a_refusal_of_one_of_many_sequences(client: Any) -> None:
+def test_one_invalid_sequence_refuses_all(client: Any) -> None:
     with pytest.raises(errors.InvalidInput, match=r"\(2, 2\)"):
         client.sequences("lstm", [np.ones((2, 3), "f4"), np.ones((2, 2), "f4"), np.ones((2, 2), "f4")])
 

@@ -52,7 +52,7 @@ def opened(calls: StreamCalls, count: int) -> list[Place]:
 
 
 def test_positions_advance_with_the_outputs_and_not_before() -> None:
-    """A caller that gives up after half of the answers gets none of them and sends both steps again."""
+    """A caller that gives up after half of the answers gets no outputs and sends both steps again."""
     calls = StreamCalls(MODEL)
     one, two = opened(calls, 2)
     call = calls.steps([one, two], X, chunk=False, several=True)
@@ -73,7 +73,7 @@ def test_positions_advance_with_the_outputs_and_not_before() -> None:
     assert (one.position, two.position) == (1, 1)
 
 
-def test_the_callers_array_may_be_filled_again() -> None:
+def test_caller_may_reuse_its_array() -> None:
     calls = StreamCalls(MODEL)
     (one,) = opened(calls, 1)
     x = X[0].copy()

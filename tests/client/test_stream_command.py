@@ -169,7 +169,7 @@ def test_a_wav_that_ends_within_a_time_step_is_filled_with_zeros(run: Run, oracl
     assert err == "the last time step is padded with 2 zeros\n2 steps\n"
 
 
-def test_bytes_of_text_and_those_that_follow(run: Run, oracle: Oracles) -> None:
+def test_lines_format_reads_and_writes_bytes(run: Run, oracle: Oracles) -> None:
     text = bytes([1, 5, 10, 3])  # \n is one of the input bytes
     status, out, _ = run("tokens", "--format", "lines", stdin=text)
     logits = oracle("tokens")(np.array(list(text), np.int64))

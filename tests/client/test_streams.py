@@ -35,7 +35,9 @@ def test_more_sessions_than_one_frame_holds(client: Any) -> None:
         assert {session.position for session in sessions} == {1}
 
 
-def test_several_tensors_and_no_time_axis(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
+def test_stream_handles_several_tensors_and_no_time_axis(
+    client: Any, oracle: Oracles, rng: np.random.Generator
+) -> None:
     a, b = rng.standard_normal((3, 4, 2)).astype("f4"), rng.standard_normal((3, 4, 3)).astype("f4")
     with client.stream("two") as stream:
         outputs = stream.steps(stream.open(3), {"a": a, "b": b})
@@ -63,7 +65,7 @@ def test_a_session_of_http_continues_on_a_stream(client: Any, oracle: Oracles, r
         session.refresh()
 
 
-def test_refusals_of_single_sessions(client: Any) -> None:
+def test_single_sessions_of_a_stream_may_be_refused(client: Any) -> None:
     x = np.ones((3, 3), np.float32)
     with client.stream("lstm") as stream:
         sessions = stream.open(3)
@@ -94,7 +96,7 @@ def test_refusals_of_single_sessions(client: Any) -> None:
         stream.open()
 
 
-def test_sessions_that_are_closed_or_of_another_stream_are_refused_at_once(client: Any) -> None:
+def test_closed_and_foreign_sessions_are_refused(client: Any) -> None:
     with client.stream("lstm") as stream, client.stream("lstm") as other:
         one, two = stream.open(2)
         (three,) = other.open()
@@ -121,14 +123,14 @@ def test_sessions_end_with_their_block_also_after_an_error(client: Any) -> None:
         client.session("lstm", ids[0], mode="resume")
 
 
-def test_sessions_that_are_attached_stay_open_if_another_is_refused(client: Any) -> None:
+def test_attached_session_stays_open_if_another_is_refused(client: Any) -> None:
     with client.session("lstm") as session:
         with client.stream("lstm") as stream, pytest.raises(errors.SessionUnknown):
             stream.open([session.id, "nobody"], mode="resume")
         assert session.refresh() == 0
 
 
-def test_the_steps_of_many_tasks_go_together(server: Running, oracle: Oracles, rng: np.random.Generator) -> None:
+def test_tasks_may_step_concurrently_on_one_stream(server: Running, oracle: Oracles, rng: np.random.Generator) -> None:
     x = rng.standard_normal((50, 8, 3)).astype(np.float32)
 
     async def run() -> tuple[list[np.ndarray], float]:

@@ -1,4 +1,4 @@
-// What a TypeScript program may do with unroll.mjs, and what its types refuse. Only compiled, never run.
+// Uses of unroll.mjs that its types must accept, and uses that they must reject. Compiled, but never run.
 import {
   Client, ConnectionFailed, InvalidInput, ServerError, Session, SomeFailed, Stream, StreamSession,
 } from "../../client/unroll.mjs";
@@ -38,11 +38,11 @@ try {
 new Client("http://127.0.0.1:8000", { timeout: "1s" });
 // @ts-expect-error: there is no such mode
 await client.session("co2", { mode: "open" });
-// @ts-expect-error: a stream has no states that its client holds
+// @ts-expect-error: a stream has no client-held sessions
 await stream.open(1, { durability: "client" });
-// @ts-expect-error: positions are the client's business
+// @ts-expect-error: the position is read-only
 session.position = 3;
 // @ts-expect-error: sampling needs a seed
 session.rollout(12, { map: { kind: "sample" } });
-// @ts-expect-error: text is no input
+// @ts-expect-error: text is not an input
 await session.step("371.2");

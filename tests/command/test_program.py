@@ -1,4 +1,4 @@
-"""The command line as a whole: help, wrong arguments, completion, and their imports."""
+"""The command line as a whole: help, wrong arguments, completion, and what they import."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from unroll.service.access.keys import SCOPES
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "command-line.md"
 
-#: Slow to import, or not installed everywhere.
+#: Packages that are slow to import, or not installed everywhere.
 HEAVY = ("aiohttp", "fastapi", "lmdb", "numpy", "onnx", "onnxruntime", "onnxscript", "redis")
 HEAVY += ("pydantic", "safetensors", "starlette", "torch", "uvicorn", "websockets")
-#: Imported only by help.
+#: Packages that only help imports.
 FOR_HELP = "rich"
 #: Wrong options and values of every kind: unknown, missing, of the wrong type, not allowed, and conflicting.
 WRONG = """
@@ -53,7 +53,7 @@ keys new none --tenant a --scope all
 steam
 """
 
-#: Runs several command lines; prints each status and the modules imported so far.
+#: Runs command lines in order; prints each status and the modules imported by then.
 LINES = """
 import contextlib, io, json, sys
 from unroll import cli
@@ -68,7 +68,7 @@ print(json.dumps(found))
 """
 
 
-def test_help_and_wrong_arguments_wait_for_no_heavy_import() -> None:
+def test_help_and_wrong_arguments_import_nothing_heavy() -> None:
     wrong = [line.split() for line in WRONG.split("\n") if line]
     wrong += [[*command, "--no-such-option"] for command in commands()]
     shown = [["--version"], ["--help"], *([*command, "--help"] for command in commands())]
@@ -106,14 +106,14 @@ def test_a_wrong_argument_is_named_with_the_nearest_one(
     assert "--help lists the " in usage
 
 
-def test_without_a_command_help_is_printed_with_the_status_of_wrong_arguments(
+def test_missing_command_prints_help_and_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli.main([]) == 2
     assert capsys.readouterr().out.startswith("usage: unroll [OPTIONS] COMMAND ...\n")
 
 
-def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("unroll 0.")
 

@@ -37,7 +37,7 @@ def test_every_kind_is_in_the_document() -> None:
     assert set(OUTCOMES.values()) == {"streams", "whole only", "refused"}
 
 
-def test_every_other_part_was_measured() -> None:
+def test_document_has_all_other_measurements() -> None:
     for architecture in ARCHITECTURES:
         assert f"| {architecture.name} | {architecture.like} |" in PAGE
     assert PAGE.count("| int8 |") == PAGE.count("| float16 |") >= 6
@@ -115,7 +115,7 @@ def test_plain_export_that_fails_says_where() -> None:
     assert "cummax" in verdict.says
 
 
-def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_marked_block_is_replaced(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- kinds: begin -->\nold\n<!-- kinds: end -->\nafter\n")
     row = Row(

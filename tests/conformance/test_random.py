@@ -46,7 +46,7 @@ def test_random_models_are_never_silently_wrong(tree: Tree) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_trees_of_every_outcome(tree: Tree, outcome: str, says: str) -> None:
+def test_judge_gives_the_expected_outcome(tree: Tree, outcome: str, says: str) -> None:
     verdict = judge(tree)
     assert verdict.outcome == outcome
     assert says in verdict.code or says in verdict.says

@@ -14,7 +14,7 @@ from pathlib import Path
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m decoder_fuzz")
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--one", action="store_true", help="in this process, which Atheris ends")
+    parser.add_argument("--one", action="store_true", help="fuzz in this process, which Atheris terminates")
     parser.add_argument("decoders", nargs="*")
     options = parser.parse_args()
     if options.one:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(HELM is None, reason="helm is missing: make depl
 
 #: One replica with its own store.
 SMALL = ["redis.enabled=false", "replicas=1", "store.embedded.enabled=true"]
-#: Resources of the Prometheus operator, whose definitions are not part of this repository.
+#: Resources of the Prometheus operator; this repository does not contain their definitions.
 CUSTOM = ("ServiceMonitor", "PrometheusRule")
 #: By case: the arguments of --set.
 CASES = {
@@ -223,7 +223,7 @@ def test_alerts_are_about_metrics_of_the_server():
 
 
 @pytest.mark.parametrize(("case", "surge"), [("default", 1), ("gpu", 0)])
-def test_a_rollout_needs_no_more_gpus_than_there_are(case: str, surge: int):
+def test_rolling_update_needs_no_extra_gpu(case: str, surge: int):
     assert workload(render(case))["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == surge
 
 

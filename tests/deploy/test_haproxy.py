@@ -55,7 +55,7 @@ def test_the_configuration_is_valid():
     assert "WARNING" not in checked.stderr
 
 
-def test_a_session_stays_at_one_replica_and_sessions_are_shared_out(proxy: Proxy):
+def test_session_stays_at_one_replica_and_sessions_are_spread(proxy: Proxy):
     check_routing(proxy)
 
 
@@ -84,7 +84,7 @@ def test_undelivered_request_goes_to_another_replica(proxy: Proxy):
     assert {proxy.ask(steps(str(session))) for session in range(20)} == {(200, "b")}
 
 
-def test_a_websocket_passes(proxy: Proxy):
+def test_websocket_passes_the_proxy(proxy: Proxy):
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as connection:
         connection.sendall(
             b"GET /v1/models/co2/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -16,7 +16,7 @@ def load(path) -> Manifest:
 
 
 @pytest.mark.parametrize("path", [RUNTIME, SERVICE], ids=lambda path: path.stem)
-def test_it_is_valid_by_kserves_definitions(path):
+def test_example_is_valid_by_kserves_definitions(path):
     check_custom(load(path))
 
 

@@ -62,11 +62,11 @@ def proxy(tmp_path: Path) -> Iterator[Proxy]:
         yield proxy
 
 
-def test_a_session_stays_at_one_replica_and_sessions_are_shared_out(proxy: Proxy) -> None:
+def test_session_stays_at_one_replica_and_sessions_are_spread(proxy: Proxy) -> None:
     check_routing(proxy)
 
 
-def test_a_step_is_never_sent_twice_unless_it_never_arrived(proxy: Proxy) -> None:
+def test_only_an_undelivered_step_is_sent_again(proxy: Proxy) -> None:
     proxy.replicas[0].deadly = True
     assert {proxy.ask(steps(str(session)))[0] for session in range(20)} == {200, 502}
     proxy.replicas[0].shutdown()

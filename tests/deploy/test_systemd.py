@@ -21,8 +21,8 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     path.write_text(UNIT.replace(PROGRAM, "/bin/true"))
     verify = [analyze, "verify", "--man=no", str(path)]
     ran = subprocess.run(verify, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    said = [line for line in ran.stderr.splitlines() if "unroll.service" in line]
-    assert said == []
+    complaints = [line for line in ran.stderr.splitlines() if "unroll.service" in line]
+    assert complaints == []
 
 
 def test_server_accepts_the_options_of_the_unit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def test_every_week_through_one_session_equals_pytorch(server: str, capsys: pyte
     assert "same answer, applied once" in out
 
 
-def test_quick_sends_the_first_weeks_at_once_and_json_has_the_figures(server: str, capsys: pytest.CaptureFixture[str]):
+def test_quick_demo_sends_the_first_weeks_at_once_and_prints_json(server: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["demo", "--url", server, "--quick", "--json"]) == 0
     out, err = capsys.readouterr()
     assert "2284 weeks through one session, 520 of them one request each" in err
@@ -43,7 +43,7 @@ def test_quick_sends_the_first_weeks_at_once_and_json_has_the_figures(server: st
     assert found["mean_absolute_error"] < found["persistence_error"]
 
 
-def test_it_leaves_no_session_behind(server: str):
+def test_demo_leaves_no_session_behind(server: str):
     with Client(server) as client:
         before = client.models()[-1].description["sessions"]
         assert cli.main(["demo", "--url", server, "--quick"]) == 0
@@ -138,6 +138,6 @@ def test_the_live_display_is_drawn_in_place(monkeypatch: pytest.MonkeyPatch):
     assert out.getvalue().endswith("▇\na note\n\n\n")
 
 
-def test_bars():
+def test_bars_are_scaled_to_the_range():
     assert bars(np.array([0.0, 5.0, 10.0]), 0.0, 10.0) == "▁▅█"
     assert bars(np.array([3.0, 3.0]), 3.0, 3.0) == "▁▁"

@@ -11,7 +11,7 @@ from unroll.models.load import calm_then_burst
 BURST = range(181, 201)  # readings, counted from 1
 
 
-def test_a_burst_raises_an_alarm_when_it_begins_and_the_calm_before_it_none(
+def test_burst_raises_an_alarm_and_calm_before_it_raises_none(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "load.csv"
@@ -24,7 +24,7 @@ def test_a_burst_raises_an_alarm_when_it_begins_and_the_calm_before_it_none(
     assert summary == f"240 readings, {len(alarms)} alarms"
 
 
-def test_a_file_that_has_no_readings_is_refused_with_its_line(
+def test_file_without_readings_is_refused_with_the_line(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "load.csv"
@@ -38,14 +38,14 @@ def test_a_file_that_has_no_readings_is_refused_with_its_line(
         assert reason in capsys.readouterr().err
 
 
-def test_it_reads_the_counters_of_this_machine(server: str, capsys: pytest.CaptureFixture[str]):
+def test_program_reads_the_cpu_counters(server: str, capsys: pytest.CaptureFixture[str]):
     if not load.PROC_STAT.exists():
         pytest.skip("only Linux has /proc/stat")
     assert load.main(["--seconds", "0.4", "--rate", "5", "--url", server]) == 0
     assert capsys.readouterr().out == "2 readings, 0 alarms\n"
 
 
-def test_where_there_are_no_counters_it_asks_for_a_recording(
+def test_program_without_cpu_counters_asks_for_a_recording(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(load, "PROC_STAT", tmp_path / "stat")

@@ -15,7 +15,7 @@ def left(server: str, capsys: pytest.CaptureFixture[str], *flags: str) -> int:
     return int(printed[1])
 
 
-def test_the_policy_leaves_every_maze_with_its_state_and_few_without(server: str, capsys: pytest.CaptureFixture[str]):
+def test_policy_leaves_every_maze_only_with_its_state(server: str, capsys: pytest.CaptureFixture[str]):
     assert left(server, capsys) == 32
     assert left(server, capsys, "--forget") <= 16  # one of the four ways, on average 8
 

@@ -75,7 +75,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return call
 
 
-def test_a_folder_that_cannot_hold_the_sessions(refused: Refused, port: int, tmp_path: Path):
+def test_unusable_folder_is_reported(refused: Refused, port: int, tmp_path: Path):
     (tmp_path / "file").touch()
     assert refused("--port", str(port), "--store", str(tmp_path / "file" / "sessions")) == (
         f"make run: the store {tmp_path / 'file' / 'sessions'} cannot be used: Not a directory\n"
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_hold_the_sessions(refused: Refused, port: int, tmp
     )
 
 
-def test_a_port_that_is_taken(refused: Refused):
+def test_occupied_port_is_reported(refused: Refused):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         says = refused("--port", str(port))

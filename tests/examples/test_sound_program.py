@@ -10,7 +10,7 @@ from unroll.examples import sound
 from unroll.models.synthesis import RATE
 
 
-def test_it_prints_the_events_that_are_there(server: str, capsys: pytest.CaptureFixture[str]):
+def test_program_prints_the_events_in_the_sound(server: str, capsys: pytest.CaptureFixture[str]):
     assert sound.main(["--url", server]) == 0
     printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert {kind: said != "nothing" for kind, said in printed.items()} == {

@@ -86,7 +86,9 @@ def chunks(ppm: np.ndarray) -> list[np.ndarray]:
     return np.split(ppm, np.cumsum(CHUNKS)[:-1])
 
 
-async def test_python(server: str, breaking: tuple[str, Counter[Fault]], ppm: np.ndarray, expected: bytes):
+async def test_python_client_survives_broken_connections(
+    server: str, breaking: tuple[str, Counter[Fault]], ppm: np.ndarray, expected: bytes
+):
     url, faults = breaking
     session = Session(url, "co2")
 
@@ -98,7 +100,7 @@ async def test_python(server: str, breaking: tuple[str, Counter[Fault]], ppm: np
     assert min(faults[cut] for cut in CUTS) >= 2
 
 
-def test_python_without_a_server():
+def test_python_client_reports_a_missing_server():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening
         session = Session(f"ws://127.0.0.1:{unused.getsockname()[1]}", "co2")
@@ -123,7 +125,7 @@ def run(node: list[str], script: Path, *arguments: object) -> subprocess.Complet
     return subprocess.run([*node, script, json.dumps(arguments)], capture_output=True, text=True, timeout=PATIENCE)
 
 
-async def test_javascript(
+async def test_javascript_client_survives_broken_connections(
     server: str,
     breaking: tuple[str, Counter[Fault]],
     ppm: np.ndarray,

@@ -56,7 +56,9 @@ X, KNOWN = torch.randn(2, 9, 3), torch.randn(2, 9, 1)
     ("kind", "source"),
     [(Filled, "test_allow_nan:Filled"), pytest.param(Gaps, "served_models.models:Gaps", marks=pytest.mark.long)],
 )
-def test_from_the_command_line(kind: type[nn.Module], source: str, few_steps: None, tmp_path: Path) -> None:
+def test_command_exports_a_model_that_allows_nan(
+    kind: type[nn.Module], source: str, few_steps: None, tmp_path: Path
+) -> None:
     model = kind().eval()
     torch.save(model.state_dict(), tmp_path / "gaps.pt")
     words = ["--weights", str(tmp_path / "gaps.pt"), "--repository", str(tmp_path), "--name", "gaps"]
@@ -83,7 +85,9 @@ def test_from_the_command_line(kind: type[nn.Module], source: str, few_steps: No
         (Gaps, {"x": X.clone().fill_(torch.inf), "known": KNOWN}, "x", "not_finite", "infinity"),
     ],
 )
-def test_refused(model: type, example: dict[str, Any], allowed: str, code: str, says: str, tmp_path: Path) -> None:
+def test_invalid_use_of_nan_is_refused(
+    model: type, example: dict[str, Any], allowed: str, code: str, says: str, tmp_path: Path
+) -> None:
     with pytest.raises(ExportError, match=says) as refusal:
         export(model(), example, name="refused", repository=tmp_path, allow_nan=[allowed])
     assert refusal.value.code == code

@@ -148,7 +148,7 @@ TOKEN = ("--input", "token:int64:", "--random-weights")
         (("--nonsense",), 2, "usage"),
     ],
 )
-def test_refused(folder: Path, capsys, arguments: tuple[str, ...], code: int, says: str) -> None:
+def test_invalid_command_is_refused(folder: Path, capsys, arguments: tuple[str, ...], code: int, says: str) -> None:
     assert run(*arguments, "--repository", "out") == code
     printed = capsys.readouterr()
     assert says in printed.err
@@ -179,7 +179,7 @@ def test_internal_export_error_is_reported_as_one(folder: Path, capsys, monkeypa
     assert "internal: this is a bug in unroll: KeyError: 'lost'" in capsys.readouterr().err
 
 
-def test_help(capsys) -> None:
+def test_help_describes_the_arguments(capsys) -> None:
     assert run("--help") == 0
     assert "MODULE:FACTORY" in capsys.readouterr().out
 

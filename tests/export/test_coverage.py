@@ -178,7 +178,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torchscript_file_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.jit.script(Net().eval()).save(str(tmp_path / "net.pt"))
     arguments = ["export", str(tmp_path / "net.pt"), "--input", "x:float32:4", "--repository", str(tmp_path / "r")]
     assert cli.main(arguments) == 0
@@ -188,7 +188,7 @@ def test_a_torchscript_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
-def test_a_program_of_torch_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_export_program_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x, both = torch.randn(2, 7, 4), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     program = torch.export.export(Net().eval(), (x,), dynamic_shapes=(both,))
     assert export(program, {"x": x}, name="m", repository=tmp_path).manifest.streamable
@@ -202,7 +202,7 @@ def test_a_program_of_torch_export(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.long)])
-def test_models_in_other_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_models_in_other_dtypes_are_exported_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     report = export(Net().to(dtype), {"x": torch.randn(2, 7, 4, dtype=dtype)}, name="m", repository=tmp_path)
     assert report.manifest.inputs[0].dtype == "float32"
     assert any("computes in float32" in note for note in report.notes)
@@ -241,6 +241,8 @@ class CopiesItself(nn.Linear):
 class PicklesItself(nn.Linear):
     """Is rebuilt from its sizes and weights when unpickled; the weights then require gradients again."""
 
+    __slots__ = ("gain",)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"sizes": (self.in_features, self.out_features), "weights": self.state_dict()}
 
@@ -250,18 +252,21 @@ class PicklesItself(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", [CopiesItself, PicklesItself])
-def test_copies_of_a_self_copying_module_keep_what_export_added(kind: type[nn.Linear]) -> None:
+def test_copy_of_a_self_copying_module_keeps_added_attributes(kind: type[nn.Linear]) -> None:
     module = nn.Sequential(kind(3, 2))
+    if kind is PicklesItself:
+        PicklesItself.gain.__set__(module[0], 3.0)  # type: ignore[attr-defined]
     copied = detached_copy(module)
     copied[0].put = copied[0].weight
     again = copy.deepcopy(copied)
-    assert isinstance(again[0], kind)
+    assert type(again[0]) is kind
+    assert getattr(again[0], "gain", 3.0) == 3.0
     assert not again[0].weight.requires_grad
     assert again[0].put is again[0].weight
     torch.testing.assert_close(again[0].weight, module[0].weight)
 
 
-def test_a_forward_that_holds_its_layer_is_refused() -> None:
+def test_replaced_forward_is_refused() -> None:
     module = nn.Sequential(nn.Linear(3, 2))
     before = module[0].forward
     module[0].forward = lambda x: before(x)

@@ -145,7 +145,7 @@ def test_branch_arm_that_differs_or_is_unproven_is_not_taken(forward: Any) -> No
     assert decided(forward)[2][0] == {}
 
 
-def test_condition_met_only_by_other_inputs_is_not_decided_by_a_loop_trace() -> None:
+def test_loop_trace_does_not_decide_a_condition_met_by_other_inputs() -> None:
     _, _, (ways, others) = decided(rare)
     assert ways == {}
     with pytest.raises(ExportError, match=r"test_decisions.py:.*torch\.where"):

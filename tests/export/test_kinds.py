@@ -62,13 +62,13 @@ def _named(kinds: Iterable[Kind]) -> pytest.MarkDecorator:
 
 
 @_named(kind for kind in EXPORTED if kind.name in SHORT)
-def test_exported_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
+def test_supported_kind_is_exported_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
     _export(kind, tmp_path)
 
 
 @pytest.mark.long
 @_named(EXPORTED)
-def test_exported(kind: Kind, tmp_path: Path) -> None:
+def test_supported_kind_is_exported(kind: Kind, tmp_path: Path) -> None:
     _export(kind, tmp_path)
 
 
@@ -146,13 +146,13 @@ def _orders(tensor: torch.Tensor) -> list[tuple[int, ...]]:
 
 
 @_named(kind for kind in REFUSED if kind.name not in LONG)
-def test_refused_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
+def test_unsupported_kind_is_refused_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
     _refuse(kind, tmp_path)
 
 
 @pytest.mark.long
 @_named(REFUSED)
-def test_refused(kind: Kind, tmp_path: Path) -> None:
+def test_unsupported_kind_is_refused(kind: Kind, tmp_path: Path) -> None:
     _refuse(kind, tmp_path)
 
 

@@ -309,6 +309,39 @@ def test_rows_with_different_initial_states_are_refused(few_steps: None, tmp_pat
         export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
 
 
+def unlike_from_row_90(s: Any, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for row in range(x.shape[0]):
+        h, gain = torch.zeros(4), 1 + max(row - 90, 0)
+        for t in range(x.shape[1]):
+            y[row, t] = h = torch.tanh(s.head(x[row, t] * gain) + s.r * h)
+    return y
+
+
+@pytest.mark.long
+def test_rows_that_may_differ_in_larger_batches_are_refused(few_steps: None, tmp_path: Path) -> None:
+    module = made(unlike_from_row_90, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
+    with pytest.raises(ExportError, match=r"over the rows of a batch, and a value depends.*gain = .*for 67 rows"):
+        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+
+
+def scaled_by_the_loudest(s: Any, x: Tensor) -> Tensor:
+    """Only a sequence louder than the example shows that every step reads all steps."""
+    level = x.abs().amax((1, 2)).clamp(min=20)[:, None]
+    h, outs = zeros(x), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(s.head(x[:, t] / level) + s.r * h)
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+def test_what_only_extreme_inputs_show_is_refused(few_steps: None, tmp_path: Path) -> None:
+    module = made(scaled_by_the_loudest, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
+    with pytest.raises(ExportError, match="inputs 32 times the example's") as refusal:
+        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+    assert refusal.value.code == "parity"
+
+
 def squashed(s: Any, x: Tensor) -> Tensor:
     return torch.tanh(s.r * x).real
 

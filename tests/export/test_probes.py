@@ -16,7 +16,7 @@ GUARD = (
 )
 
 
-def test_a_guard_broken_by_small_sizes_makes_suspects() -> None:
+def test_sizes_that_break_a_guard_are_suspects() -> None:
     length, rows = "L['inputs'][0].size()[1]", "L['state'].size()[0]"
     assert _suspects(GUARD.format(f"time = {length}", f"((-1) + {length}) != 1")) == [(3, 2)]
     assert _suspects(GUARD.format(f"batch = {rows}", f"3 <= {rows}")) == [(1, 7), (2, 7)]
@@ -50,7 +50,7 @@ def test_samples_look_like_the_example() -> None:
     )
 
 
-def test_an_example_of_zeros_is_spread_out() -> None:
+def test_samples_for_an_example_of_zeros_vary() -> None:
     drawn = Samples({"x": np.zeros((1, 1, 3), np.float32)}).draw(9, 9, seed=0)["x"]
     assert 0.5 < drawn.std() < 2
 
@@ -95,7 +95,7 @@ def test_wide_outputs_make_a_short_golden(tmp_path: Path) -> None:
 
 
 class FarBack(nn.Module):
-    """A recurrent layer whose outputs also depend on the input `lag` steps earlier."""
+    """A recurrent layer with outputs that also depend on the input `lag` steps earlier."""
 
     def __init__(self, lag: int) -> None:
         super().__init__()
@@ -113,3 +113,38 @@ def test_long_lookback_does_not_stream(tmp_path: Path, lag: int) -> None:
     report = export(FarBack(lag), {"x": torch.randn(2, 12, 3)}, name="far", repository=tmp_path)
     assert not report.manifest.streamable
     assert "reaches far back in time" in str(report.manifest.not_streamable_because)
+
+
+class ScaledByTheLoudest(nn.Module):
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.lstm, self.axes = nn.LSTM(3, 3, batch_first=True), axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(x / x.abs().amax(self.axes, keepdim=True).clamp(min=20))[0]
+        return y
+
+
+def test_what_only_extreme_inputs_show_does_not_stream(tmp_path: Path) -> None:
+    manifest = export(ScaledByTheLoudest((1, 2)), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path).manifest
+    assert not manifest.streamable
+
+
+def test_rows_that_only_extreme_inputs_mix_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as refusal:
+        export(ScaledByTheLoudest((0, 2)), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path)
+    assert refusal.value.code == "rows_mixed"
+
+
+class Binned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.bins = nn.LSTM(3, 3, batch_first=True), nn.Embedding(100, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(self.bins((x[..., 0].abs() * 4).long()))[0]
+        return y
+
+
+def test_forward_may_refuse_extreme_inputs(tmp_path: Path) -> None:
+    assert export(Binned(), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path).manifest.streamable

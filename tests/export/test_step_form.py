@@ -1,4 +1,4 @@
-"""Modules whose forward computes one time step: the bundle equals repeated calls of the module."""
+"""Modules with a forward of one time step: the bundle equals repeated calls of the module."""
 
 import threading
 from collections.abc import Callable
@@ -199,7 +199,7 @@ def test_bundle_equals_repeated_calls_of_the_module(name: str, repository: Path)
         ),
     ],
 )
-def test_from_the_command_line(name: str, described: list[str], few_steps: None, tmp_path: Path) -> None:
+def test_command_exports_a_step_module(name: str, described: list[str], few_steps: None, tmp_path: Path) -> None:
     module = CASES[name][0]().eval()
     made = type(module).__name__
     torch.save(module.state_dict(), tmp_path / "weights.pt")

@@ -79,7 +79,7 @@ examples = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 @models
-def test_manifest(index, exported) -> None:
+def test_stack_streams_and_is_exact(index, exported) -> None:
     manifest = exported(index).manifest
     assert manifest.streamable
     assert manifest.ragged

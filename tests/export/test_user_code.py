@@ -100,7 +100,7 @@ LAYOUTS = {
 }
 
 
-def test_code_of_any_name_from_the_command_line(tmp_path: Path) -> None:
+def test_command_finds_code_of_any_name(tmp_path: Path) -> None:
     targets = {}
     for layout, texts in LAYOUTS.items():
         # No program can import a package with the name of a standard library package.
@@ -145,7 +145,7 @@ except unroll.ExportError as error:
 
 @pytest.mark.long
 @pytest.mark.parametrize("export", [REFUSED, EXPORTED], ids=["refused", "exported"])
-def test_from_a_script(export: str, tmp_path: Path) -> None:
+def test_script_may_export_its_own_code(export: str, tmp_path: Path) -> None:
     files = {f"{name}.py": "width = 4\n" for name in ("bundle", "conformance", "export", "tests")}
     files |= {"service/__init__.py": "scale = 2.0\n", "examples/__init__.py": ""}
     write(tmp_path, files | {"models.py": NET.format(sibling="from block import block"), "block.py": BLOCK})
@@ -164,7 +164,7 @@ CELLS = [
 
 
 @pytest.mark.long
-def test_from_a_notebook(tmp_path: Path) -> None:
+def test_notebook_may_export_its_own_code(tmp_path: Path) -> None:
     write(tmp_path, {"models.py": BLOCK})
     kernel = f"import sys; sys.path.insert(0, '')\nfor cell in {CELLS!r}:\n    exec(compile(cell, '<cell>', 'exec'))\n"
     assert "streaming yes" in run(tmp_path, "-", stdin=kernel)

@@ -204,7 +204,7 @@ def cell_step(
 def _cell(
     lstm: bool, x: np.ndarray, states: np.ndarray, both: np.ndarray, b: np.ndarray, h_at: int, c_at: int
 ) -> np.ndarray:
-    """`cells.cu` in float64."""
+    """Compute what `cells.cu` does, in float64."""
     inputs, hidden, after = x.shape[1], both.shape[1], states.astype(float)
     h, b = states[:, h_at : h_at + hidden].astype(float), b.astype(float)
     over_x = np.einsum("bi,ghi->gbh", x.astype(float), both[:, :, :inputs])
@@ -226,7 +226,7 @@ def sigmoid(value: np.ndarray) -> np.ndarray:
 
 
 def unpack(weights: int, lstm: bool, parts: int, inputs: int, hidden: int) -> np.ndarray:
-    """(gates, hidden, inputs + hidden): the inverse of `cells.pack`, but for the power of two."""
+    """Invert `cells.pack`, except for the power of two; return (gates, hidden, inputs + hidden)."""
     padded, wide = -(-hidden // 128) * 128, [-(-length // 32) * 32 for length in (inputs, hidden)]
     chunks, gates = sum(wide) // 32, 4 if lstm else 3
     group, tiles = (8, 2) if lstm else (16, 3)

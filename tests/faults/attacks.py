@@ -28,7 +28,7 @@ def control(op: str, **members: object) -> bytes:
     return masked(TEXT, json.dumps({"op": op, **members}).encode())
 
 
-def said(tail: bytes) -> str:
+def close_reason(tail: bytes) -> str:
     """Return the close reason at the end of a stream's received bytes, if the server closed it."""
     at = tail.rfind(b"\x88")
     payload = tail[at + 2 :]
@@ -59,7 +59,7 @@ async def flood(messages: bytes, port: int, end: float, got: Counter[str]) -> No
             except (OSError, TimeoutError):
                 break
         await asyncio.wait([reading], timeout=0.1)
-        got[said(bytes(tail))] += 1
+        got[close_reason(bytes(tail))] += 1
         writer.transport.abort()
         await asyncio.wait([reading])
         reading.exception()

@@ -51,12 +51,12 @@ class Track:
             self.sent = None
         self.answers.append((start, len(x), outputs, position))
 
-    def refused(self, start: int, code: str, expected: int | None, said: str = "") -> None:
-        """Record the refusal of a chunk at `start`, the session's position. said: the whole reply."""
+    def refused(self, start: int, code: str, expected: int | None, reply: str = "") -> None:
+        """Record the refusal of a chunk at `start`, the session's position. reply: The whole reply."""
         ahead = 0 if expected is None else expected - start
         most = 0 if self.sent is None else len(self.sent)
         kind = "lost" if ahead < 0 or code.startswith("session_") else "double" if ahead > most else "wrong"
-        self.complaints.append((kind, f"a chunk at {start} was refused: {code}, expected {expected}; {said}"))
+        self.complaints.append((kind, f"a chunk at {start} was refused: {code}, expected {expected}; {reply}"))
 
     @property
     def inputs(self) -> np.ndarray:

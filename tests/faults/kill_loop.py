@@ -134,10 +134,10 @@ async def _watched(arguments: argparse.Namespace, folder: Path) -> Result:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m faults.kill_loop", description=__doc__)
     parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--seconds", type=float, default=1200.0, help="at most")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="time limit")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--sessions", type=int, default=200)
-    parser.add_argument("--capacity", type=int, default=100, help="rows of a replica")
+    parser.add_argument("--capacity", type=int, default=100, help="rows per replica")
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--store", choices=["redis", "embedded", "none"], default="redis")
     parser.add_argument("--fsync", choices=["always", "everysec", "no", "never"], default="everysec")

@@ -157,7 +157,7 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     names = [*ATTACKS, _FLOOD]
     parser = argparse.ArgumentParser(prog="python -m faults.overload", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each attack")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of each attack")
     parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="ATTACK")
     arguments = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="overload-"))

@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m faults.rollout", description=__doc__)
     parser.add_argument("--versions", type=int, default=10)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--sessions", type=int, default=60, help="of each of three crowds")
+    parser.add_argument("--sessions", type=int, default=60, help="sessions per crowd; there are three crowds")
     arguments = parser.parse_args(argv)
     print(f"seed {arguments.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="rollout-test-"))

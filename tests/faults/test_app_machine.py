@@ -301,8 +301,9 @@ class AppMachine(RuleBasedStateMachine):
     def begin(self, name: str, at: int, again: int, x: np.ndarray) -> None:
         """Send a chunk that opens a session, then again as after a lost reply."""
         if isinstance(self.lives[name], Gone):
+            self.lives[name] = life = Life(next(self.numbers))
+            x = x + np.float32(life.number)  # one that opened an earlier session of this id would be its late duplicate
             reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, 0, **START))
-            self.lives[name] = Life(next(self.numbers))
             self.applied(name, x, reply)
             more = self.run(self.wires.send("v2", self.port(again), self.prefix + name, x, 0, **START))
             assert (more.status, more.outputs, more.position) == (200, reply.outputs, reply.position)

@@ -20,4 +20,4 @@ async def test_flooding_tenant_is_refused_and_calm_tenant_waits_few_batches(tmp_
     assert statistics.median(answers.refusals) < statistics.median(answers.seconds["200"])
     waited = [batches for batches, status in zip(under.batches, under.statuses, strict=True) if status == 200]
     assert waited
-    assert max(waited) < 10, "the queue of the other is much longer"
+    assert max(waited) < 10, "it waited behind the queue of the flooding tenant"

@@ -208,15 +208,15 @@ async def test_every_step_is_applied_once_or_never(
             x, _ = steps[last.digest]
             state = None if before is None or not before.row else np.frombuffer(before.row, "<f4")
             (outputs, *_), row = oracle.all(x, state=state)
-            assert (last.outputs, record.row) == (outputs.tobytes(), row.tobytes()), "it ran on another state"
+            assert (last.outputs, record.row) == (outputs.tobytes(), row.tobytes()), "the step ran on another state"
             assert record.position == (0 if before is None else before.position) + len(x)
             applied[last.digest].append((record.position, last.outputs))
     for digest, (_, replies) in steps.items():
         codes = {reply.code for reply in replies}
         assert {(reply.position, reply.outputs) for reply in replies if not reply.code} <= {*applied[digest]}
         assert len(applied[digest]) <= len(replies)
-        assert not applied[digest] or codes & {"", *_OPEN}, f"it was applied, and refused: {codes}"
+        assert not applied[digest] or codes & {"", *_OPEN}, f"the step was applied but refused: {codes}"
     outcomes = sum((actors.outcomes for actors in crowd), Counter[str]())
     assert outcomes.keys() >= _EVERYTHING, outcomes
-    assert store.refused > 20, "hardly any commit was refused"
-    assert max(store.looked_up) > 1, "no lookups went together"
+    assert store.refused > 20, "too few commits were refused"
+    assert max(store.looked_up) > 1, "no lookups were batched"

@@ -204,7 +204,7 @@ async def test_server_is_ready_once_the_store_answers_and_exits_if_it_refuses(
     assert await refused.ended() == 1
     redis.kill()
     assert (await Session(wires, waiting.port, "other").open("stored")).code == "store_unavailable"
-    assert await is_ready(waiting.port), "an outage affects all replicas; to take them away helps nobody"
+    assert await is_ready(waiting.port), "an outage affects all replicas, so taking them out of service would not help"
 
     redis.start()
     (at_once,) = replicas(1, "--store", f"redis://me:no@{address}")

@@ -153,7 +153,7 @@ def check_answer(expected: dict[str, Any], found: dict[str, Any], sent: dict[str
 
 
 def _check_json(expected: Any, found: Any, ignored: set[str]) -> None:
-    """Compare JSON whose objects are lists of (name, value), so that order counts. Objects may gain members."""
+    """Compare JSON with objects as lists of (name, value), so that order counts. Objects may gain members."""
     if isinstance(expected, list | tuple):
         assert type(found) is type(expected)
         if expected and isinstance(expected, list) and isinstance(expected[0], tuple):

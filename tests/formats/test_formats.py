@@ -151,7 +151,7 @@ def test_streams() -> None:
                 exchange["came"], conversation.exchange(sent), any_order=sent.get("any_order", False)
             )
         conversation.close()
-    assert "stop" in sent, "the server was ended by the conversation"
+    assert "stop" in sent, "the conversation must stop the server"
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""The next-byte model compared with n-grams, on the standard library of the running Python."""
+"""The next-byte model is compared with n-grams, on the standard library of the running Python."""
 
 from itertools import pairwise
 
@@ -50,7 +50,7 @@ def test_beats_trigram_and_5_gram_on_held_out_files(model: StackedRNN, library: 
 
 
 def test_probabilities_do_not_depend_on_how_the_text_is_cut(model: StackedRNN, library: Files) -> None:
-    text = np.concatenate(library[1])[:5000]  # more than one piece of 4096
+    text = np.concatenate(library[1])[:5000]  # longer than one piece of 4096
     with torch.inference_mode():
         whole = model(torch.from_numpy(text.astype(np.int64))[None, :-1])[0].softmax(-1)
     p = probabilities(model, text)
@@ -70,7 +70,7 @@ def test_training_windows_read_on_where_they_stopped() -> None:
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 @pytest.mark.parametrize("context", [b"", b"a", b"abra", b"zzzz", b"zabr"])
 def test_ngram_probabilities_add_up_to_one(order: int, context: bytes) -> None:
-    """Covers seen, partly seen and unseen contexts."""
+    """The contexts are seen, partly seen and unseen."""
     ngram = NGram([as_bytes(b"abracadabra"), as_bytes(b"a"), as_bytes(b"")], order)
     p = [ngram.probabilities(as_bytes(context + bytes([byte])))[-1] for byte in range(256)]
     assert min(p) > 0
@@ -78,7 +78,10 @@ def test_ngram_probabilities_add_up_to_one(order: int, context: bytes) -> None:
 
 
 def test_ngram_by_hand() -> None:
-    """Of "aab", each byte: a twice, b once; after a: a once, b once. Discounts: 1/3, and 1 with no pair seen twice."""
+    """In "aab", a occurs twice and b once; after a, each of them occurs once.
+
+    The discount of single bytes is 1/3; that of pairs is 1, because no pair occurs twice.
+    """
     p = NGram([as_bytes(b"aab")], 2).probabilities(as_bytes(b"ab"))
     a = (2 - 1 / 3 + 1 / 3 * 2 / 256) / 3
     b = (1 - 1 / 3 + 1 / 3 * 2 / 256) / 3

@@ -45,7 +45,7 @@ def test_file_equals_the_statsmodels_data() -> None:
     assert mauna_loa.PATH.read_text() == csv_text()
 
 
-def test_a_forecast_is_scored_only_if_nothing_interpolated_gave_it_away(series: Series) -> None:
+def test_forecast_is_scored_only_if_no_interpolated_week_reveals_it(series: Series) -> None:
     scored = co2.scored(series)
     assert not scored[0]
     for week in np.flatnonzero(series.interpolated):
@@ -62,7 +62,7 @@ def test_beats_every_baseline_on_held_out_years(model: CO2Forecaster, series: Se
 
 
 def test_baselines_forecast_as_defined() -> None:
-    """A season that repeats exactly: the seasonal baseline makes no error, persistence does."""
+    """In a season that repeats exactly, the seasonal baseline makes no error, but persistence does."""
     weeks = np.arange(2284)
     ppm = (330 + weeks / 32 + np.sin(2 * np.pi * weeks / 52)).astype(np.float32)
     made = Series(mauna_loa.read().dates, ppm, np.zeros(len(weeks), bool))

@@ -1,4 +1,4 @@
-"""The page on the two orders quotes the current code."""
+"""The page on the two orders quotes the current source code."""
 
 import re
 from pathlib import Path

@@ -5,6 +5,6 @@ from unroll.models.stacked_rnn import StackedRNN
 from unroll.models.training import load
 
 
-def test_its_forecast_is_better_than_the_last_reading() -> None:
+def test_forecast_is_better_than_the_last_reading() -> None:
     error, naive = load.evaluate(StackedRNN.load(CHECKPOINT), curves=100)
     assert error < 0.75 * naive

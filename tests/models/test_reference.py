@@ -1,4 +1,4 @@
-"""Both orders equal PyTorch, and each other to the last bit."""
+"""Both orders agree with PyTorch, and with each other to the last bit."""
 
 from collections.abc import Callable
 from random import Random
@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.RNNBase, torch.Tensor, list[State]]:
 
 
 def run(module: nn.RNNBase, x: torch.Tensor, states: list[State]) -> tuple[torch.Tensor, list[State]]:
-    """Return PyTorch's own answer, with the states as a list by layer."""
+    """Return PyTorch's own outputs, and its states as a list by layer."""
     pieces = tuple(torch.stack(piece) for piece in zip(*states, strict=True))
     output, reached = module(x, pieces if isinstance(module, nn.LSTM) else pieces[0])
     reached = reached if isinstance(module, nn.LSTM) else (reached,)
@@ -65,14 +65,14 @@ def test_orders_are_equal_to_the_last_bit(case: tuple) -> None:
 
 @given(cases(), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=30)
-def test_any_order_that_waits_for_its_two_inputs_is_equal_to_the_last_bit(case: tuple, random: Random) -> None:
+def test_every_valid_order_is_equal_to_the_last_bit(case: tuple, random: Random) -> None:
     module, x, states = case
     layers = layers_of(module)
     assert torch.equal(in_random_order(layers, x, states, random), step_by_step(layers, x, states)[0])
 
 
 def in_random_order(layers: list[Layer], x: torch.Tensor, states: list[State], random: Random) -> torch.Tensor:
-    """At every turn, a random layer with its next input available takes its step."""
+    """Repeatedly step a random layer whose next input is available."""
     queues = [list(x.unbind(1)), *([] for _ in layers)]
     states, done = list(states), [0] * len(layers)
     while done[-1] < x.shape[1]:

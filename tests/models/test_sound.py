@@ -14,7 +14,7 @@ def model() -> SoundDetector:
     return load()
 
 
-def test_it_finds_the_events_and_raises_few_false_alarms(model: SoundDetector) -> None:
+def test_detector_finds_events_with_few_false_alarms(model: SoundDetector) -> None:
     scores = sound.evaluate(model, clips=40)
     assert set(scores) == set(EVENTS)
     for name, score in scores.items():
@@ -24,7 +24,7 @@ def test_it_finds_the_events_and_raises_few_false_alarms(model: SoundDetector) -
 
 @torch.inference_mode()
 def test_second_clap_is_an_event_and_a_single_one_is_not(model: SoundDetector) -> None:
-    """Both frames sound alike; only the state distinguishes them."""
+    """Both claps sound alike; only the state distinguishes them."""
     highest = {}
     for kind in ("clap", "claps"):
         clips = [synthesis.single(kind, np.random.default_rng(seed)).samples for seed in range(20)]
@@ -34,5 +34,5 @@ def test_second_clap_is_an_event_and_a_single_one_is_not(model: SoundDetector) -
 
 
 @torch.inference_mode()
-def test_silence_is_nothing(model: SoundDetector) -> None:
+def test_silence_raises_no_event(model: SoundDetector) -> None:
     assert model(torch.zeros(1, 500, synthesis.FRAME)).max() < sound.THRESHOLD

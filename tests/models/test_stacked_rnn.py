@@ -1,4 +1,4 @@
-"""Shapes, the heads, the state carried across calls, and the strict reading of checkpoints."""
+"""Output shapes, heads, state carried across calls, and strict validation of checkpoints."""
 
 import json
 from dataclasses import asdict
@@ -117,21 +117,21 @@ def test_saved_and_loaded_is_the_same_model(tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def stem(tmp_path: Path) -> Path:
-    """The folder of a saved model."""
+    """The path of a saved model, without suffix."""
     stem = tmp_path / "model"
     StackedRNN(StackedRNNConfig(**SMALL)).save(stem)
     return stem
 
 
 def rewrite(stem: Path, change: dict[str, Any], without: str = "") -> None:
-    """Change the fields of the saved configuration, and leave one out."""
+    """Change fields of the saved configuration and leave one out."""
     fields = asdict(StackedRNNConfig(**SMALL)) | change
     fields.pop(without, None)
     stem.with_suffix(".json").write_text(json.dumps(fields))
 
 
 @pytest.mark.parametrize("field", list(asdict(StackedRNNConfig(**SMALL))))
-def test_a_configuration_without_a_field_is_refused_even_if_it_has_a_default(stem: Path, field: str) -> None:
+def test_configuration_with_a_missing_field_is_refused(stem: Path, field: str) -> None:
     rewrite(stem, {}, without=field)
     with pytest.raises(CheckpointError, match=field):
         StackedRNN.load(stem)

@@ -61,14 +61,14 @@ def test_a_command_needs_only_its_own_packages() -> None:
     assert run("onnxruntime", "doctor").returncode in {0, 1}
 
 
-def test_the_doctor_needs_the_packages_of_the_server_only_for_a_store() -> None:
+def test_doctor_needs_the_store_packages_only_for_a_store() -> None:
     done = run("torch,uvicorn,redis", "doctor", "--device", "cpu", "--store", "file:///none")
     assert (done.returncode, done.stderr) == (1, "")
     assert "LSTM on cpu" in done.stdout
     assert "→ pip install 'unroll-serve[cpu]'" in done.stdout
 
 
-def test_the_synchronous_client_does_not_wait_for_the_import_of_aiohttp() -> None:
+def test_synchronous_client_does_not_import_aiohttp() -> None:
     program = "import sys, unroll; unroll.Client('http://127.0.0.1').close(); assert 'aiohttp' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], timeout=PATIENCE, check=True)
 

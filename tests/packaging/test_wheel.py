@@ -61,7 +61,7 @@ def test_wheel_has_one_top_level_package(wheel: Path, names: set[str]) -> None:
     assert {name.split("/")[0] for name in names} == {"unroll", f"unroll_serve-{unroll.__version__}.dist-info"}
 
 
-def test_every_module_is_inside_and_no_test(names: set[str]) -> None:
+def test_wheel_contains_every_module_and_no_test(names: set[str]) -> None:
     modules = {f"unroll/{path.relative_to(ROOT)}" for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
     own = [path for pattern in ("*.py", "commands/*.py") for path in (ROOT / "src" / "unroll").glob(pattern)]
     modules |= {str(path.relative_to(ROOT / "src")) for path in own}
@@ -69,7 +69,7 @@ def test_every_module_is_inside_and_no_test(names: set[str]) -> None:
     assert not [name for name in names if "test" in name or name.startswith(("conformance", "bench"))]
 
 
-def test_the_data_are_inside(names: set[str]) -> None:
+def test_wheel_contains_the_data_files(names: set[str]) -> None:
     data = {pattern: {f"unroll/{path.relative_to(ROOT)}" for path in ROOT.glob(pattern)} for pattern in DATA}
     assert all(data.values())
     assert {"unroll/py.typed", *set().union(*data.values())} <= names

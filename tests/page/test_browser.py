@@ -132,7 +132,7 @@ SHOWN = {
     ],
     ids=["short", "light", "dark"],
 )
-def test_no_view_has_a_serious_fault_of_accessibility(visit: Visit, scheme: str, views: list[str]) -> None:
+def test_no_view_has_a_serious_accessibility_fault(visit: Visit, scheme: str, views: list[str]) -> None:
     page = visit("models", scheme=scheme)
     for view in views:
         page.evaluate("view => (location.hash = view)", view)
@@ -221,7 +221,7 @@ def test_files_curves_and_signals_are_inputs(visit: Visit) -> None:
     assert shades(page, ".stage canvas >> nth=1") > 10
 
 
-def test_static_inputs_are_asked_for_and_sessions_begin_with_them(visit: Visit, server: Running) -> None:
+def test_playground_asks_for_static_inputs(visit: Visit, server: Running) -> None:
     page = visit("playground/voices")
     fields = page.locator("fieldset label")
     expect(fields).to_have_text(["speaker int64", "gain float32 [2]"])
@@ -254,7 +254,7 @@ def test_play_waits_for_the_session_that_opens(visit: Visit) -> None:
     press(page, "Pause")
 
 
-def test_the_rows_of_its_batch_are_shown(visit: Visit, server: Running) -> None:
+def test_playground_shows_the_rows_of_its_batch(visit: Visit, server: Running) -> None:
     page = visit("playground/two")
     rows = page.locator(".facts div", has_text="Rows in its batch").locator("dd")
     press(page, "Step")
@@ -365,7 +365,7 @@ def test_the_page_is_small(visit: Visit) -> None:
         assert sum(size for _, size in sizes) < most, sizes
 
 
-def test_a_page_of_another_origin_sees_why_its_stream_was_closed(server: Running, browser: Browser) -> None:
+def test_page_of_another_origin_learns_why_its_stream_was_closed(server: Running, browser: Browser) -> None:
     page = browser.new_page()
     page.goto(f"http://localhost:{server.port}/livez")  # this server under another name, hence another origin
     closed = page.evaluate(
@@ -401,7 +401,7 @@ def test_figures_and_files_are_read_correctly(visit: Visit) -> None:
     assert read[5] == [{"name": "column 1", "values": [1, 3]}, {"name": "column 2", "values": [2, 4]}]
 
 
-def test_a_server_with_keys_asks_for_one(browser: Browser, tmp_path: Path) -> None:
+def test_page_asks_for_an_api_key_if_the_server_needs_one(browser: Browser, tmp_path: Path) -> None:
     secret, entry = new_key("page", "acme", ["infer"])
     (tmp_path / "keys.toml").write_text(entry)
     running = Running(

@@ -1,11 +1,11 @@
-/* A CUDA without a GPU: device memory is the heap, kernels do nothing, and each call is a line of a log.
+/* CUDA without a GPU: device memory is the heap, kernels do nothing, and each call writes a line to a log.
  *
- * Here is what must behave. The rest of what onnxruntime's CUDA provider looks for is generated (library.py): weak
- * functions that write their name and succeed, each replaced by one of the same name in this file.
+ * This file has the functions that need behaviour. library.py generates the rest of the symbols that onnxruntime's CUDA
+ * provider looks up: weak functions that log their name and succeed. A function in this file overrides its weak one.
  *
- * A line is `NAME KEY=VALUE ...`; graph=N says that the call was captured instead of done. While a stream captures,
- * calls that CUDA forbids fail as they do on a GPU. A graph's launch does its copies and host functions. Calls must
- * come from one thread at a time.
+ * A line is `NAME KEY=VALUE ...`; graph=N means that the call was captured instead of executed. While a stream
+ * captures, calls that CUDA forbids fail as they do on a GPU. Launching a graph runs its copies and host functions.
+ * Calls must come from one thread at a time.
  */
 #include <stdarg.h>
 #include <stdint.h>
@@ -34,7 +34,7 @@ static void __attribute__((format(printf, 2, 3))) note(const char *name, const c
     fprintf(file, "%s %s\n", name, line);
 }
 
-/* A line of the script's own: what follows belongs to that phase. */
+/* Begin a phase of the script, to which the following lines belong. */
 void stub_mark(const char *phase) { note("mark", "%s", phase); }
 
 /* ---- streams that capture, and graphs ---- */
@@ -97,7 +97,7 @@ int cudaLaunchHostFunc(void *stream, host_function *function, void *argument) {
     return submit(stream, (struct node){.function = function, .target = argument});
 }
 
-/* ---- the calls that only succeed ---- */
+/* ---- calls that only succeed ---- */
 
 int stub_succeed(const char *name) {
     note(name, "graph=%d", captured ? captured->id : 0);
@@ -110,7 +110,7 @@ int stub_create(const char *name, void **handle) {
     return stub_succeed(name);
 }
 
-/* They allocate device memory. */
+/* These allocate device memory, which a capture forbids. */
 int cublasCreate_v2(void **handle) { return forbidden("cublasCreate_v2") ?: stub_create("cublasCreate_v2", handle); }
 int cublasLtCreate(void **handle) { return forbidden("cublasLtCreate") ?: stub_create("cublasLtCreate", handle); }
 int cudnnCreate(void **handle) { return forbidden("cudnnCreate") ?: stub_create("cudnnCreate", handle); }
@@ -203,7 +203,7 @@ int cudaStreamQuery(void *stream) { return wait("cudaStreamQuery"); }
 int cudaEventSynchronize(void *event) { return wait("cudaEventSynchronize"); }
 int cudaEventQuery(void *event) { return wait("cudaEventQuery"); }
 
-/* ---- kernels: a host function stands for each, and the provider registers thousands by its address ---- */
+/* ---- kernels: the provider registers thousands, each by the address of a host function ---- */
 
 enum { BITS = 18 };
 static struct { const void *function; const char *name; } kernels[1 << BITS];
@@ -264,7 +264,7 @@ int cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, unsig
     return launch(function, (dim3){grid_x, grid_y, grid_z}, (dim3){block_x, block_y, block_z}, stream);
 }
 
-/* What `kernel<<<...>>>` leaves for the host function it then calls. */
+/* The configuration that `kernel<<<...>>>` passes to the host function it then calls. */
 static struct launch_config pushed;
 
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void *stream) {
@@ -301,7 +301,7 @@ int cudaPeekAtLastError(void) { return OK; }
 const char *cudaGetErrorString(int error) { return error == FORBIDDEN ? "forbidden while a stream captures" : "stub"; }
 const char *cudaGetErrorName(int error) { return cudaGetErrorString(error); }
 
-/* The beginning of cudaDeviceProp, whose 1008 bytes are else zero. */
+/* The first members of cudaDeviceProp. The rest of its 1008 bytes is zero. */
 struct properties {
     char name[256], uuid[16], luid[8];
     unsigned luid_mask;
@@ -332,7 +332,7 @@ int cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsign
     return OK;
 }
 
-/* ---- cuDNN and cuBLAS: what the provider makes sense of ---- */
+/* ---- cuDNN and cuBLAS: results that the provider uses ---- */
 
 size_t cudnnGetVersion(void) { return 91000; }
 const char *cudnnGetErrorString(int status) { return "stub"; }
@@ -340,7 +340,7 @@ const char *cublasGetStatusString(int status) { return "stub"; }
 const char *cublasGetStatusName(int status) { return "stub"; }
 void cudnnGetLastErrorString(char *text, size_t bytes) { snprintf(text, bytes, "stub"); }
 
-/* Convolutions are planned by an API that is all structure. */
+/* The provider plans convolutions through this API, which the stub does not imitate. */
 int cudnnBackendCreateDescriptor(int type, void **descriptor) { return NOT_SUPPORTED; }
 
 int cudnnDropoutGetStatesSize(void *handle, size_t *bytes) { return *bytes = 64, OK; }
@@ -351,7 +351,7 @@ int cudnnGetRNNTempSpaceSizes(void *handle, void *rnn, int mode, void *x, size_t
     return OK;
 }
 
-/* Every weight has one element, which comes first: the copies into place are made, and small. */
+/* Every weight has one element, at the start, so that the provider copies weights into place, but few bytes. */
 int cudnnGetRNNWeightParams(void *handle, void *rnn, int layer, size_t bytes, void *weights, int id, void *matrix_shape,
                             void **matrix, void *bias_shape, void **bias) {
     *matrix = *bias = weights;
