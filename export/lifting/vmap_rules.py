@@ -135,6 +135,8 @@ class OneByOne(TorchFunctionMode):
             return torch.ops.unroll.cat(list(tensors), axis)
         if dtype := _cast_to(func, args, kwargs):
             return args[0] if args[0].dtype == dtype else torch.ops.aten._to_copy.default(args[0], dtype=dtype)
+        if func is functional.linear and args and args[0].dim() == 1:  # PyTorch cannot trace it for a view
+            return func(args[0].clone(memory_format=torch.contiguous_format), *args[1:], **kwargs)
         if func in _BY_ROWS and args:
             leaves, structure = pytree.tree_flatten((args, kwargs))
             given = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -97,7 +97,7 @@ RANGES = Trial(2, 9, 35, 36)
 #: Does the lifted model equal the user's own, for a single call and for successive calls? Also far outside the
 #: example's range, if forward takes such numbers: a clamp may hide a dependency.
 ORIGINAL = (Trial(3, 10, 25, 26), Trial(2, 23, 25, 26))
-EXTREME = (Trial(3, 10, 25, 26, 32), Trial(3, 10, 25, 26, -32))
+EXTREME = tuple(Trial(3, 10, 25, 26, scale) for scale in (32, -32, 0.001))
 CONTINUED = Trial(2, 10, 27, 28, 1, ((4, 1, 5),))
 
 #: And over long sequences? Lengths are halved from ORIGINAL_LONG down to ORIGINAL_SHORTEST. The longest is reduced, but

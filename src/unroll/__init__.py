@@ -5,6 +5,7 @@ bundles; `unroll.Client(url)` talks to a server. Export needs torch, serving nee
 needs neither, so the names of this package are imported on first use.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["AsyncClient", "Client", "ExportError", "Report", "__version__", "errors", "export"]
 _CLIENT = {"AsyncClient", "Client", "errors"}
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it when it is imported
 
 
 def __getattr__(name: str) -> Any:

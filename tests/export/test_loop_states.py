@@ -159,6 +159,15 @@ def recurrence(x: Tensor, r: Tensor) -> Tensor:
     return torch.stack(outs, 1)
 
 
+def row_after_row(s: Any, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for row in range(x.shape[0]):
+        h = torch.zeros(4)
+        for t in range(x.shape[1]):
+            y[row, t] = h = torch.tanh(s.head(x[row, t]) + s.r * h)
+    return y
+
+
 def count_of_all_rows(s: Any, x: Tensor) -> Tensor:
     h, n, outs = zeros(x), torch.zeros(1), []
     for step in x.unbind(1):
@@ -199,7 +208,7 @@ def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
     *(two_loops, many_names, changed_in_place, in_a_scripted_function, layers_over_lists, from_the_first),
-    *(count_of_all_rows, running, viewed, changed_through_a_view, dilated),
+    *(row_after_row, count_of_all_rows, running, viewed, changed_through_a_view, dilated),
 ]
 
 
@@ -335,9 +344,21 @@ def scaled_by_the_loudest(s: Any, x: Tensor) -> Tensor:
     return torch.stack(outs, 1)
 
 
-def test_what_only_extreme_inputs_show_is_refused(few_steps: None, tmp_path: Path) -> None:
-    module = made(scaled_by_the_loudest, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
-    with pytest.raises(ExportError, match="inputs 32 times the example's") as refusal:
+def louder_if_silent(s: Any, x: Tensor) -> Tensor:
+    level = torch.relu(0.01 - x.abs().amax((1, 2)))[:, None]
+    h, outs = zeros(x), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(s.head(x[:, t] + level) + s.r * h)
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize(("forward", "scale"), [(scaled_by_the_loudest, "32"), (louder_if_silent, "0.001")])
+def test_what_only_extreme_inputs_show_is_refused(
+    few_steps: None, tmp_path: Path, forward: Forward, scale: str
+) -> None:
+    module = made(forward, r=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 4)).eval()
+    with pytest.raises(ExportError, match=f"inputs {scale} times the example's") as refusal:
         export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
     assert refusal.value.code == "parity"
 

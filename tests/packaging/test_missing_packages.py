@@ -1,7 +1,9 @@
 """A command without a required package names the package to install. Serving needs no torch, export no server."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from waiting import PATIENCE
@@ -69,3 +71,11 @@ def test_doctor_needs_the_store_packages_only_for_a_store() -> None:
 def test_synchronous_client_does_not_import_aiohttp() -> None:
     program = "import sys, unroll; unroll.Client('http://127.0.0.1').close(); assert 'aiohttp' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], timeout=PATIENCE, check=True)
+
+
+def test_onnxruntime_sends_no_telemetry(tmp_path: Path) -> None:
+    """If it did, it would keep an id in the folder of temporary files."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", "import unroll.service.engine.runner"]
+    subprocess.run(command, env=environment | {"TMPDIR": str(tmp_path)}, timeout=PATIENCE, check=True)
+    assert not [*tmp_path.iterdir()]
