@@ -320,6 +320,7 @@ def test_requests_for_unknown_keys_are_rate_limited(
     assert guarded.get(token(kid="first")).json()["code"] == "keys_unavailable"
     until(lambda: len(provider.asked) > before, "the provider was asked")
     monkeypatch.setattr(jwts, "LEAST_SECONDS", float("inf"))
+    until(lambda: guarded.get(token(kid="first")).status_code == 401, "the set was read")
     before = len(provider.asked)
     assert {guarded.get(token(kid=str(i))).status_code for i in range(20)} == {401}
     assert len(provider.asked) == before

@@ -279,7 +279,7 @@ def test_one_bad_sequence_fails_the_request_and_leaves_nothing(client: httpx.Cli
         ("POST", "/v1/models/none/sessions", 404, "model_unknown"),
         ("POST", "/v1/models/none/sequences", 404, "model_unknown"),
         ("POST", "/v1/models/none/sessions/a/steps", 404, "model_unknown"),
-        ("POST", "/v1/models//sessions/a/steps", 404, "model_unknown"),
+        ("POST", "/v1/models//sessions/a/steps", 404, "not_found"),
         ("POST", "/v1/models/%00%0d%0a/sessions/a/steps", 404, "model_unknown"),
         ("POST", "/v1/models/%00%ff%0d%0a/sessions/a/steps", 400, "malformed_request"),
         ("GET", "/v1/models/lstm/sessions/never", 404, "session_unknown"),
