@@ -138,7 +138,7 @@ def test_joined_steps_of_moved_sessions_run_again(pair: list[Running], dial: Dia
             for reply in good:
                 assert reply.position == t + 2
                 assert np.array_equal(reply.outputs[0], oracle("lstm")(x[reply.handle, : t + 2])[t + 1 :])
-    assert failed["session_contended"] > contended
+    assert failed["session_contended"] - contended >= 6  # each step, before it ran again
 
 
 @pytest.mark.parametrize("durability", ["memory", "redis"])
