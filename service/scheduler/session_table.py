@@ -31,10 +31,9 @@ from unroll.service.scheduler.closed_sessions import ClosedSessions
 from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.recency import Recency
-from unroll.service.scheduler.reply import AppliedChunk
 from unroll.service.scheduler.session import OPEN, Cohort, Durable, Life, Progress, Session
 from unroll.service.state.slots import INITIAL, Slots
-from unroll.service.store.record import Origin
+from unroll.service.store.record import Kept, Origin
 
 #: How many sessions to examine for one that can give up its row.
 _MOST_LOOKED_AT = 1000
@@ -184,7 +183,7 @@ class SessionTable:
         cause: type[SessionGone],
         now: float,
         opened_with: bytes,
-        last: AppliedChunk | None = None,
+        last: Kept | None = None,
     ) -> None:
         """Add a tombstone for a session that ended elsewhere, unless one with this id is open here."""
         if session_id not in self._live:
@@ -216,7 +215,7 @@ class SessionTable:
 
     # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 
-    def close(self, session: Session, now: float, last: AppliedChunk | None = None, *, running: bool = False) -> None:
+    def close(self, session: Session, now: float, last: Kept | None = None, *, running: bool = False) -> None:
         """Close a session.
 
         Args:
