@@ -57,7 +57,7 @@ export class SomeFailed extends Error {
   name = "SomeFailed";
   constructor(errors, outputs) {
     const [[index, first]] = errors;
-    super(`${errors.size} sessions failed, the one at index ${index} with ${first.message}`);
+    super(`${errors.size} of the sessions failed, the one at index ${index} with ${first.message}`);
     Object.assign(this, { errors, outputs });
   }
 }

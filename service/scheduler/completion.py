@@ -19,12 +19,12 @@ from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.replay import ReplayCache
-from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply
+from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import OPEN, Life, Owner, Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import INITIAL
-from unroll.service.store.record import Record
+from unroll.service.store.record import Kept, Record
 
 
 class Completion:
@@ -144,7 +144,7 @@ class Completion:
             if steps[chunk.owner] > room:
                 self.fail(chunk, self.admission.refusal(), now)
 
-    def close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
+    def close(self, session: Session, now: float, last: Kept | None = None) -> None:
         """Close a session. Waiting work fails with `session_closed`; running work completes first."""
         progress = session.own_progress
         accepted, active = progress.queue(), progress.active

@@ -163,10 +163,11 @@ class Scheduler:
         """The reply to the chunk that closed the session, if `chunk` is a retry."""
         if not chunk.final or not chunk.pinned:
             return None
-        reply = self.sessions.closed.reply_to(session_id, chunk.start, chunk.inputs, now)
-        if reply is not None:
-            self.counters.replayed += 1
-        return reply
+        last = self.sessions.closed.closing_chunk(session_id, chunk.start, chunk.inputs, now)
+        if last is None:
+            return None
+        self.counters.replayed += 1
+        return self.replay.reply_of(last)
 
     def submit_action(self, session: Session, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the chunks that the session has accepted so far.

@@ -9,8 +9,7 @@ import numpy as np
 from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.recency import Used
-from unroll.service.scheduler.reply import AppliedChunk
-from unroll.service.store.record import Origin
+from unroll.service.store.record import Kept, Origin
 
 #: The unit of fairness between clients: a tenant; without keys, the number of a stream, or 0 for HTTP.
 Owner = str | int
@@ -114,7 +113,7 @@ class Session(Used):
     progress: Progress | None
     depth: int = 1
     life: Life = Life.OPEN
-    applied: tuple[AppliedChunk, ...] | None = ()
+    applied: tuple[Kept, ...] | None = ()
     opened_with: bytes = b""
     cohort: "Cohort | None" = None
     origin: Origin | None = None

@@ -42,7 +42,11 @@ def current_durability(name: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An applied chunk, kept for retries: position before it, time steps, payload digest, output bytes."""
+    """An applied chunk, kept for retries.
+
+    start: position before it. steps: time steps. digest: payload digest, which identifies a retry. outputs: its reply,
+    concatenated; empty if there was no room to keep it.
+    """
 
     start: int
     steps: int
