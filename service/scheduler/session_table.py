@@ -133,7 +133,7 @@ class SessionTable:
     def check_room(self) -> None:
         """Raises CapacityExhausted if no session can be opened now."""
         if self.slots.taken == self.slots.count and all(entry.active is not None for entry in self._recency):
-            raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
+            raise CapacityExhausted(f"all sessions have work in progress; the capacity is {self.limits.capacity}")
 
     def find_detached(self, session_id: str, now: float) -> Session:
         """The open session with this id, detached from its cohort.
@@ -265,7 +265,7 @@ class SessionTable:
                 return
             others_fit = False
         reason = " or belong to other tenants" if tenant else ""
-        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{reason}")
+        raise CapacityExhausted(f"all sessions have work in progress{reason}; the capacity is {self.limits.capacity}")
 
     def _lose(self, session: Session, cause: type[SessionGone], now: float) -> None:
         self._take_out(session, "end")
