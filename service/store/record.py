@@ -40,7 +40,7 @@ def current_durability(name: Any) -> Any:
     return _FORMERLY.get(name, name) if isinstance(name, str) else name
 
 
-# These never change, but are not frozen: that would make their creation, which a step may wait for, take four times as long.
+# Never changed, but not frozen: that would make their creation, which a step may wait for, take four times as long.
 
 
 @dataclass(slots=True)
