@@ -26,6 +26,9 @@ from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import INITIAL
 from unroll.service.store.record import Kept, Record
 
+#: With two replicas in turn at random, only one run of 256 is longer than this.
+_CHECKS = 8
+
 
 class Completion:
     """Ends chunks with a reply or an error, and closes the sessions that end with them.
@@ -102,8 +105,8 @@ class Completion:
 
     def adopt(self, session: Session, record: Record) -> None:
         """Continue the session from a record. The caller writes the record's state row, if it has one."""
-        if session.durable is not None:
-            session.durable.token, session.durable.stale = record.token, False
+        if (durable := session.durable) is not None:
+            durable.token, durable.stale, durable.checks = record.token, False, _CHECKS
         progress = session.own_progress
         progress.position = progress.expected = record.position
         session.depth = max(session.depth, record.depth)

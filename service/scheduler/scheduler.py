@@ -74,7 +74,7 @@ class Scheduler:
         spill: Callable[[Session, bool], bool] = lambda session, at_cost: False,
     ) -> None:
         self.traits = traits
-        self._is_verified = is_verified
+        self.is_verified = is_verified
         self.limits = limits
         self.counters = Counters()
         self.rollouts = Rollouts(limits, self.counters)
@@ -315,7 +315,7 @@ class Scheduler:
 
         Raises NeedsStoreLookup instead, unless the local copy of the session is verified.
         """
-        certain = session.durable is None or self._is_verified(session.id)
+        certain = session.durable is None or self.is_verified(session.id)
         try:
             known = self.replay.recognise(session, chunk)
         except SessionError:

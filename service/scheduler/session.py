@@ -60,11 +60,14 @@ class Durable:
     Attributes:
         token: Token of the last commit, which the next commit must name; empty before the first.
         stale: The store may have another state, so the session must be looked up before its next use.
+        checks: Before how many of the next steps to compare the copy with the store, if that is possible at once. Not 0
+            if another replica has updated the session recently.
     """
 
     origin: bytes
     token: bytes = b""
     stale: bool = False
+    checks: int = 0
 
 
 @dataclass(slots=True, eq=False)

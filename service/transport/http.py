@@ -218,9 +218,9 @@ class HttpProtocol(LimitedProtocol):
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
                 exchange.text = None if self._known is None else RepeatedText()
             if CONTENT_ENCODING in exchange.headers:
-                self._long_body.decode(exchange)
+                self._long_body.decode(exchange, exchange.route.takes_document)
             elif size > LONG_BYTES:
-                self._long_body.read(exchange)
+                self._long_body.read(exchange, exchange.route.takes_document)
             else:
                 self._handle()
 

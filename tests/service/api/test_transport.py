@@ -208,6 +208,9 @@ def test_long_bodies_are_parsed_and_read_in_separate_turns(server: Running, monk
             head, _, body = request(path, json.dumps(bodies[path]).encode()).partition(b"\r\n\r\n")
             wire.send(head.replace(b"octet-stream", b"json") + b"\r\n\r\n" + body)
         assert [wire.answer()[0] for wire, _ in wires] == [200] * 6
+        opening = request("/v1/models/lstm/sessions", json.dumps({"state": [0.5] * LONG_BYTES}).encode())
+        wires[0][0].send(opening.replace(b"octet-stream", b"json"))
+        assert wires[0][0].answer()[0] == 422, "it has too many values, and its text was parsed by pydantic alone"
     assert sorted(name for name, _ in ran_in) == ["loads"] * 6 + ["read_inputs"] * 3 + ["sequences_from_json"] * 3
     assert len({turn for _, turn in ran_in}) == 12, ran_in
     assert [name == "loads" for name, _ in ran_in] == [True, False] * 6, "there is one document at a time"
