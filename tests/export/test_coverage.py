@@ -362,3 +362,19 @@ def test_float64_takes_tensors_outside_the_module() -> None:
         assert (torch.ones(2, 3) @ weights).dtype == torch.float64
         with pytest.raises(RuntimeError, match="dtype"):
             total.addmm_(torch.ones(2, 3), weights)
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rnn(x)[0], torch.atan2(x[..., 0], x[..., 1])
+
+
+def test_an_angle_depends_on_the_signs_of_zeros(repository: Path, few_steps: None) -> None:
+    export(Turned().eval(), {"x": torch.randn(2, 8, 2)}, name="turned", repository=repository)
+    x = torch.cartesian_prod(*[torch.tensor([0.0, -0.0, 1.0, -2.0])] * 2)
+    (_, angle), _ = Oracle(repository, "turned").all(x.numpy())
+    torch.testing.assert_close(torch.from_numpy(angle), torch.atan2(*x.unbind(-1)))
