@@ -282,9 +282,9 @@ def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], c
         )
     raise ExportError(
         "calls_depend_on_time",
-        f"{name!r} loops over time steps, and its answers are not those of one step that all time steps repeat, the "
-        "first and the last included; make each step compute its answer from its own time step and from states that start "
-        "as float32, int64, int32 or bool tensors, and move what else forward computes into a module around the loop",
+        f"{name!r} loops over time steps, and its answers are not those of one step that all of them repeat, the first "
+        "and the last included; make each step compute its answer from its own time step and from states that start as "
+        "float32, int64, int32 or bool tensors, and move anything else into a module around the loop",
     )
 
 
