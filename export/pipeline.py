@@ -1,6 +1,7 @@
 """The stages from a trained module to a proven bundle. Stages exchange records; only the last one writes files."""
 
 import copy
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,18 @@ def _few_threads(module: nn.Module | ExportedProgram) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the garbage collector: it takes a tenth of an export's time, and almost everything that it looks at stays."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +166,12 @@ class Pipeline:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
             # Preserve the caller's random state.
-            with torch.random.fork_rng(devices=[]), _few_threads(module), programs.functions_in_python():
+            with (
+                torch.random.fork_rng(devices=[]),
+                _few_threads(module),
+                _uncollected(),
+                programs.functions_in_python(),
+            ):
                 return self._run(module, example_inputs)
         except ExportError:
             raise
