@@ -77,9 +77,7 @@ class Commits:
             _bytes_of_rows(outputs),
         )
         keys = [(model, session.id) for session in group.sessions]
-        commits = list(
-            map(Commit, keys, [durable.token for durable in links], self._tokens.take(len(links)), contents)
-        )
+        commits = list(map(Commit, keys, [durable.token for durable in links], self._tokens.take(len(links)), contents))
         return [commit for row, commit in enumerate(commits) if row not in failed] if failed else commits
 
     def complete(

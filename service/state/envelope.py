@@ -64,7 +64,9 @@ class Envelope:
         return tag
 
     def seal(self, content: bytes) -> bytes:
-        return content + self._checksum(content)
+        if self.crc:
+            return content + zlib.crc32(content).to_bytes(_CRC, "little")
+        return content + checksum(content).digest()
 
     def unseal(self, content: bytes) -> bytes:
         """The inverse of `seal`.
@@ -72,15 +74,11 @@ class Envelope:
         Raises:
             SnapshotInvalid: The content is in another format or version, or damaged.
         """
-        end = len(content) - (_CRC if self.crc else _CHECKSUM)
-        body = content[: max(0, end)]
+        body = content[: -_CRC if self.crc else -_CHECKSUM]
         self.read_header(body)
-        if self._checksum(body) != content[end:]:
+        if self.seal(body) != content:
             raise SnapshotInvalid(f"{self.name} is damaged: the checksum does not match")
         return body
-
-    def _checksum(self, content: bytes) -> bytes:
-        return zlib.crc32(content).to_bytes(_CRC, "little") if self.crc else checksum(content).digest()
 
 
 def checksum(content: bytes = b"") -> "hashlib.blake2b":

@@ -26,15 +26,16 @@ from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, unpa
 POSITION = struct.Struct("<Q")
 SESSION, CLOSED, EXPIRED = range(3)
 
-_ENTRY = struct.Struct("<d16sH")
+_ENTRY, _TOKEN = struct.Struct("<d16sH"), struct.Struct("<Bxd16s")
 _ENVELOPE = Envelope(b"UNRE", 2, "a session of the store", _ENTRY.size, tags=3, crc=True)
+_SEAL = _ENVELOPE.seal
 _FIRST = replace(_ENVELOPE, version=1, crc=False)
 _HEADERS = tuple(map(_ENVELOPE.header, (SESSION, CLOSED, EXPIRED)))
 _NAME = HEADER_BYTES + _ENTRY.size
 _VERSION, _TAG = 4, 6
 
 #: LMDB's limit of keys, in bytes. The key of a longer name is a part of the name and a hash.
-_MOST_KEY, _KEPT_OF_NAME = 511, 400
+MOST_KEY, _KEPT_OF_NAME = 511, 400
 #: The clock's key cannot be a session's, which starts with a model's name. Its value: hash of the boot, offset, time.
 CLOCK, TIME = b"\0clock", struct.Struct("<16sdd")
 
@@ -66,7 +67,7 @@ class Entry:
 
     def body(self) -> bytes:
         """Raises SnapshotInvalid if the entry is damaged."""
-        envelope = _FIRST if self.content[_VERSION : _TAG] == b"\x01\0" else _ENVELOPE
+        envelope = _FIRST if self.content[_VERSION:_TAG] == b"\x01\0" else _ENVELOPE
         return envelope.unseal(self.content)[_NAME + len(self.name) :]
 
     def record(self) -> Record:
@@ -100,15 +101,15 @@ class Entry:
 
 
 def pack_entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes) -> bytes:
-    return _ENVELOPE.seal(b"".join((_HEADERS[kind], _ENTRY.pack(expires, token, len(name)), name, body)))
+    return _SEAL(b"".join((_HEADERS[kind], _ENTRY.pack(expires, token, len(name)), name, body)))
 
 
 def token_of(content: Any, now: float) -> tuple[bytes, bool]:
     """The token of an entry, and whether the entry is an open session. Does not copy the content."""
     if len(content) < _NAME:
         return bytes(16), True
-    expires, token, _ = _ENTRY.unpack_from(content, HEADER_BYTES)
-    return token, expires > now and content[_TAG] == SESSION
+    tag, expires, token = _TOKEN.unpack_from(content, _TAG)
+    return token, expires > now and tag == SESSION
 
 
 def expiry(content: Any) -> float:
@@ -128,7 +129,7 @@ def key_of(name: bytes) -> Key:
 
 def place_of(name: bytes) -> bytes:
     """The LMDB key for a name."""
-    if len(name) <= _MOST_KEY:
+    if len(name) <= MOST_KEY:
         return name
     return name[:_KEPT_OF_NAME] + b"\0" + hashlib.blake2b(name, digest_size=32).digest()
 

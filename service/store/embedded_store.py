@@ -27,6 +27,7 @@ from unroll.service.store.embedded_entry import (
     CLOCK,
     CLOSED,
     EXPIRED,
+    MOST_KEY,
     POSITION,
     SESSION,
     TIME,
@@ -235,8 +236,9 @@ class EmbeddedStore:
         return [full if full and not commit.ends else self._commit(commit, transaction, now) for commit in commits]
 
     def _commit(self, commit: Commit, transaction: Any, now: float) -> UnrollError | None:
-        name = name_of(commit.key)
-        place = place_of(name)
+        model, session_id = commit.key
+        name = f"{model}/{session_id}".encode()
+        place = name if len(name) <= MOST_KEY else place_of(name)
         content = transaction.get(place)
         token, is_living = (b"", False) if content is None else token_of(content, now)
         if token == commit.token:
