@@ -16,12 +16,12 @@ from unroll.service.scheduler.groups import Groups
 from unroll.service.scheduler.reply import payload_digests
 from unroll.service.scheduler.session import OPEN, Session, Work
 from unroll.service.store.interface import Commit, Tokens
-from unroll.service.store.record import pack, pack_steps, split_rows
+from unroll.service.store.record import Record, pack, pack_steps, split_rows
 
 #: Each commit with its result.
 _Results = Iterator[tuple[Commit, UnrollError | None]]
 #: Writes the state in a slot.
-_WriteRow = Callable[[int, np.ndarray], None]
+WriteRow = Callable[[int, np.ndarray], None]
 
 
 class Commits:
@@ -87,7 +87,7 @@ class Commits:
         errors: Sequence[UnrollError | None],
         batch_rows: int,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         """Complete pending work after its commits.
 
@@ -116,7 +116,7 @@ class Commits:
         commit: Commit,
         error: UnrollError | None,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         assert chunk.session is not None
         chunk.running = False
@@ -134,7 +134,7 @@ class Commits:
         failed: dict[int, UnrollError],
         results: _Results,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         errors, behind = dict(failed), []
         ran = [(row, session) for row, session in enumerate(group.sessions) if row not in failed]
@@ -147,9 +147,7 @@ class Commits:
         for works, error in behind:
             self._fail_behind(works, error, now)
 
-    def _note(
-        self, session: Session, commit: Commit, error: UnrollError | None, write_row: _WriteRow
-    ) -> Sequence[Work]:
+    def _note(self, session: Session, commit: Commit, error: UnrollError | None, write_row: WriteRow) -> Sequence[Work]:
         """Update the session after its commit. Returns the work queued behind it, which must fail after an error."""
         durable = session.durable
         assert durable is not None
@@ -158,7 +156,13 @@ class Commits:
             return ()
         progress = session.own_progress
         behind, progress.pending = progress.pending or [], None
-        record = error.record if isinstance(error, SessionContended) else None
+        self.update(session, error.record if isinstance(error, SessionContended) else None, write_row)
+        return behind
+
+    def update(self, session: Session, record: Record | None, write_row: WriteRow) -> None:
+        """Continue the session from the store's record, or note that it must be looked up first."""
+        durable = session.durable
+        assert durable is not None
         # A copy that was already stale stays so: calls that wait for its lookup precede the work that fails here.
         if record is None or record.origin != session.origin or session.life is not OPEN or durable.stale:
             durable.stale = True
@@ -166,7 +170,6 @@ class Commits:
             self._completion.adopt(session, record)
             if record.row:
                 write_row(session.slot, np.frombuffer(record.row, "<f4"))
-        return behind
 
     def _fail_behind(self, behind: Sequence[Work], error: UnrollError, now: float) -> None:
         for work in behind:

@@ -180,7 +180,8 @@ class Groups:
                 progress.position = start + steps
                 if steps > 1 or session.applied is not None:
                     session.source = session.slot
-                    kept &= self._replay.remember(session, start, group.inputs_of(row), row_of(outputs, row))
+                    if steps > 1 or not self._replay.remember_step(session):
+                        kept &= self._replay.remember(session, start, group.inputs_of(row), row_of(outputs, row))
             positions.append(progress.position)
         return np.array(positions, np.uint64), kept
 

@@ -28,19 +28,18 @@ SESSION, CLOSED, EXPIRED = range(3)
 
 _ENTRY, _TOKEN = struct.Struct("<d16sH"), struct.Struct("<Bxd16s")
 _ENVELOPE = Envelope(b"UNRE", 2, "a session of the store", _ENTRY.size, tags=3, crc=True)
-_SEAL = _ENVELOPE.seal
 _FIRST = replace(_ENVELOPE, version=1, crc=False)
 _HEADERS = tuple(map(_ENVELOPE.header, (SESSION, CLOSED, EXPIRED)))
 _NAME = HEADER_BYTES + _ENTRY.size
 _VERSION, _TAG = 4, 6
 
 #: LMDB's limit of keys, in bytes. The key of a longer name is a part of the name and a hash.
-MOST_KEY, _KEPT_OF_NAME = 511, 400
+_MOST_KEY, _KEPT_OF_NAME = 511, 400
 #: The clock's key cannot be a session's, which starts with a model's name. Its value: hash of the boot, offset, time.
 CLOCK, TIME = b"\0clock", struct.Struct("<16sdd")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
     """A stored entry. Reading its body verifies the checksum."""
 
@@ -101,7 +100,7 @@ class Entry:
 
 
 def pack_entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes) -> bytes:
-    return _SEAL(b"".join((_HEADERS[kind], _ENTRY.pack(expires, token, len(name)), name, body)))
+    return _ENVELOPE.seal(b"".join((_HEADERS[kind], _ENTRY.pack(expires, token, len(name)), name, body)))
 
 
 def token_of(content: Any, now: float) -> tuple[bytes, bool]:
@@ -129,7 +128,7 @@ def key_of(name: bytes) -> Key:
 
 def place_of(name: bytes) -> bytes:
     """The LMDB key for a name."""
-    if len(name) <= MOST_KEY:
+    if len(name) <= _MOST_KEY:
         return name
     return name[:_KEPT_OF_NAME] + b"\0" + hashlib.blake2b(name, digest_size=32).digest()
 

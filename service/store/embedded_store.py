@@ -3,7 +3,7 @@
 The folder is an LMDB database (`lmdb_folder.py`) with one entry per session (`embedded_entry.py`).
 
 A thread reads and writes, so the event loop never waits for the disk. Calls that arrive while it is busy share its next
-transaction, in order; each succeeds or fails by itself.
+transaction, in order; each succeeds or fails by itself. The exception is `newer`, for records that are in memory.
 """
 
 import asyncio
@@ -27,7 +27,6 @@ from unroll.service.store.embedded_entry import (
     CLOCK,
     CLOSED,
     EXPIRED,
-    MOST_KEY,
     POSITION,
     SESSION,
     TIME,
@@ -135,6 +134,13 @@ class EmbeddedStore:
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         return await self._exchanges.ask_one(_Call(partial(self._load_all, keys), reads=True))
 
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        """Not in the thread: sessions are compared that other processes update, so their records are in memory."""
+        if (content := self._folder.get_at_once(place_of(name_of(key)))) is None:
+            return None
+        its_token, is_living = token_of(content, self._now())
+        return _intact(content) if is_living and its_token != token else None
+
     async def close(self, key: Key) -> int | None:
         return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next())))
 
@@ -236,9 +242,8 @@ class EmbeddedStore:
         return [full if full and not commit.ends else self._commit(commit, transaction, now) for commit in commits]
 
     def _commit(self, commit: Commit, transaction: Any, now: float) -> UnrollError | None:
-        model, session_id = commit.key
-        name = f"{model}/{session_id}".encode()
-        place = name if len(name) <= MOST_KEY else place_of(name)
+        name = name_of(commit.key)
+        place = place_of(name)
         content = transaction.get(place)
         token, is_living = (b"", False) if content is None else token_of(content, now)
         if token == commit.token:
