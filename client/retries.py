@@ -2,7 +2,6 @@
 
 import logging
 import random
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -68,7 +67,7 @@ class Retries:
         """Seconds until a broken connection is replaced. Raises ConnectionFailed: a retry is useless, or time is up."""
         reason = str(error) or type(error).__name__
         pause = self.pause(retry_after, reason)
-        if pause is None or isinstance(error, ssl.SSLCertVerificationError):
+        if pause is None or isinstance(error, ValueError):  # as an error about the server's certificate is
             raise ConnectionFailed(f"{self._policy.url} did not answer (attempts: {self.count}): {reason}") from error
         return pause
 
