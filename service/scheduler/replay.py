@@ -13,7 +13,7 @@ from unroll.service.core.errors import PayloadMismatch, PositionGap, PositionToo
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits
-from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
+from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest, to_bytes
 from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.state.step_table import StepTable
 from unroll.service.store.record import Kept, pack_last, pack_last_chunk
@@ -71,8 +71,7 @@ class ReplayCache:
         Returns:
             False if there is no room for the reply. A retry is then recognised but refused.
         """
-        if len(inputs[0]) == 1 and self.has_row(session) and not closes:
-            self._replace(session, None)
+        if len(inputs[0]) == 1 and not closes and self.remember_step(session):
             return True
         before = session.applied or ()
         self._replace(session, before[max(0, len(before) + 1 - session.depth) :])
@@ -81,6 +80,13 @@ class ReplayCache:
         applied = AppliedChunk(start, payload_digest(inputs), reply.copy() if fits else None)
         self._replace(session, (*(session.applied or ()), applied))
         return fits
+
+    def remember_step(self, session: Session) -> bool:
+        """Note that the table has the chunk that the session has just applied; False if the table does not keep it."""
+        if self.has_row(session):
+            self._replace(session, None)
+            return True
+        return False
 
     def has_row(self, session: Session) -> bool:
         """Whether the table has the session's single steps, so that there is always room for the reply."""
@@ -171,7 +177,7 @@ class ReplayCache:
 
     def last_after(self, session: Session, chunk: Chunk, outputs: Tensors) -> bytes:
         """The record's `last` field after the session has applied the chunk."""
-        content, depth = _bytes(outputs), session.depth
+        content, depth = to_bytes(outputs), session.depth
         fits = len(content) <= self._largest
         if depth == 1 and fits:
             return pack_last_chunk(chunk.start, chunk.length, payload_digest(chunk.inputs), content)
@@ -222,7 +228,7 @@ def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
             return work
         if isinstance(work, Group) and session.position == position:
             row = work.sessions.index(session)
-            if chunk.final or not _same(work.inputs_of(row), chunk.inputs):
+            if chunk.final != (session in work.ending) or not _same(work.inputs_of(row), chunk.inputs):
                 raise _mismatch(session, position)
             chunk.running = True
             work.followers.append((row, chunk))
@@ -242,11 +248,7 @@ def _mismatch(session: Session, position: int) -> PayloadMismatch:
 
 def _kept(chunks: Iterable[AppliedChunk]) -> tuple[Kept, ...]:
     return tuple(
-        Kept(chunk.start, reply.position - chunk.start, chunk.digest, _bytes(reply.outputs))
+        Kept(chunk.start, reply.position - chunk.start, chunk.digest, to_bytes(reply.outputs))
         for chunk in chunks
         if (reply := chunk.reply) is not None
     )
-
-
-def _bytes(outputs: Tensors) -> bytes:
-    return outputs[0].tobytes() if len(outputs) == 1 else b"".join([array.tobytes() for array in outputs])

@@ -54,6 +54,10 @@ class AppliedChunk:
         return 0 if self.reply is None else self.reply.nbytes
 
 
+def to_bytes(tensors: Tensors) -> bytes:
+    return tensors[0].tobytes() if len(tensors) == 1 else b"".join([array.tobytes() for array in tensors])
+
+
 def payload_digest(inputs: Tensors) -> bytes:
     """Digest of a payload's values, independent of the client's encoding."""
     digest = _NOTHING.copy()
