@@ -51,7 +51,7 @@ class AsyncClient:
     ) -> None:
         self._address = ServerAddress.of(url, api_key, headers, tls)
         self._timeout = check_timeout(timeout)
-        self._policy = RetryPolicy(retry_for, time.monotonic)
+        self._policy = RetryPolicy(self._address.url, retry_for, time.monotonic)
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None
         self._catalogue = model_calls.Catalogue()

@@ -61,7 +61,7 @@ class Client:
     ) -> None:
         self._address = ServerAddress.of(url, api_key, headers, tls)
         self._timeout = check_timeout(timeout)
-        self._policy = RetryPolicy(retry_for, time.monotonic)
+        self._policy = RetryPolicy(self._address.url, retry_for, time.monotonic)
         self._idle: list[http.client.HTTPConnection] = []
         self._catalogue = model_calls.Catalogue()
 

@@ -1,5 +1,6 @@
 """When to retry a request. Every step carries its position, so a retry is never applied twice."""
 
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from unroll.client.errors import DeadlineExceeded, InvalidInput, ServerError
 
 #: The longest timeout in seconds, close to the limit of sockets.
 _LONGEST_TIMEOUT = 1e6
+#: Failed attempts until a request that is still retried leaves a warning, after about a second.
+_WARN_AFTER = 5
 #: Seconds before the first retry, doubled for each further one; and the longest pause.
 _FIRST, _LONGEST = 0.05, 2.0
 
@@ -23,14 +26,18 @@ RETRIED = frozenset(
 )
 
 
+_log = logging.getLogger("unroll.client")
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long to retry a request, and the clock, both in seconds.
+    """The server's URL, how long to retry a request, and the clock, both in seconds.
 
     Raises:
         InvalidInput: `retry_for` is negative or NaN.
     """
 
+    url: str
     retry_for: float
     clock: Callable[[], float]
 
@@ -64,6 +71,10 @@ class Retries:
         backoff = min(_FIRST * 2**self.count, _LONGEST) * random.uniform(0.5, 1.0)  # noqa: S311 no secret
         seconds = backoff if retry_after is None else max(retry_after, 0.0) + backoff * 0.1
         self.count += 1
+        if self.count == _WARN_AFTER and now + seconds <= self._deadline:
+            _log.warning(
+                "%s: %d attempts failed; retrying for %g s", self._policy.url, self.count, self._policy.retry_for
+            )
         return seconds if now + seconds <= self._deadline else None
 
 

@@ -70,7 +70,7 @@ class ServerAddress:
     def failed(self, error: Exception, attempts: int) -> str:
         """The message of a ConnectionFailed."""
         reason = str(error) or type(error).__name__
-        return f"{self.url} did not answer ({attempts} attempts): {reason}"
+        return f"{self.url} did not answer (attempts: {attempts}): {reason}"
 
 
 def _is_line(text: str) -> bool:

@@ -30,6 +30,10 @@ class MemoryStore:
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         return [await self.load(key) for key in keys]
 
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        record = self._records.get(key)
+        return None if record is None or record.token == token else record
+
     async def close(self, key: Key) -> int | None:
         record = self._records.pop(key, None)
         if record is None:

@@ -16,12 +16,12 @@ from unroll.service.scheduler.groups import Groups
 from unroll.service.scheduler.reply import payload_digests
 from unroll.service.scheduler.session import OPEN, Session, Work
 from unroll.service.store.interface import Commit, Tokens
-from unroll.service.store.record import pack, pack_steps
+from unroll.service.store.record import Record, pack, pack_steps
 
 #: Each commit with its result.
 _Results = Iterator[tuple[Commit, UnrollError | None]]
 #: Writes the state in a slot.
-_WriteRow = Callable[[int, np.ndarray], None]
+WriteRow = Callable[[int, np.ndarray], None]
 
 
 class Commits:
@@ -88,7 +88,7 @@ class Commits:
         errors: Sequence[UnrollError | None],
         batch_rows: int,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         """Complete pending work after its commits.
 
@@ -117,7 +117,7 @@ class Commits:
         commit: Commit,
         error: UnrollError | None,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         assert chunk.session is not None
         chunk.running = False
@@ -135,7 +135,7 @@ class Commits:
         failed: dict[int, UnrollError],
         results: _Results,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         errors, behind = dict(failed), []
         for row, session in enumerate(group.sessions):
@@ -149,9 +149,7 @@ class Commits:
         for works, error in behind:
             self._fail_behind(works, error, now)
 
-    def _note(
-        self, session: Session, commit: Commit, error: UnrollError | None, write_row: _WriteRow
-    ) -> Sequence[Work]:
+    def _note(self, session: Session, commit: Commit, error: UnrollError | None, write_row: WriteRow) -> Sequence[Work]:
         """Update the session after its commit. Returns the work queued behind it, which must fail after an error."""
         durable = session.durable
         assert durable is not None
@@ -160,7 +158,13 @@ class Commits:
             return ()
         progress = session.own_progress
         behind, progress.pending = progress.pending or [], None
-        record = error.record if isinstance(error, SessionContended) else None
+        self.update(session, error.record if isinstance(error, SessionContended) else None, write_row)
+        return behind
+
+    def update(self, session: Session, record: Record | None, write_row: WriteRow) -> None:
+        """Continue the session from the store's record, or note that it must be looked up first."""
+        durable = session.durable
+        assert durable is not None
         # A copy that was already stale stays so: calls that wait for its lookup precede the work that fails here.
         if record is None or record.origin != session.origin or session.life is not OPEN or durable.stale:
             durable.stale = True
@@ -168,7 +172,6 @@ class Commits:
             self._completion.adopt(session, record)
             if record.row:
                 write_row(session.slot, np.frombuffer(record.row, "<f4"))
-        return behind
 
     def _fail_behind(self, behind: Sequence[Work], error: UnrollError, now: float) -> None:
         for work in behind:

@@ -1,4 +1,4 @@
-"""Replies to chunks, and applied chunks, which are kept to answer retries."""
+"""Replies to chunks, and the digests that identify retries."""
 
 import hashlib
 from dataclasses import dataclass
@@ -27,31 +27,11 @@ class Reply:
     position: int
     kept: bool = True
 
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.outputs)
-
     def copy(self) -> "Reply":
         return Reply(tuple(array.copy() for array in self.outputs), self.position)
 
 
 Outcome = Reply | UnrollError
-
-
-@dataclass(frozen=True, slots=True)
-class AppliedChunk:
-    """A chunk that a session has consumed.
-
-    start: position of the first step. digest: payload digest, which identifies a retry. reply: None if it was not kept.
-    """
-
-    start: int
-    digest: bytes
-    reply: Reply | None
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.reply is None else self.reply.nbytes
 
 
 def to_bytes(tensors: Tensors) -> bytes:

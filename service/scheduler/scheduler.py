@@ -74,7 +74,7 @@ class Scheduler:
         spill: Callable[[Session, bool], bool] = lambda session, at_cost: False,
     ) -> None:
         self.traits = traits
-        self._is_verified = is_verified
+        self.is_verified = is_verified
         self.limits = limits
         self.counters = Counters()
         self.rollouts = Rollouts(limits, self.counters)
@@ -183,10 +183,11 @@ class Scheduler:
         """The reply to the chunk that closed the session, if `chunk` is a retry."""
         if not chunk.final or not chunk.pinned:
             return None
-        reply = self.sessions.closed.reply_to(session_id, chunk.start, chunk.inputs, now)
-        if reply is not None:
-            self.counters.replayed += 1
-        return reply
+        last = self.sessions.closed.closing_chunk(session_id, chunk.start, chunk.inputs, now)
+        if last is None:
+            return None
+        self.counters.replayed += 1
+        return self.replay.reply_of(last)
 
     def submit_action(self, session: Session, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the chunks that the session has accepted so far.
@@ -334,7 +335,7 @@ class Scheduler:
 
         Raises NeedsStoreLookup instead, unless the local copy of the session is verified.
         """
-        certain = session.durable is None or self._is_verified(session.id)
+        certain = session.durable is None or self.is_verified(session.id)
         try:
             known = self.replay.recognise(session, chunk)
         except SessionError:

@@ -3,7 +3,7 @@
 The folder is an LMDB database (`lmdb_folder.py`) with one entry per session (`embedded_entry.py`).
 
 A thread reads and writes, so the event loop never waits for the disk. Calls that arrive while it is busy share its next
-transaction, in order; each succeeds or fails by itself.
+transaction, in order; each succeeds or fails by itself. The exception is `newer`, for records that are in memory.
 """
 
 import asyncio
@@ -133,6 +133,13 @@ class EmbeddedStore:
 
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         return await self._exchanges.ask_one(_Call(partial(self._load_all, keys), reads=True))
+
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        """Not in the thread: sessions are compared that other processes update, so their records are in memory."""
+        if (content := self._folder.get_at_once(place_of(name_of(key)))) is None:
+            return None
+        its_token, is_living = token_of(content, self._now())
+        return _intact(content) if is_living and its_token != token else None
 
     async def close(self, key: Key) -> int | None:
         return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next())))

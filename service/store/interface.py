@@ -123,6 +123,9 @@ class Store(Pages, Protocol):
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         """`load` for many sessions in one exchange. A record that cannot be read is replaced by its error."""
 
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        """The record, if the store can read it at once and its token is another one. None tells nothing."""
+
     async def close(self, key: Key) -> int | None:
         """Close a session, whatever its token. Returns its position, or None if there is none."""
 

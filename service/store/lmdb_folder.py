@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import lmdb
@@ -49,7 +49,7 @@ _NETWORK |= {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "virtio
 
 
 class LmdbFolder:
-    """One open database. Used by one thread at a time.
+    """One open database. Used by one thread at a time, except for `get_at_once`.
 
     Args:
         folder: Created if it does not exist.
@@ -68,6 +68,7 @@ class LmdbFolder:
         self._map_bytes = map_bytes
         self._held: Any = None  # a reader of the state in `synced`, which protects its pages
         self._marked = -1  # the last transaction of that state
+        self._map_lock = Lock()  # the map must not move while another thread reads it
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _refuse_other_machines(folder)
@@ -129,9 +130,22 @@ class LmdbFolder:
         with transaction:
             yield transaction
 
+    def get_at_once(self, place: bytes) -> bytes | None:
+        """The last commit's value, for any thread. None if there is none, or if it cannot be read at once."""
+        if not self._map_lock.acquire(blocking=False):
+            return None
+        try:
+            with self._environment.begin() as transaction:
+                return transaction.get(place)
+        except lmdb.Error:
+            return None
+        finally:
+            self._map_lock.release()
+
     def _resize(self, size: int) -> None:
         self._release()
-        self._environment.set_mapsize(size)
+        with self._map_lock:
+            self._environment.set_mapsize(size)
         self.mark()
 
     # ── the disk ─────────────────────────────────────────────────────────────────────────────────
@@ -185,7 +199,8 @@ class LmdbFolder:
     def close(self) -> None:
         self.mark(closing=True)
         self._release()
-        self._environment.close()
+        with self._map_lock:
+            self._environment.close()
         os.close(self._lock)
 
     def _meta_pages(self) -> bytes:

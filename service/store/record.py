@@ -40,9 +40,16 @@ def current_durability(name: Any) -> Any:
     return _FORMERLY.get(name, name) if isinstance(name, str) else name
 
 
-@dataclass(frozen=True, slots=True)
+# Never changed, but not frozen: that would make their creation, which a step may wait for, take four times as long.
+
+
+@dataclass(slots=True)
 class Kept:
-    """An applied chunk, kept for retries: position before it, time steps, payload digest, output bytes."""
+    """An applied chunk, kept for retries.
+
+    start: position before it. steps: time steps. digest: payload digest, which identifies a retry. outputs: its reply,
+    concatenated; empty if there was no room to keep it.
+    """
 
     start: int
     steps: int
@@ -50,7 +57,7 @@ class Kept:
     outputs: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Origin:
     """The part of a session that never changes.
 
@@ -78,7 +85,7 @@ class Origin:
         return cls(model.hex(), DURABILITIES[durability], born, opened_with if any(opened_with) else b"")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """A session.
 

@@ -230,6 +230,9 @@ class RedisStore:
         except SnapshotInvalid as error:
             return error
 
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        return None
+
     async def close(self, key: Key) -> int | None:
         call = self._call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ()))
         position = await self._exchanges.ask_one(call)

@@ -93,6 +93,8 @@ Url = Annotated[str, option("--url", "URL", "URL of the server")]
 ApiKey = Annotated[str | None, option("--api-key", "KEY", "", envvar="UNROLL_API_KEY", hidden=True)]
 Static = Annotated[str | None, option("--static", "JSON", "static inputs of a new session: {name: value}", json_object)]
 Json = Annotated[bool, flag("--json", "print one JSON document")]
+#: The store, for commands that need one.
+Store = Annotated[str, option("--store", "URL", "the store, as for `unroll serve`", envvar="UNROLL_STORE")]
 
 
 def _one_of(allowed: list[str]) -> Callable[[str | None], None]:

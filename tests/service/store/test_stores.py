@@ -109,6 +109,17 @@ async def test_refused_commit_returns_the_stored_record(store: Store, tokens: To
         assert refused.record is None
 
 
+async def test_a_newer_record_is_returned_at_once_or_not_at_all(store: Store, tokens: Tokens):
+    first, second = tokens.next(), tokens.next()
+    await put(store, commit(first), commit(second, first, 3))
+    found = store.newer(KEY, first)
+    assert found == (None if isinstance(store, RedisStore) else Record(ORIGIN, 3, b"3" * 8, KEPT, 1, second))
+    assert store.newer(KEY, second) is None
+    await store.close(KEY)
+    assert store.newer(KEY, first) is None
+    assert store.newer(("lstm", "never"), first) is None
+
+
 async def test_many_are_looked_up_at_once_each_for_itself(store: Store, tokens: Tokens):
     keys = [("lstm", name) for name in "abc"]
     await put(store, *(replace(commit(tokens.next(), position=2 + n), key=key) for n, key in enumerate(keys)))
