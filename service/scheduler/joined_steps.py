@@ -12,9 +12,10 @@ import numpy as np
 
 from unroll.service.core.errors import Cancelled, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.chunk import Group, GroupReply
+from unroll.service.scheduler.chunk import Chunk, Group, GroupReply
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.limits import ModelTraits
+from unroll.service.scheduler.reply import to_bytes
 from unroll.service.scheduler.session import OPEN, Owner, Session
 
 #: Per input: bytes per row, dtype, and the shape of all rows.
@@ -148,6 +149,14 @@ class JoinedSteps:
             self.group = group
             self._lanes.put(group, now)  # not earlier: a fair queue needs the group's owner
         return True
+
+    def join_chunk(self, chunk: Chunk, session: Session, now: float, listener: StepListener) -> bool:
+        """Queue a chunk of one step of this session, see `join`."""
+        if chunk.final and chunk.pinned:  # its reply is kept for retries
+            return False
+        position, opens = chunk.start if chunk.pinned else None, chunk.opening is not None
+        step, deadline = to_bytes(chunk.inputs), chunk.deadline
+        return self.join(session, position, step, now, deadline, listener, opens=opens, ends=chunk.final)
 
     def close(self, now: float) -> None:
         """Close the group for the next batch. Steps with invalid values fail."""

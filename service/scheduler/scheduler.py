@@ -45,7 +45,7 @@ from unroll.service.scheduler.joined_steps import JoinedSteps, OpenGroup, StepLi
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
-from unroll.service.scheduler.reply import Reply, payload_digest, to_bytes
+from unroll.service.scheduler.reply import Reply, payload_digest
 from unroll.service.scheduler.rollout import Rollouts
 from unroll.service.scheduler.session import Session, Work
 from unroll.service.scheduler.session_queue import SessionQueues
@@ -161,23 +161,12 @@ class Scheduler:
         return chunk
 
     def join(self, chunk: Chunk, now: float, deadline: float, listener: StepListener) -> bool:
-        """Add a chunk of one step to the open group, see `JoinedSteps.join`. First opens its session, if it opens one.
-
-        Returns:
-            False if it must be submitted.
-
-        Raises:
-            Overloaded, SessionGone: As from `submit`, for the session that it opens.
-        """
+        """Add a chunk of one step to the open group; False if it must be submitted. Raises like `submit`."""
         chunk.deadline = deadline
         if chunk.session is None:
             assert chunk.opening is not None
             chunk.session = self._open_with(chunk, chunk.opening, now)
-        if chunk.final and chunk.pinned:  # its reply is kept for retries
-            return False
-        position, step = chunk.start if chunk.pinned else None, to_bytes(chunk.inputs)
-        opens, ends = chunk.opening is not None, chunk.final
-        return self.joined.join(chunk.session, position, step, now, deadline, listener, opens=opens, ends=ends)
+        return self.joined.join_chunk(chunk, chunk.session, now, listener)
 
     def replay_closing(self, session_id: str, chunk: Chunk, now: float) -> Reply | None:
         """The reply to the chunk that closed the session, if `chunk` is a retry."""
