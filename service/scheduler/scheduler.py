@@ -137,8 +137,7 @@ class Scheduler:
             NeedsStoreLookup: The session must first be looked up in the store.
             In each case nothing has changed.
         """
-        chunk.deadline = deadline
-        session = chunk.session
+        chunk.deadline, session = deadline, chunk.session
         if session is None:
             if chunk.opening is None:
                 self._admission.admit(chunk, self._lanes.next_steps(chunk), now)
@@ -173,10 +172,8 @@ class Scheduler:
         if not chunk.final or not chunk.pinned:
             return None
         last = self.sessions.closed.closing_chunk(session_id, chunk.start, chunk.inputs, now)
-        if last is None:
-            return None
-        self.counters.replayed += 1
-        return self.replay.reply_of(last)
+        self.counters.replayed += last is not None
+        return None if last is None else self.replay.reply_of(last)
 
     def submit_action(self, session: Session, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the chunks that the session has accepted so far.
