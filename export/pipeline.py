@@ -1,12 +1,14 @@
 """The stages from a trained module to a proven bundle. Stages exchange records; only the last one writes files."""
 
 import copy
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -55,6 +57,18 @@ from unroll.export.verification.trials import Subject
 
 #: Models with fewer parameters run faster on one thread, because several would spin while they wait for each other.
 _SMALL = 2**25
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    """Preserve the caller's random states."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
 
 
 @contextmanager
@@ -152,8 +166,7 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
-            # Preserve the caller's random state.
-            with torch.random.fork_rng(devices=[]), _few_threads(module), programs.functions_in_python():
+            with _random_states(), _few_threads(module), programs.functions_in_python():
                 return self._run(module, example_inputs)
         except ExportError:
             raise
@@ -201,6 +214,7 @@ class Pipeline:
         plain = programs.as_module(module, example_inputs)
         preconditions.check_modules(plain)
         model, example = detached_copy(plain), detached_example(example_inputs)
+        preconditions.check_copy(plain, model, example)
         declared = self._options.arguments
         if self._options.time_last:
             example = move_time(model, example, {*declared.static, *declared.state})

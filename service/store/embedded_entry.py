@@ -38,7 +38,7 @@ _MOST_KEY, _KEPT_OF_NAME = 511, 400
 CLOCK, TIME = b"\0clock", struct.Struct("<16sdd")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
     """A stored entry. Reading its body verifies the checksum."""
 

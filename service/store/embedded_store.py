@@ -11,7 +11,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -137,12 +136,10 @@ class EmbeddedStore:
 
     def newer(self, key: Key, token: bytes) -> Record | None:
         """Not in the thread: sessions are compared that other processes update, so their records are in memory."""
-        with suppress(lmdb.Error), self._folder.read_at_once() as transaction:
-            if transaction is None or (content := transaction.get(place_of(name_of(key)))) is None:
-                return None
-            its_token, is_living = token_of(content, self._now())
-            return _intact(content) if is_living and its_token != token else None
-        return None
+        if (content := self._folder.get_at_once(place_of(name_of(key)))) is None:
+            return None
+        its_token, is_living = token_of(content, self._now())
+        return _intact(content) if is_living and its_token != token else None
 
     async def close(self, key: Key) -> int | None:
         return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next())))

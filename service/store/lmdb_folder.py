@@ -49,7 +49,7 @@ _NETWORK |= {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "virtio
 
 
 class LmdbFolder:
-    """One open database. Used by one thread at a time, except for `read_at_once`.
+    """One open database. Used by one thread at a time, except for `get_at_once`.
 
     Args:
         folder: Created if it does not exist.
@@ -130,15 +130,15 @@ class LmdbFolder:
         with transaction:
             yield transaction
 
-    @contextlib.contextmanager
-    def read_at_once(self) -> Iterator[Any]:
-        """A read transaction of another thread; None if it would have to wait, or for a map of another size."""
+    def get_at_once(self, place: bytes) -> bytes | None:
+        """The last commit's value, for any thread. None if there is none, or if it cannot be read at once."""
         if not self._map_lock.acquire(blocking=False):
-            yield None
-            return
+            return None
         try:
-            with self._environment.begin(buffers=True) as transaction:
-                yield transaction
+            with self._environment.begin() as transaction:
+                return transaction.get(place)
+        except lmdb.Error:
+            return None
         finally:
             self._map_lock.release()
 

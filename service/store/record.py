@@ -40,7 +40,10 @@ def current_durability(name: Any) -> Any:
     return _FORMERLY.get(name, name) if isinstance(name, str) else name
 
 
-@dataclass(frozen=True, slots=True)
+# Never changed, but not frozen: that would make their creation, which a step may wait for, take four times as long.
+
+
+@dataclass(slots=True)
 class Kept:
     """An applied chunk, kept for retries.
 
@@ -54,7 +57,7 @@ class Kept:
     outputs: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Origin:
     """The part of a session that never changes.
 
@@ -82,7 +85,7 @@ class Origin:
         return cls(model.hex(), DURABILITIES[durability], born, opened_with if any(opened_with) else b"")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """A session.
 

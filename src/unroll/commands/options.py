@@ -88,6 +88,12 @@ def json_object(text: str | None) -> None:
         raise ValueError(f"{text} is no JSON object")
 
 
+def _bundle(folder: Path) -> None:
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is not a bundle: give the folder REPOSITORY/NAME/VERSION")
+
+
+Bundle = Annotated[Path, argument("BUNDLE", "the folder REPOSITORY/NAME/VERSION", _bundle)]
 #: The server's URL and the API key, for all client commands.
 Url = Annotated[str, option("--url", "URL", "URL of the server")]
 ApiKey = Annotated[str | None, option("--api-key", "KEY", "", envvar="UNROLL_API_KEY", hidden=True)]
