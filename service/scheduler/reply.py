@@ -33,6 +33,10 @@ class Reply:
 Outcome = Reply | UnrollError
 
 
+def to_bytes(tensors: Tensors) -> bytes:
+    return tensors[0].tobytes() if len(tensors) == 1 else b"".join([array.tobytes() for array in tensors])
+
+
 def payload_digest(inputs: Tensors) -> bytes:
     """Digest of a payload's values, independent of the client's encoding."""
     digest = _NOTHING.copy()

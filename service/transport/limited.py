@@ -25,7 +25,7 @@ _PROBE_SECONDS = 0.1
 #: How long a refused client may take to stop sending.
 _LINGER_SECONDS = 2.0
 #: Bytes of a chunked body that are parsed per turn of the event loop.
-_TURN_BYTES = 8192
+_TURN_BYTES = 4096
 
 
 class LimitedProtocol(HttpToolsProtocol):
