@@ -57,7 +57,7 @@ export class SomeFailed extends Error {
   name = "SomeFailed";
   constructor(errors, outputs) {
     const [[index, first]] = errors;
-    super(`${errors.size} sessions failed, the one at index ${index} with ${first.message}`);
+    super(`${errors.size} of the sessions failed, the one at index ${index} with ${first.message}`);
     Object.assign(this, { errors, outputs });
   }
 }
@@ -133,25 +133,21 @@ export class Client {
 
   // Run whole sequences, each from the model's initial state: arrays of T time steps, or {input: array}.
   async sequences(model, inputs, { static: fixed } = {}) {
+    if (fixed && fixed.length !== inputs.length) throw new InvalidInput("give static inputs for each sequence");
     const served = await this.model(model);
-    const path = `${modelPath(`${served.name}:${served.version}`)}/sequences`;
     const given = inputs.map((values) => flatInputs(served, values, null));
-    if (fixed === undefined && !served.static.length) {
-      return Promise.all(
-        given.map(async ({ arrays, steps }) => {
-          const { bytes } = await this.ask("POST", path, join(arrays), { "content-type": RAW, "unroll-steps": steps });
-          return named(splitOutputs(served, bytes, 0, steps), served.outputs);
-        }),
-      );
+    return Promise.all(given.map((sequence, row) => this.sequence(served, sequence, fixed?.[row])));
+  }
+
+  async sequence({ name, version, inputs, outputs, static: wanted }, { arrays, steps }, fixed) {
+    const path = `${modelPath(`${name}:${version}`)}/sequences`;
+    if (!wanted.length && !fixed) {
+      const { bytes } = await this.ask("POST", path, join(arrays), { "content-type": RAW, "unroll-steps": steps });
+      return named(splitOutputs({ outputs }, bytes, 0, steps), outputs);
     }
-    const column = (spec, i) => [spec.name, given.map(({ arrays, steps }) => listOf(arrays[i], spec, [steps]))];
-    const lists = Object.fromEntries(served.inputs.map(column));
-    const statics = Object.fromEntries(served.static.map(({ name }) => [name, (fixed ?? []).map((one) => one[name])]));
-    const { json } = await this.ask("POST", path, { inputs: lists, static: statics });
-    return inputs.map((_, row) => {
-      const of = (spec) => (served.outputs.length === 1 ? json.outputs[row] : json.outputs[spec.name][row]);
-      return named(served.outputs.map((spec) => flat(of(spec), spec)), served.outputs);
-    });
+    const firsts = Object.fromEntries(Object.entries(fixed ?? {}).map(([key, value]) => [key, [value]]));
+    const { json } = await this.ask("POST", path, { inputs: listsOf(arrays, inputs, [1, steps]), static: firsts });
+    return named(tensorsOf(json.outputs, outputs), outputs);
   }
 
   // Open a session, or attach to one. mode: new, resume or either. snapshot: a Uint8Array to start from.

@@ -1,10 +1,12 @@
 """Which nodes and inputs a model is exported to, and which sources a model may come from."""
 
 import copy
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -19,7 +21,9 @@ from conformance.kinds.kind import made
 from unroll import cli
 from unroll.bundle import Manifest
 from unroll.export import ExportError, export
+from unroll.export.lifting.float64 import converted, double_precision
 from unroll.export.loading.copies import detached_copy
+from unroll.export.verification.preconditions import check_copy
 
 
 class Handwritten(nn.Module):
@@ -270,6 +274,91 @@ def test_replaced_forward_is_refused() -> None:
     module = nn.Sequential(nn.Linear(3, 2))
     before = module[0].forward
     module[0].forward = lambda x: before(x)
-    with pytest.raises(ExportError, match="forward of '0' was replaced") as refused:
+    with pytest.raises(ExportError, match=r"'0.forward' is a function that refers to a module") as refused:
         detached_copy(module)
     assert refused.value.code == "not_copyable"
+
+
+class Drops:
+    """A helper whose copies lose its gain, as a cache that is not pickled."""
+
+    def __init__(self) -> None:
+        self.gain: Any = 3.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"gain": 1.0}
+
+
+class Rebuilds(Drops):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rebuilds":
+        return Rebuilds()
+
+
+class Locked(Drops):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Gained(nn.Module):
+    """Scales by the gain of a helper, and writes to everything that it holds."""
+
+    def __init__(self, helper: Any) -> None:
+        super().__init__()
+        self.helper, self.plain = [helper], [nn.Linear(3, 3)]
+        self.count, self.last = nn.Buffer(torch.zeros(1)), {"x": torch.zeros(1)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.last["x"] = x
+        helper = self.helper[0]
+        return self.plain[0](x) * (helper[0] if isinstance(helper, list) else helper.gain)
+
+
+@pytest.mark.parametrize("kind", [Drops, Rebuilds, Locked])
+def test_a_helper_that_copies_itself_keeps_its_values(kind: type[Drops]) -> None:
+    helper, x = kind(), torch.randn(2, 3)
+    helper.gain = torch.full((3,), 5.0)
+    module = Gained(helper)
+    again = converted(detached_copy(module), torch.float64)
+    check_copy(module, detached_copy(module), {"x": x})
+    assert (module.count, module.last, module.training) == (torch.zeros(1), {"x": torch.zeros(1)}, True)
+    torch.testing.assert_close(again(x.double()), module(x).double())
+
+
+class Ones(list[float]):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ones":
+        return Ones([1.0])
+
+
+class Known(nn.Linear):
+    gains: ClassVar = weakref.WeakKeyDictionary[nn.Module, float]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gains.get(self, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"), [(Gained(Ones([2.0])), r"helper\[0\] \(Ones\)"), (Known(3, 3), r"id\(self\)")]
+)
+def test_a_copy_that_answers_differently_is_refused(module: nn.Module, says: str) -> None:
+    Known.gains[module] = 2.0
+    with pytest.raises(ExportError, match=says) as refused:
+        check_copy(module, detached_copy(module), {"x": torch.randn(2, 3)})
+    assert refused.value.code == "not_copyable"
+
+
+@pytest.mark.parametrize("reference", [weakref.ref, weakref.proxy])
+def test_a_weak_reference_to_a_module_is_refused(reference: Any) -> None:
+    module = nn.Sequential(nn.Linear(3, 2))
+    module.__dict__["parent"] = reference(module)
+    with pytest.raises(ExportError, match="'parent' is a weak reference"):
+        detached_copy(module)
+
+
+def test_float64_takes_tensors_outside_the_module() -> None:
+    weights, total = torch.eye(3), torch.zeros(2, 3)
+    with double_precision():
+        assert (torch.ones(2, 3) @ weights).dtype == torch.float64
+        with pytest.raises(RuntimeError, match="dtype"):
+            total.addmm_(torch.ones(2, 3), weights)

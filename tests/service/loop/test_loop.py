@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from waiting import PATIENCE, turns
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.clock import ManualClock
-from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
+from unroll.service.core.errors import DeadlineExceeded, SessionClosed, SessionContended, UnrollError
 from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
@@ -22,7 +23,7 @@ from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.store.interface import Commit
-from unroll.service.store.record import Origin
+from unroll.service.store.record import Origin, Record
 
 NUMBER = TensorSpec("x", "float32", (), True)
 
@@ -174,6 +175,28 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
         store.gate.set()
         assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
         assert loop.scheduler.sessions.find_detached("a", 0).position == 2
+
+
+async def test_copy_of_a_session_that_moves_often_is_compared_with_the_store_before_a_step_runs():
+    async with running() as (loop, store, _, engine):
+        engine.gate.set()
+        store.gate.set()
+        loop.scheduler.open("a", 0, origin=ORIGIN)
+        await steps(loop, "a", X, 10)
+
+        async def step_elsewhere(position: int) -> None:
+            record = await store.load(("m", "a"))
+            assert isinstance(record, Record)
+            new = replace(record, position=position, kept=()).packed()
+            assert await store.commit([Commit(("m", "a"), record.token, b"%016d" % position, new)]) == [None]
+
+        await step_elsewhere(5)
+        with pytest.raises(SessionContended):
+            await steps(loop, "a", X, 10)
+        for position in (11, 20):
+            await step_elsewhere(position)
+            assert (await steps(loop, "a", X, 10)).position == position + 2
+        assert len(engine.batches) == 4, "one of them was refused"
 
 
 async def test_work_that_arrives_during_a_batch_forms_the_next():
