@@ -201,7 +201,7 @@ def measure(arguments: argparse.Namespace, folder: Path, cores: Sequence[int]) -
     repository, model = folder / "repository", arguments.model
     subprocess.run([sys.executable, "-m", "bench.model", str(repository)], check=True, timeout=_EXPORT_SECONDS)
     reference = Reference(model, repository / model / "1" / "model.onnx", folder / f"{model}-torch.npz")
-    launch = unroll(repository)
+    launch = unroll(repository, *arguments.serve.split())
     subject = _SUBJECTS[arguments.over](launch, reference)
     python, _, _, *words = launch.command(folder)  # python -m unroll ...
     command = (python, "-c", _TRACEABLE, *words)
@@ -244,6 +244,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.internals.budget", description=__doc__)
     parser.add_argument("--model", choices=list(inputs.MODELS), default="small")
     parser.add_argument("--over", choices=list(_SUBJECTS), default="raw", help="protocol of the clients")
+    parser.add_argument("--serve", default="", metavar="OPTIONS", help='of the server, such as "--store file:///tmp/s"')
     parser.add_argument("--clients", type=int, default=64, help="concurrent clients, at most 1024")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each run, 1 to 120")
     parser.add_argument(

@@ -145,11 +145,27 @@ class Loop:
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
-    def join(self, session: Session, position: int | None, step: bytes, timeout: float, listener: StepListener) -> bool:
+    def join_chunk(self, chunk: Chunk, timeout: float, listener: StepListener) -> bool:
+        """Add a chunk of one step to the open group, see `Scheduler.join`."""
+        now = self.clock.now()
+        joins = self.scheduler.join(chunk, now, now + timeout, listener)
+        self._work.set()
+        return joins
+
+    def join(
+        self,
+        session: Session,
+        position: int | None,
+        step: bytes,
+        timeout: float,
+        listener: StepListener,
+        *,
+        ends: bool = False,
+    ) -> bool:
         """Add the next step of a session to the open group, see `JoinedSteps.join`."""
         self._refresh(session)
         now = self.clock.now()
-        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener):
+        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, ends=ends):
             return False
         self._work.set()
         return True

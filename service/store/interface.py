@@ -153,3 +153,8 @@ class Tokens:
 
     def next(self) -> bytes:
         return self._process + next(self._count).to_bytes(8, "little")
+
+    def take(self, count: int) -> list[bytes]:
+        """The next `count` tokens."""
+        process = self._process
+        return [process + number.to_bytes(8, "little") for number in itertools.islice(self._count, count)]
