@@ -120,7 +120,7 @@ class HttpProtocol(LimitedProtocol):
             rest = data[end.args[0] :]
             if self._takes_offer:
                 self.flow.pause_reading()
-                self.unroll.turns.call(self._upgrade)  # a handshake takes as long as many steps
+                self.unroll.turns.call(self.handle_websocket_upgrade)  # it takes as long as many steps
             else:
                 head = without_offer(self.parser.get_method(), self._version(), self.url, self.headers)
                 self._new_parser()
@@ -285,11 +285,6 @@ class HttpProtocol(LimitedProtocol):
         self._takes_offer = not self._busy() and offers_stream(method, version, headers)
         if self._takes_offer:
             self._begin_for_uvicorn()
-
-    def _upgrade(self) -> None:
-        if not self.transport.is_closing():
-            self.flow.resume_reading()
-            self.handle_websocket_upgrade()
 
     def _should_upgrade(self) -> bool:
         return self._takes_offer
