@@ -44,6 +44,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Outcome]]] = {
     "sessions": scale.sessions,
     "start": scale.start,
     "durability": durability.durability,
+    "durability-medium": durability.durability_medium,
     "workers": workers.workers,
     "python-client": python_client.python_client,
 }
