@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 #: Duration of a slice.
-SLICE_SECONDS = 0.001
+SLICE_SECONDS = 0.0005
 #: Bodies and messages with more bytes are decoded in separate turns; parsing this much JSON takes about one slice.
 LONG_BYTES = 65_536
 

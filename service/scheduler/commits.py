@@ -16,7 +16,7 @@ from unroll.service.scheduler.groups import Groups
 from unroll.service.scheduler.reply import payload_digests
 from unroll.service.scheduler.session import OPEN, Session, Work
 from unroll.service.store.interface import Commit, Tokens
-from unroll.service.store.record import Record, pack, pack_steps
+from unroll.service.store.record import Record, pack, pack_steps, split_rows
 
 #: Each commit with its result.
 _Results = Iterator[tuple[Commit, UnrollError | None]]
@@ -31,7 +31,7 @@ class Commits:
         self._completion = completion
         self._groups = groups
         self._last_after = completion.replay.last_after
-        self._next_token = Tokens().next
+        self._tokens = Tokens()
 
     def of(
         self, model: str, pending: Sequence[PendingCommit], read_rows: Callable[[list[int]], np.ndarray]
@@ -61,25 +61,24 @@ class Commits:
         last = self._last_after(session, chunk, outputs)
         content = pack(durable.origin, chunk.start + chunk.length, row, last)
         begins = chunk.opening is not None or not durable.token
-        return Commit((model, session.id), durable.token, self._next_token(), content, begins, chunk.final)
+        return Commit((model, session.id), durable.token, self._tokens.next(), content, begins, chunk.final)
 
     def _of_group(
         self, model: str, group: Group, outputs: Tensors, failed: dict[int, UnrollError], rows: np.ndarray
-    ) -> Iterator[Commit]:
-        links = [(session, session.durable) for session in group.sessions if session.durable is not None]
+    ) -> list[Commit]:
+        links = [session.durable for session in group.sessions if session.durable is not None]
         positions = np.array([session.own_progress.position for session in group.sessions], np.uint64)
         contents = pack_steps(
-            [durable.origin for _, durable in links],
+            [durable.origin for durable in links],
             positions + np.uint64(group.length),
             group.length,
             rows,
-            payload_digests(_bytes_of_rows(group.inputs)),
+            payload_digests(split_rows(_bytes_of_rows(group.inputs))),
             _bytes_of_rows(outputs),
         )
-        next_token = self._next_token
-        for row, ((session, durable), content) in enumerate(zip(links, contents, strict=True)):
-            if row not in failed:
-                yield Commit((model, session.id), durable.token, next_token(), content)
+        keys = [(model, session.id) for session in group.sessions]
+        commits = list(map(Commit, keys, [durable.token for durable in links], self._tokens.take(len(links)), contents))
+        return [commit for row, commit in enumerate(commits) if row not in failed] if failed else commits
 
     def complete(
         self,
@@ -138,13 +137,12 @@ class Commits:
         write_row: WriteRow,
     ) -> None:
         errors, behind = dict(failed), []
-        for row, session in enumerate(group.sessions):
-            if row not in failed:
-                commit, error = next(results)
-                works = self._note(session, commit, error, write_row)
-                if error is not None:
-                    errors[row] = error
-                    behind.append((works, error))
+        ran = [(row, session) for row, session in enumerate(group.sessions) if row not in failed]
+        for (row, session), (commit, error) in zip(ran, results, strict=False):  # `results` goes on with later work
+            works = self._note(session, commit, error, write_row)
+            if error is not None:
+                errors[row] = error
+                behind.append((works, error))
         self._groups.complete(group, outputs, errors, now)
         for works, error in behind:
             self._fail_behind(works, error, now)

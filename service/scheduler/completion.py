@@ -119,11 +119,8 @@ class Completion:
         session = chunk.session
         if session is None:
             return
-        if chunk.opening is not None and session.life is OPEN:
-            session.opened_with = b""  # nothing was applied, so the request may be retried
-            self.close(session, now)
-            if session.durable is not None:
-                self.sessions.closed.forget(session.id)  # only the store knows whether the session exists
+        if chunk.opening is not None:
+            self.close_unused(session, now)
         self.renumber(session, now)
 
     def cancel(self, chunk: Chunk, error: UnrollError, now: float) -> None:
@@ -164,6 +161,14 @@ class Completion:
                 self.cancel(work, error, now)
             elif isinstance(work, Action):
                 work.answer(error)
+
+    def close_unused(self, session: Session, now: float) -> None:
+        """Close a session, if it is open, after the step that opened it has failed."""
+        if session.life is OPEN:
+            session.opened_with = b""  # nothing was applied, so the request may be retried
+            self.close(session, now)
+            if session.durable is not None:
+                self.sessions.closed.forget(session.id)  # only the store knows whether the session exists
 
     def renumber(self, session: Session, now: float) -> None:
         """Assign new positions to accepted chunks, and fail those that are pinned to another."""

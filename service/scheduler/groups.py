@@ -195,8 +195,16 @@ class Groups:
             for session in group.sessions:
                 rest(session, now)
         for row, error in errors.items():
+            session = group.sessions[row]
             self._counters.count_failed(error)
-            self._completion.renumber(group.sessions[row], now)
+            if session in group.opened:
+                self._completion.close_unused(session, now)
+            self._completion.renumber(session, now)
+        if group.ending:
+            failed = {group.sessions[row] for row in errors}
+            for session in group.ending - failed:
+                if session.life is OPEN:
+                    self._completion.close(session, now)
         if group.again and not group.followed:
             return self._sessions.cohorts.form(group.sessions, now)
         return None

@@ -14,7 +14,7 @@ from unroll.service.core.errors import PayloadMismatch, PositionGap, PositionToo
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits
-from unroll.service.scheduler.reply import Reply, payload_digest
+from unroll.service.scheduler.reply import Reply, payload_digest, to_bytes
 from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.state.step_table import StepTable
 from unroll.service.store.record import Kept, pack_last, pack_last_chunk
@@ -77,7 +77,7 @@ class ReplayCache:
         before = session.applied or ()
         self._replace(session, before[max(0, len(before) + 1 - session.depth) :])
         fits = self._has_room(sum([array.nbytes for array in outputs]))
-        content = _bytes(outputs) if fits else b""
+        content = to_bytes(outputs) if fits else b""
         chunk = Kept(start, session.position - start, payload_digest(inputs), content)
         self._replace(session, (*(session.applied or ()), chunk))
         return fits
@@ -140,7 +140,7 @@ class ReplayCache:
             return session.applied
         assert self._steps is not None
         digest = payload_digest(self._steps.inputs(session.slot))
-        return (Kept(session.position - 1, 1, digest, _bytes(self._steps.outputs(session.slot))),)
+        return (Kept(session.position - 1, 1, digest, to_bytes(self._steps.outputs(session.slot))),)
 
     def last_outputs(self, session: Session) -> Tensors | None:
         """A copy of the last chunk's outputs; None if they were not kept."""
@@ -178,7 +178,7 @@ class ReplayCache:
 
     def last_after(self, session: Session, chunk: Chunk, outputs: Tensors) -> bytes:
         """The record's `last` field after the session has applied the chunk."""
-        content, depth = _bytes(outputs), session.depth
+        content, depth = to_bytes(outputs), session.depth
         fits = len(content) <= self._largest
         if depth == 1 and fits:
             return pack_last_chunk(chunk.start, chunk.length, payload_digest(chunk.inputs), content)
@@ -228,7 +228,7 @@ def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
             return work
         if isinstance(work, Group) and session.position == position:
             row = work.sessions.index(session)
-            if chunk.final or not _same(work.inputs_of(row), chunk.inputs):
+            if chunk.final != (session in work.ending) or not _same(work.inputs_of(row), chunk.inputs):
                 raise _mismatch(session, position)
             chunk.running = True
             work.followers.append((row, chunk))
@@ -248,7 +248,3 @@ def _mismatch(session: Session, position: int) -> PayloadMismatch:
 
 def _with_reply(chunks: Iterable[Kept]) -> tuple[Kept, ...]:
     return tuple([chunk for chunk in chunks if chunk.outputs])
-
-
-def _bytes(outputs: Tensors) -> bytes:
-    return outputs[0].tobytes() if len(outputs) == 1 else b"".join([array.tobytes() for array in outputs])

@@ -1,10 +1,9 @@
 """Replies to chunks, and the digests that identify retries."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
-
-import numpy as np
 
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
@@ -34,6 +33,10 @@ class Reply:
 Outcome = Reply | UnrollError
 
 
+def to_bytes(tensors: Tensors) -> bytes:
+    return tensors[0].tobytes() if len(tensors) == 1 else b"".join([array.tobytes() for array in tensors])
+
+
 def payload_digest(inputs: Tensors) -> bytes:
     """Digest of a payload's values, independent of the client's encoding."""
     digest = _NOTHING.copy()
@@ -42,11 +45,11 @@ def payload_digest(inputs: Tensors) -> bytes:
     return digest.digest()
 
 
-def payload_digests(rows: np.ndarray) -> list[bytes]:
-    """`payload_digest` of each row; rows: concatenated values, (payloads, bytes), uint8."""
+def payload_digests(payloads: Iterable[bytes]) -> list[bytes]:
+    """`payload_digest` of each payload; payloads: concatenated values."""
     digests = []
-    for row in rows:
+    for payload in payloads:
         digest = _NOTHING.copy()
-        digest.update(row)
+        digest.update(payload)
         digests.append(digest.digest())
     return digests

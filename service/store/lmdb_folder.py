@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
+#: The format of the entries, and those that are read. A server that reads only format 1 refuses the folder.
+FORMAT, _READ = 2, (1, 2)
 #: Address space, neither memory nor disk. It grows by doubling.
 MAP_BYTES = 16 * 2**30
 #: Maximum number of concurrent readers, over all processes.
@@ -217,7 +219,7 @@ class LmdbFolder:
 
     def _join(self) -> None:
         """Check compatibility with the processes that have the folder open. If there are none, recover it."""
-        ours = {"format": 1, "boot": boot(), "namespace": namespace(), "sync": self.sync}
+        ours = {"format": FORMAT, "boot": boot(), "namespace": namespace(), "sync": self.sync}
         path = self.folder / "host.json"
         while True:
             if self._is_alone():
@@ -242,8 +244,10 @@ class LmdbFolder:
     def _prepare(self, before: dict[str, Any] | None) -> None:
         """Recover the folder if the machine has crashed since its last use."""
         data, synced = self.folder / "data.mdb", self.folder / "synced"
-        if before is not None and before["format"] != 1:
-            raise StoreUnavailable(f"the store {self.folder} has format {before['format']}; this server reads 1", 0)
+        if before is not None and before["format"] not in _READ:
+            raise StoreUnavailable(
+                f"the store {self.folder} has format {before['format']}; this server reads formats 1 and {FORMAT}", 0
+            )
         if before is not None and has_crashed(before) and data.exists():
             if synced.exists():
                 put_back(data, synced)
@@ -329,6 +333,8 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
         return "another machine has it open; a folder serves the processes of one machine"
     if ours["namespace"] != theirs["namespace"]:
         return "a process of another container has it open; use --workers in one container instead"
+    if ours["format"] != theirs["format"]:
+        return "a server of another version has it open; stop it first"
     return f"with --store-sync {theirs['sync']}; all processes need the same"
 
 

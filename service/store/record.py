@@ -172,8 +172,13 @@ def pack_steps(
     records["row"] = np.ascontiguousarray(rows).view(records.dtype["row"])[:, 0]
     records["digest"] = np.frombuffer(b"".join(digests), records.dtype["digest"])
     records["outputs"] = outputs.view(records.dtype["outputs"])[:, 0]
-    content, size = records.tobytes(), records.itemsize
-    return [content[begin : begin + size] for begin in range(0, len(content), size)]
+    return split_rows(records)
+
+
+def split_rows(rows: np.ndarray) -> list[bytes]:
+    """The bytes of each row of a contiguous array."""
+    content: list[bytes] = rows.reshape(len(rows), -1).view(f"V{rows[0].nbytes}")[:, 0].tolist()
+    return content
 
 
 @cache

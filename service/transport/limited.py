@@ -25,7 +25,7 @@ _PROBE_SECONDS = 0.1
 #: How long a refused client may take to stop sending.
 _LINGER_SECONDS = 2.0
 #: Bytes of a chunked body that are parsed per turn of the event loop.
-_TURN_BYTES = 8192
+_TURN_BYTES = 4096
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -103,6 +103,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def handle_websocket_upgrade(self) -> None:
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
         super().handle_websocket_upgrade()
         stream: Any = self.transport.get_protocol()
         stream.on_lost = self.all_connections.becomes_stream(self)

@@ -78,8 +78,8 @@ def test_a_request_that_fails_for_a_second_leaves_one_warning(caplog: pytest.Log
     assert sum(retries.pause() or 0 for _ in range(4)) < 1
     assert caplog.messages == []
     for _ in range(4):
-        retries.pause()
-    assert caplog.messages == ["http://server: 5 attempts failed; retrying for 60 s"]
+        retries.reconnect(ConnectionRefusedError("refused"))
+    assert caplog.messages == ["http://server: 5 attempts failed (refused); retrying for 60 s"]
 
 
 def test_temporary_refusal_is_retried_until_the_timeout(server: Running) -> None:

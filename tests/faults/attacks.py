@@ -95,6 +95,15 @@ async def half_sent(head: bytes, content: bytes, connections: int, port: int, se
     return ", ".join(f"{count} × {what}" for what, count in got.most_common(3))
 
 
+async def compute(port: int, seconds: float) -> str:
+    """Send nothing, and use a core: what the machine costs, to compare the attacks with."""
+    end = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < end:
+        sum(range(10_000))
+        await asyncio.sleep(0)
+    return "nothing"
+
+
 def _head(fields: str) -> bytes:
     path = f"POST /v1/models/{MODEL}/sequences HTTP/1.1\r\nHost: localhost\r\n"
     return f"{path}Content-Type: application/octet-stream\r\n{fields}\r\n\r\n".encode()
@@ -122,6 +131,7 @@ _LARGE_CLOSE = control("close", handles=[*range(65_536)])
 
 
 def _named() -> Iterable[tuple[str, Attack]]:
+    yield "no attack, but a busy process", compute
     for name, messages in _FLOODS.items():
         for connections in (1, 8):
             yield f"{name}, {connections} streams", partial(floods, messages, connections)

@@ -130,6 +130,18 @@ async def test_a_session_id_may_be_long(tmp_path: Path, tokens: Tokens) -> None:
     await store.stop()
 
 
+def test_servers_of_two_formats_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = LmdbFolder(tmp_path, "never")
+    monkeypatch.setattr(lmdb_folder, "FORMAT", 3)
+    with pytest.raises(StoreUnavailable, match="a server of another version has it open"):
+        LmdbFolder(tmp_path, "never")
+    folder.close()
+    LmdbFolder(tmp_path, "never").close()
+    monkeypatch.undo()
+    with pytest.raises(StoreUnavailable, match="has format 3; this server reads formats 1 and 2"):
+        LmdbFolder(tmp_path, "never")
+
+
 def test_unusable_store_folder_is_refused(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = LmdbFolder(tmp_path / "store", "everysec")
     with pytest.raises(StoreUnavailable, match="--store-sync everysec"):
