@@ -141,8 +141,8 @@ class EmbeddedStore:
         its_token, is_living = token_of(content, self._now())
         return _intact(content) if is_living and its_token != token else None
 
-    async def close(self, key: Key) -> int | None:
-        return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next())))
+    async def close(self, key: Key, origin: bytes = b"") -> int | None:
+        return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), origin, self._tokens.next())))
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
         return await self._exchanges.ask_one(_Call(partial(self._take, name_of(key), token, attempt)))
@@ -271,7 +271,9 @@ class EmbeddedStore:
         except SnapshotInvalid as error:
             return error
 
-    def _close(self, name: bytes, token: bytes, transaction: Any, now: float) -> int | UnrollError | None:
+    def _close(
+        self, name: bytes, origin: bytes, token: bytes, transaction: Any, now: float
+    ) -> int | UnrollError | None:
         place = place_of(name)
         held = Entry.at(transaction, place)
         if held is None or not held.is_living(now):
@@ -280,6 +282,8 @@ class EmbeddedStore:
         if trace is None:
             transaction.delete(place)
             return SnapshotInvalid("the stored session was damaged; it is removed")
+        if origin not in (b"", trace[POSITION.size :]):
+            return None
         body = trace + pack_last(1, ())
         transaction.put(place, pack_entry(name, CLOSED, now + self._config.tombstone_life, token, body))
         return POSITION.unpack_from(trace)[0]

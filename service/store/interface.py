@@ -126,8 +126,11 @@ class Store(Pages, Protocol):
     def newer(self, key: Key, token: bytes) -> Record | None:
         """The record, if the store can read it at once and its token is another one. None tells nothing."""
 
-    async def close(self, key: Key) -> int | None:
-        """Close a session, whatever its token. Returns its position, or None if there is none."""
+    async def close(self, key: Key, origin: bytes = b"") -> int | None:
+        """Close a session, whatever its token. Returns its position, or None if there is none.
+
+        origin: only the session with this origin, not another that was opened with its id since. Empty: any.
+        """
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
         """Remove a record without a tombstone if it has this token; the caller then owns the session.
