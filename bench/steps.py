@@ -7,6 +7,7 @@ from bench.outcomes import Outcome, Row, at_most, fastest, ratio
 from bench.reference import Reference
 from bench.turns import Bench, Servers, Turn, by_name
 from bench.websocket_client import ENTRY, HEADER
+from unroll.service.access.keys import new_key
 
 CLIENTS = 64
 #: Sessions per frame, and number of connections.
@@ -41,12 +42,16 @@ def http(bench: Bench) -> list[Outcome]:
 
 def _http_small(bench: Bench) -> Outcome:
     reference = bench.models["small"]
+    key, entry = new_key("bench", "bench", ["infer"])
+    keys = bench.folder / "keys.toml"
+    keys.write_text(entry)
     with bench.servers() as servers:
-        launch = bench.unroll()
+        launch, guarded = bench.unroll(), bench.unroll("--keys", str(keys), name="unroll-key")
         turns = [
             servers.turn(ceiling(reference.features), CLIENTS),
             servers.turn(subjects.echo(reference.features), CLIENTS),
             servers.turn(subjects.raw_steps(launch, reference), CLIENTS),
+            servers.turn(subjects.raw_steps(guarded, reference, key), CLIENTS),
             servers.turn(subjects.json_steps(launch, reference), CLIENTS),
             servers.turn(subjects.infer_steps(launch, reference), CLIENTS),
         ]
@@ -58,6 +63,7 @@ def _http_small(bench: Bench) -> Outcome:
         ratio(1, "small, HTTP, raw bytes: of the bare echo", 1.4, ours, echo),
         ratio(1, "small, HTTP, raw bytes: of Triton", 2.2, ours, triton),
         ratio(1, "small, HTTP, raw bytes: of the naive server", 6.0, ours, named.get("naive")),
+        ratio(1, "small, HTTP, raw bytes, with an API key: of without", 0.97, named["unroll-key"], ours),
         ratio(2, "small, HTTP, JSON: of the bare echo", 1.1, named["unroll-json"], echo),
         ratio(3, "small, HTTP, Open Inference: of the bare echo", 1.0, named["unroll-infer"], echo),
         ratio(3, "small, HTTP, Open Inference: of Triton", 2.0, named["unroll-infer"], triton),
