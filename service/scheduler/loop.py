@@ -128,8 +128,7 @@ class Loop:
             The chunk to pass to `leave` if the answer is no longer wanted: this one, or for a retry the accepted one.
             None if `then` has already been called with a remembered reply.
         """
-        if chunk.session is not None:
-            self._refresh(chunk.session)
+        self._refresh(chunk.session)
         now = self.clock.now()
         accepted = self.scheduler.submit(chunk, now, now + timeout)
         if isinstance(accepted, Reply):
@@ -147,6 +146,7 @@ class Loop:
 
     def join_chunk(self, chunk: Chunk, timeout: float, listener: StepListener) -> bool:
         """Add a chunk of one step to the open group, see `Scheduler.join`."""
+        self._refresh(chunk.session)
         now = self.clock.now()
         joins = self.scheduler.join(chunk, now, now + timeout, listener)
         self._work.set()
@@ -267,13 +267,14 @@ class Loop:
 
     # ── durable sessions ─────────────────────────────────────────────────────────────────────────
 
-    def _refresh(self, session: Session) -> None:
+    def _refresh(self, session: Session | None) -> None:
         """Update the copy of a session that other replicas update, too, if the store can be read at once.
 
         A step on an old copy would run twice, because the store refuses the commit.
         """
-        durable = session.durable
-        if durable is None or not durable.checks or session.active is not None or durable.stale:
+        if session is None or (durable := session.durable) is None:
+            return
+        if not durable.checks or session.active is not None or durable.stale:
             return
         if self.scheduler.is_verified(session.id):
             return

@@ -18,6 +18,7 @@ from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, SessionContended, UnrollError
 from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
 from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.joined_steps import StepListener
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.reply import Outcome, Reply
@@ -59,6 +60,22 @@ class GatedEngine:
     def write(self, slot: int, row: np.ndarray) -> None: ...
 
     def copy(self, source: int, target: int) -> None: ...
+
+
+class Listener:
+    """Of a joined step."""
+
+    def __init__(self) -> None:
+        self.position: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def write(self, outputs: Tensors) -> Sequence[Any]:
+        return outputs[0]
+
+    def complete(self, written: Any, position: int) -> None:
+        self.position.set_result(position)
+
+    def fail(self, error: UnrollError) -> None:
+        self.position.set_exception(error)
 
 
 class LaunchingEngine(GatedEngine):
@@ -193,10 +210,23 @@ async def test_copy_of_a_session_that_moves_often_is_compared_with_the_store_bef
         await step_elsewhere(5)
         with pytest.raises(SessionContended):
             await steps(loop, "a", X, 10)
-        for position in (11, 20):
-            await step_elsewhere(position)
-            assert (await steps(loop, "a", X, 10)).position == position + 2
-        assert len(engine.batches) == 4, "one of them was refused"
+        session, one = loop.scheduler.sessions.find_detached("a", 0), X[0][:1]
+
+        async def joined(join: Callable[[StepListener], bool]) -> int:
+            listener = Listener()
+            assert join(listener)
+            return await listener.position
+
+        for run in (
+            lambda: joined(lambda listener: loop.join(session, None, one.tobytes(), 10, listener)),
+            lambda: joined(lambda listener: loop.join_chunk(Chunk((one,), session), 10, listener)),
+        ):
+            before = session.position
+            await step_elsewhere(before + 10)
+            assert await run() == before + 11
+        await step_elsewhere(40)
+        assert (await steps(loop, "a", X, 10)).position == 42
+        assert len(engine.batches) == 5, "one of them was refused"
 
 
 async def test_work_that_arrives_during_a_batch_forms_the_next():
