@@ -96,7 +96,7 @@ def _durability_levels(
         rows = bench.alternate(turns)
         processes = {server.name: servers.server(server) for server in measured}
         processes |= {f"Redis with {fsync}": server for fsync, server in redis.items()}
-        remarks = [_processor_time(bench, turn, processes) for turn in measured.values()]
+        remarks = [processor_time(bench, turn, processes) for turn in measured.values()]
     remarks.append(
         f"a session takes {_bytes_of_a_session(redis['everysec'].port):,.0f} bytes in Redis (MEMORY USAGE of its keys)"
     )
@@ -107,7 +107,7 @@ def _durability_levels(
     return Outcome("", title, "steps/s", rows, verdicts if reference.name == "small" else [], remarks)
 
 
-def _processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
+def processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
     """Processor time of a step, which is insensitive to other load."""
     before = {name: process.cpu_seconds() for name, process in processes.items()}
     steps = turn.measure(bench.seconds).rate * bench.seconds * (1 + WARM_UP)
@@ -207,7 +207,7 @@ def _routing(bench: Bench, reference: Reference, name: str, where: str, store: t
         ]
         sticky, random_routing, positions = rows = bench.alternate(turns)
         processes = {launch.name: servers.server(launch) for launch in launches}
-        remarks = [_processor_time(bench, turn, processes) for turn in turns]
+        remarks = [processor_time(bench, turn, processes) for turn in turns]
     title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in {where}"
     shares = (random_routing.rate / sticky.rate, positions.rate / sticky.rate)
     remarks.append("random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares))

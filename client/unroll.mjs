@@ -264,9 +264,28 @@ export class Client {
   }
 }
 
+// What sessions have in common, over HTTP and on a stream.
+class Steps {
+  // Apply one time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
+  step(values) {
+    return this.apply(values, 1);
+  }
+
+  // Apply T time steps.
+  steps(values) {
+    return this.apply(values, null);
+  }
+
+  // Apply a step for each item of a synchronous or asynchronous iterator; yields its outputs.
+  async *stream(items) {
+    for await (const values of items) yield await this.step(values);
+  }
+}
+
 // One session. Its steps are applied exactly once and in order, whatever fails in between; calls are serialised.
-export class Session {
+export class Session extends Steps {
   constructor(client, model, info, sealed) {
+    super();
     this.client = client;
     this.model = model;
     this.id = info.session_id;
@@ -285,21 +304,9 @@ export class Session {
     return result;
   }
 
-  // Apply one time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
-  async step(values) {
-    const inputs = flatInputs(this.model, values, 1);
+  async apply(values, wanted) {
+    const inputs = flatInputs(this.model, values, wanted);
     return this.run(() => this.send(inputs));
-  }
-
-  // Apply T time steps.
-  async steps(values) {
-    const inputs = flatInputs(this.model, values, null);
-    return this.run(() => this.send(inputs));
-  }
-
-  // Apply a step for each item of a synchronous or asynchronous iterator; yields its outputs.
-  async *stream(items) {
-    for await (const values of items) yield await this.step(values);
   }
 
   // Feed outputs back as inputs on the server: yields {position, inputs, outputs} for each time step, see
@@ -769,24 +776,21 @@ export class Stream {
 }
 
 // A session on a stream.
-export class StreamSession {
+export class StreamSession extends Steps {
   constructor(stream, { handle, session_id, position, durability }, inJson) {
+    super();
     Object.assign(this, { handle, position, durability, id: session_id });
     this.streamOf = stream;
     this.inJson = inJson;
     this.last = Promise.resolve(); // the previous call
   }
 
-  async step(values) {
-    return this.one("step", values);
-  }
-
-  async steps(values) {
-    return this.one("steps", values);
-  }
-
-  async *stream(items) {
-    for await (const values of items) yield await this.step(values);
+  async apply(values, wanted) {
+    try {
+      return (await this.streamOf.apply([this], [values], wanted))[0];
+    } catch (error) {
+      throw error instanceof SomeFailed ? error.errors.get(0) : error;
+    }
   }
 
   // As Session.rollout. Other sessions of the stream may be stepped in between.
@@ -797,14 +801,6 @@ export class StreamSession {
 
   close() {
     return this.streamOf.closeSessions([this]);
-  }
-
-  async one(method, values) {
-    try {
-      return (await this.streamOf[method]([this], [values]))[0];
-    } catch (error) {
-      throw error instanceof SomeFailed ? error.errors.get(0) : error;
-    }
   }
 
   lose(error) {

@@ -1,6 +1,7 @@
 """The stages from a trained module to a proven bundle. Stages exchange records; only the last one writes files."""
 
 import copy
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -81,6 +82,18 @@ def _few_threads(module: nn.Module | ExportedProgram) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the garbage collector: it takes a tenth of the time, and almost everything that it looks at stays."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +179,7 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
-            with _random_states(), _few_threads(module), programs.functions_in_python():
+            with _random_states(), _few_threads(module), _uncollected(), programs.functions_in_python():
                 return self._run(module, example_inputs)
         except ExportError:
             raise

@@ -64,7 +64,11 @@ class OpenGroup(Group):
 
     def read(self, values: Sequence[bytes]) -> Tensors:
         """Decode rows of `values` into inputs, each (rows, 1, *shape)."""
-        block = np.frombuffer(b"".join(values), np.uint8).reshape(-1, sum([size for size, _, _ in self._layout]))
+        content = b"".join(values)
+        if len(self._layout) == 1:
+            _, dtype, shape = self._layout[0]
+            return (np.frombuffer(content, dtype).reshape(shape),)
+        block = np.frombuffer(content, np.uint8).reshape(len(values), -1)
         end, arrays = 0, []
         for size, dtype, shape in self._layout:
             begin, end = end, end + size

@@ -119,7 +119,8 @@ class HttpProtocol(LimitedProtocol):
         except httptools.HttpParserUpgrade as end:
             rest = data[end.args[0] :]
             if self._takes_offer:
-                self.handle_websocket_upgrade()
+                self.flow.pause_reading()
+                self.unroll.turns.call(self.handle_websocket_upgrade)  # it takes as long as many steps
             else:
                 head = without_offer(self.parser.get_method(), self._version(), self.url, self.headers)
                 self._new_parser()

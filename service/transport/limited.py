@@ -103,6 +103,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def handle_websocket_upgrade(self) -> None:
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
         super().handle_websocket_upgrade()
         stream: Any = self.transport.get_protocol()
         stream.on_lost = self.all_connections.becomes_stream(self)

@@ -419,7 +419,8 @@ def test_page_asks_for_an_api_key_if_the_server_needs_one(browser: Browser, tmp_
     page = browser.new_page()
     page.set_default_timeout(PATIENCE * 1000)
     page.goto(f"{running.url}/#playground/gru")
-    for key in ("wrong", secret):
+    for key, asked in (("wrong", "requires an API key"), (secret, "the API key is unknown")):
+        expect(page.get_by_role("alert")).to_contain_text(asked)  # in a new form
         page.get_by_label("API key").fill(key)
         press(page, "Use this key")
     press(page, "Step")  # over a WebSocket opened with a ticket
