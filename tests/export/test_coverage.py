@@ -362,3 +362,39 @@ def test_float64_takes_tensors_outside_the_module() -> None:
         assert (torch.ones(2, 3) @ weights).dtype == torch.float64
         with pytest.raises(RuntimeError, match="dtype"):
             total.addmm_(torch.ones(2, 3), weights)
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rnn(x)[0], torch.atan2(x[..., 0], x[..., 1])
+
+
+def test_an_angle_depends_on_the_signs_of_zeros(repository: Path, few_steps: None) -> None:
+    export(Turned().eval(), {"x": torch.randn(2, 8, 2)}, name="turned", repository=repository)
+    x = torch.cartesian_prod(*[torch.tensor([0.0, -0.0, 1.0, -2.0])] * 2)
+    (_, angle), _ = Oracle(repository, "turned").all(x.numpy())
+    torch.testing.assert_close(torch.from_numpy(angle), torch.atan2(*x.unbind(-1)))
+
+
+class Fading(nn.Module):
+    """Numbers that are nearly 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sound = x.abs()
+        return self.rnn(x)[0], x * 0.999995, x / (sound + 1e-8)
+
+
+def test_numbers_near_0_and_1_are_kept(repository: Path, few_steps: None) -> None:
+    export(Fading().eval(), {"x": torch.randn(2, 8, 2)}, name="fading", repository=repository)
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    (_, faded, sign), _ = Oracle(repository, "fading").all(x.numpy())
+    torch.testing.assert_close(torch.from_numpy(faded), x * 0.999995, rtol=1e-7, atol=0)
+    torch.testing.assert_close(torch.from_numpy(sign), x / (x.abs() + 1e-8))
