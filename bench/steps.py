@@ -1,5 +1,8 @@
 """One time step per request: HTTP, WebSocket, a single client, and the limits they are compared with."""
 
+import subprocess
+import sys
+
 from bench import subjects
 from bench.http_client import post
 from bench.load import Measurement
@@ -7,7 +10,6 @@ from bench.outcomes import Outcome, Row, at_most, fastest, ratio
 from bench.reference import Reference
 from bench.turns import Bench, Servers, Turn, by_name
 from bench.websocket_client import ENTRY, HEADER
-from unroll.service.access.keys import new_key
 
 CLIENTS = 64
 #: Sessions per frame, and number of connections.
@@ -42,11 +44,11 @@ def http(bench: Bench) -> list[Outcome]:
 
 def _http_small(bench: Bench) -> Outcome:
     reference = bench.models["small"]
-    key, entry = new_key("bench", "bench", ["infer"])
-    keys = bench.folder / "keys.toml"
-    keys.write_text(entry)
+    keys = str(bench.folder / "keys.toml")
+    new_key = [sys.executable, "-m", "unroll", "keys", "new", keys, "--tenant", "bench"]
+    key = subprocess.run(new_key, check=True, capture_output=True, text=True).stdout.strip()
     with bench.servers() as servers:
-        launch, guarded = bench.unroll(), bench.unroll("--keys", str(keys), name="unroll-key")
+        launch, guarded = bench.unroll(), bench.unroll("--keys", keys, name="unroll-key")
         turns = [
             servers.turn(ceiling(reference.features), CLIENTS),
             servers.turn(subjects.echo(reference.features), CLIENTS),
