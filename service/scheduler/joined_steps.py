@@ -122,7 +122,7 @@ class JoinedSteps:
         ):
             return False
         group, durable = self.group, session.durable
-        if durable is not None and (durable.stale or not durable.token or ends):
+        if durable is not None and (durable.stale or not durable.token or opens or ends):
             return False
         if group is None:
             self._room = self._most

@@ -37,7 +37,7 @@ class Envelope:
         name: The format's name in error messages, such as "a snapshot".
         fields: Minimum number of bytes of content.
         tags: Number of tags.
-        crc: The checksum is a CRC-32, which costs a tenth of BLAKE2b.
+        crc: The checksum is a CRC-32, which costs a quarter of BLAKE2b.
     """
 
     magic: bytes
