@@ -22,6 +22,8 @@ def translation_table() -> dict[Callable, Callable]:
         torch.ops.aten.atan2.default: _atan2,
         torch.ops.aten.signbit.default: _signbit,
         torch.ops.aten.copysign.Tensor: _copysign,
+        torch.ops.aten.log_sigmoid_forward.default: lambda x: (_log_sigmoid(x), x),
+        torch.ops.aten.log_sigmoid.default: _log_sigmoid,
     }
 
 
@@ -68,8 +70,14 @@ def _atan2(y: Any, x: Any) -> Any:
 
 def _signbit(x: Any) -> Any:
     """PyTorch's translation takes a negative zero for a positive one."""
-    zero = op.CastLike(op.Constant(value_float=0.0), x)
+    number: Any = op.Constant(value_float=0.0)
+    zero = op.CastLike(number, x)
     return _is_negative(x, zero) if x.dtype.is_floating_point() else op.Less(x, zero)
+
+
+def _log_sigmoid(x: Any) -> Any:
+    """PyTorch's translation is -inf below -18."""
+    return op.Neg(op.Softplus(op.Neg(x)))
 
 
 def _copysign(x: Any, y: Any) -> Any:

@@ -403,15 +403,22 @@ class Turned(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y, x = x.unbind(-1)
-        return self.rnn(torch.stack([y, x], -1))[0], torch.atan2(y, x), torch.signbit(y), torch.copysign(x, y)
+        return (
+            self.rnn(torch.stack([y, x], -1))[0],
+            torch.atan2(y, x),
+            torch.signbit(y),
+            torch.copysign(x, y),
+            functional.logsigmoid(y * 50),
+        )
 
 
 def test_zeros_have_signs(repository: Path, few_steps: None) -> None:
     export(Turned().eval(), {"x": torch.randn(2, 8, 2)}, name="turned", repository=repository)
     x = torch.cartesian_prod(*[torch.tensor([0.0, -0.0, 1.0, -2.0])] * 2)
-    (_, angle, negative, copied), _ = Oracle(repository, "turned").all(x.numpy())
+    (_, angle, negative, copied, log), _ = Oracle(repository, "turned").all(x.numpy())
     y, other = x.unbind(-1)
     torch.testing.assert_close(torch.from_numpy(angle), torch.atan2(y, other))
+    torch.testing.assert_close(torch.from_numpy(log), functional.logsigmoid(y * 50))
     assert torch.equal(torch.from_numpy(negative), y.signbit())
     assert torch.equal(torch.from_numpy(copied), torch.copysign(other, y))
 
