@@ -22,6 +22,7 @@ def translation_table() -> dict[Callable, Callable]:
         torch.ops.aten.atan2.default: _atan2,
         torch.ops.aten.signbit.default: _signbit,
         torch.ops.aten.copysign.Tensor: _copysign,
+        torch.ops.aten.logaddexp.default: _logaddexp,
         torch.ops.aten.log_sigmoid_forward.default: lambda x: (_log_sigmoid(x), x),
         torch.ops.aten.log_sigmoid.default: _log_sigmoid,
     }
@@ -78,6 +79,11 @@ def _signbit(x: Any) -> Any:
 def _log_sigmoid(x: Any) -> Any:
     """PyTorch's translation is -inf below -18."""
     return op.Neg(op.Softplus(op.Neg(x)))
+
+
+def _logaddexp(x: Any, y: Any) -> Any:
+    """PyTorch's translation is infinite above 88, and -inf below -104."""
+    return op.Add(op.Max(x, y), op.Softplus(op.Neg(op.Abs(op.Sub(x, y)))))
 
 
 def _copysign(x: Any, y: Any) -> Any:
