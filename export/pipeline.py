@@ -153,7 +153,7 @@ class Pipeline:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
             # Preserve the caller's random state.
-            with torch.random.fork_rng(devices=[]), _few_threads(module), programs.functions_in_python():
+            with torch.random.fork_rng(devices=[]), _few_threads(module), programs.in_python():
                 return self._run(module, example_inputs)
         except ExportError:
             raise
