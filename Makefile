@@ -52,7 +52,7 @@ rollout-test: install ## roll versions of a model out over three replicas while 
 overload: install ## attack a server from another process; print what a calm client notices and the attackers get (minutes; SECONDS=)
 	PYTHONPATH=tests $(BIN)/python -m faults.overload $(if $(SECONDS),--seconds $(SECONDS))
 
-soak: install ## open and close a million sessions in every way; what is held must not grow (an hour; CYCLES=)
+soak: install ## open and close a million sessions in every way; what is held must not grow (minutes; CYCLES=)
 	PYTHONPATH=tests $(BIN)/python -m faults.soak $(if $(CYCLES),--cycles $(CYCLES))
 
 machine-test: install ## random event sequences over two replicas and in the scheduler, longer than in `make test` (minutes; EXAMPLES=)

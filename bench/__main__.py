@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from bench import (
     environments,
     inputs,
     machine,
+    models,
     python_client,
     report,
     scale,
@@ -27,7 +27,7 @@ from bench import (
 )
 from bench.outcomes import Outcome
 from bench.peers import PEERS, Peer
-from bench.reference import Reference
+from bench.reference import Reference, export
 from bench.servers import ROOT, on_cores
 from bench.turns import FAILURES, Bench
 
@@ -44,11 +44,12 @@ SCENARIOS: dict[str, Callable[[Bench], list[Outcome]]] = {
     "sessions": scale.sessions,
     "start": scale.start,
     "durability": durability.durability,
+    "durability-medium": durability.durability_medium,
     "workers": workers.workers,
+    "models": models.models,
     "python-client": python_client.python_client,
 }
 RESULTS = ROOT / ".bench" / "results.json"
-_EXPORT_SECONDS = 300
 _QUICK_SECONDS, _QUICK_REPEATS = 0.1, 1
 _MOST_REPEATS = 12  # each turn of `ramp` has new sessions, and inputs has values for this many turns
 
@@ -111,12 +112,8 @@ def _prepare(
 ) -> Bench:
     repository = arguments.models or folder / "repository"
     if arguments.models is None:
-        export = [sys.executable, "-m", "bench.model", str(repository)]
-        subprocess.run(export, check=True, timeout=_EXPORT_SECONDS, cwd=ROOT)
-    models = {
-        name: Reference(name, repository / name / "1" / "model.onnx", repository.parent / f"{name}-torch.npz")
-        for name in inputs.MODELS
-    }
+        export(repository)
+    models = {name: Reference(name, repository) for name in inputs.MODELS}
     seconds, repeats = arguments.seconds, arguments.repeats
     if arguments.quick:
         seconds, repeats = _QUICK_SECONDS, _QUICK_REPEATS

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 from redis import Redis
 
+from bench import inputs
 from bench.http_client import JSON, RAW, http_client, post
 from bench.load import WARM_UP, Client, Measurement
 from bench.outcomes import Outcome, Row, ratio
@@ -37,23 +39,35 @@ _SNAPSHOT_KEYS = ("--snapshot-keys", '["a key of the benchmark"]')
 
 
 def durability(bench: Bench) -> list[Outcome]:
+    return _durability(bench, bench.models["small"], "durability")
+
+
+def durability_medium(bench: Bench) -> list[Outcome]:
+    return _durability(bench, bench.models["medium"], "durability-medium")
+
+
+def _durability(bench: Bench, reference: Reference, name: str) -> list[Outcome]:
     if why := local_redis.missing():
-        return [Outcome("durability", "Durable sessions", remarks=[f"skipped: {why}"])]
+        return [Outcome(name, "Durable sessions", remarks=[f"skipped: {why}"])]
+    folder = bench.folder / name
+    folder.mkdir()
     with ExitStack() as stack:
-        redis = {fsync: stack.enter_context(_redis(bench, fsync)) for fsync in _FSYNC}
+        redis = {fsync: stack.enter_context(_redis(bench, folder / fsync, fsync)) for fsync in _FSYNC}
         stores = {fsync: ("--store", f"redis://{HOST}:{server.port}/0") for fsync, server in redis.items()}
-        return [
-            _durability_levels(bench, stores, redis),
-            _reload(bench, stores["everysec"]),
-            _routing(bench, "routing", "Redis", stores["everysec"]),
-            _routing(bench, "routing-folder", "a folder", ("--store", f"file://{bench.folder}/store-routing")),
+        local = ("--store", f"file://{folder}/routing")
+        outcomes = [
+            _durability_levels(bench, reference, folder, stores, redis),
+            _reload(bench, reference, stores["everysec"]),
+            _routing(bench, reference, "-routing", "Redis", stores["everysec"]),
+            _routing(bench, reference, "-routing-folder", "a folder", local),
         ]
+    layers = f"LSTM 2×{inputs.MODELS[reference.name].hidden}"
+    return [replace(each, name=f"{name}{each.name}", title=f"{each.title}, {layers}") for each in outcomes]
 
 
 @contextmanager
-def _redis(bench: Bench, fsync: str) -> Iterator[Server]:
+def _redis(bench: Bench, folder: Path, fsync: str) -> Iterator[Server]:
     """A redis-server on the load generator's core."""
-    folder = bench.folder / f"redis-{fsync}"
     folder.mkdir()
     flags = f"--port PORT --bind {HOST} --dir {folder} --appendonly yes --appendfsync {fsync} --loglevel warning"
     command = (local_redis.server_path(), *flags.split(), "--save", "")
@@ -64,8 +78,9 @@ def _redis(bench: Bench, fsync: str) -> Iterator[Server]:
 # ── steps, by durability ─────────────────────────────────────────────────────────────────────────
 
 
-def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: dict[str, Server]) -> Outcome:
-    reference = bench.models["small"]
+def _durability_levels(
+    bench: Bench, reference: Reference, folder: Path, stores: dict[str, tuple[str, str]], redis: dict[str, Server]
+) -> Outcome:
     with bench.servers() as servers:
         memory, held = bench.unroll(), bench.unroll(*_SNAPSHOT_KEYS, name="unroll-client")
         subjects = {memory: raw_steps(memory, reference), held: _client_held(held, reference)}
@@ -73,26 +88,26 @@ def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: 
             launch = bench.unroll(*store, name=f"unroll-{fsync}")
             subjects[launch] = stored(launch, reference, f"in Redis, appendfsync {fsync}")
         for sync in _SYNC:
-            folder = ("--store", f"file://{bench.folder}/store-{sync}", "--store-sync", sync)
-            launch = bench.unroll(*folder, name=f"unroll-folder-{sync}")
+            local = ("--store", f"file://{folder}/{sync}-sync", "--store-sync", sync)
+            launch = bench.unroll(*local, name=f"unroll-folder-{sync}")
             subjects[launch] = stored(launch, reference, f"in a folder, --store-sync {sync}")
         measured = {launch: servers.turn(subject, CLIENTS) for launch, subject in subjects.items()}
         turns = [servers.turn(ceiling(reference.features), CLIENTS), *measured.values()]
         rows = bench.alternate(turns)
         processes = {server.name: servers.server(server) for server in measured}
         processes |= {f"Redis with {fsync}": server for fsync, server in redis.items()}
-        remarks = [_processor_time(bench, turn, processes) for turn in measured.values()]
+        remarks = [processor_time(bench, turn, processes) for turn in measured.values()]
     remarks.append(
         f"a session takes {_bytes_of_a_session(redis['everysec'].port):,.0f} bytes in Redis (MEMORY USAGE of its keys)"
     )
     named = by_name(rows)
     says = "HTTP, raw bytes, sessions in Redis (everysec): of those in memory"
-    verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"])
-    title = f"Durability, a step a request, {CLIENTS} HTTP clients, LSTM 2×64; Redis on the load generator's core"
-    return Outcome("durability", title, "steps/s", rows, [verdict], remarks)
+    verdicts = [ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"])]
+    title = f"Durability, a step a request, {CLIENTS} HTTP clients; Redis on the load generator's core"
+    return Outcome("", title, "steps/s", rows, verdicts if reference.name == "small" else [], remarks)
 
 
-def _processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
+def processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
     """Processor time of a step, which is insensitive to other load."""
     before = {name: process.cpu_seconds() for name, process in processes.items()}
     steps = turn.measure(bench.seconds).rate * bench.seconds * (1 + WARM_UP)
@@ -143,9 +158,8 @@ def _bytes_of_a_session(port: int) -> float:
 # ── one session, two replicas ────────────────────────────────────────────────────────────────────
 
 
-def _reload(bench: Bench, store: tuple[str, str]) -> Outcome:
+def _reload(bench: Bench, reference: Reference, store: tuple[str, str]) -> Outcome:
     """A session's first step at a replica that does not hold it, and its second."""
-    reference = bench.models["small"]
     path = f"/v1/models/{reference.name}/sessions"
     row = reference.rows[0, 0].tobytes()
     first, second = [], []
@@ -162,7 +176,7 @@ def _reload(bench: Bench, store: tuple[str, str]) -> Outcome:
         Row("reloaded", "the first step at another replica, one client", [_measurement(first)]),
         Row("resident", "the step after it", [_measurement(second)]),
     ]
-    return Outcome("durability-reload", "A session goes on at another replica, LSTM 2×64", "steps/s", rows)
+    return Outcome("-reload", "A session goes on at another replica", "steps/s", rows)
 
 
 def _timed_post(connection: HTTPConnection, path: str, body: bytes, media: str = RAW) -> float:
@@ -181,9 +195,8 @@ def _measurement(seconds: list[float]) -> Measurement:
     return Measurement(len(seconds) / sum(seconds), float(p50), float(p99))
 
 
-def _routing(bench: Bench, name: str, where: str, store: tuple[str, str]) -> Outcome:
+def _routing(bench: Bench, reference: Reference, name: str, where: str, store: tuple[str, str]) -> Outcome:
     """Two replicas on the server's core."""
-    reference = bench.models["small"]
     with bench.servers() as servers:
         launches = [bench.unroll(*store, name=f"unroll-{name}") for name in ("one", "two")]
         ports = [servers.server(launch).port for launch in launches]
@@ -194,11 +207,11 @@ def _routing(bench: Bench, name: str, where: str, store: tuple[str, str]) -> Out
         ]
         sticky, random_routing, positions = rows = bench.alternate(turns)
         processes = {launch.name: servers.server(launch) for launch in launches}
-        remarks = [_processor_time(bench, turn, processes) for turn in turns]
-    title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in {where}, LSTM 2×64"
+        remarks = [processor_time(bench, turn, processes) for turn in turns]
+    title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in {where}"
     shares = (random_routing.rate / sticky.rate, positions.rate / sticky.rate)
     remarks.append("random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares))
-    return Outcome(f"durability-{name}", title, "steps/s", rows, remarks=remarks)
+    return Outcome(name, title, "steps/s", rows, remarks=remarks)
 
 
 def _routed_turn(

@@ -14,14 +14,17 @@ TORCH_SESSIONS, TORCH_LENGTHS = 256, (128,)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """An LSTM with 2 layers and a linear head, with `features` inputs and outputs."""
+    """Recurrent layers and a linear head, with `features` inputs and outputs."""
 
     hidden: int
     features: int
     layers: int = 2
+    cell: str = "LSTM"
 
 
 MODELS = {"small": Shape(64, 16), "medium": Shape(256, 64)}
+#: The models of which only the scenario `models` takes measurements: their export takes a minute.
+LARGE = {"gru-512": Shape(512, 64, 3, "GRU"), "lstm-1024": Shape(1024, 64, 4)}
 
 
 def rows(features: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Expected answers: onnxruntime over a session's whole input in one call, without a server; and PyTorch's."""
 
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -7,9 +9,17 @@ import numpy as np
 import onnxruntime as ort
 
 from bench import inputs
+from bench.servers import ROOT
 
 #: Largest absolute difference between a peer's outputs and PyTorch's.
 TOLERANCE = 1e-5
+_EXPORT_SECONDS = 300
+
+
+def export(repository: Path, *which: str) -> None:
+    """Run `python -m bench.model` with these arguments."""
+    command = [sys.executable, "-m", "bench.model", str(repository), *which]
+    subprocess.run(command, check=True, timeout=_EXPORT_SECONDS, cwd=ROOT)
 
 
 def runner(model: Path) -> ort.InferenceSession:
@@ -22,16 +32,16 @@ def runner(model: Path) -> ort.InferenceSession:
 
 
 class Reference:
-    """The reference for a model.onnx; `torch` is the file written by bench.model."""
+    """The reference for a model in a repository that bench.model wrote."""
 
-    def __init__(self, name: str, path: Path, torch: Path) -> None:
+    def __init__(self, name: str, repository: Path) -> None:
         self.name = name
-        self.path = path
-        self.features = inputs.MODELS[name].features
+        self.path = repository / name / "1" / "model.onnx"
+        self.features = (inputs.MODELS | inputs.LARGE)[name].features
         self.rows = inputs.rows(self.features)
-        self._runner = runner(path)
+        self._runner = runner(self.path)
         self._state_size: int = next(node.shape[-1] for node in self._runner.get_inputs() if node.name == "state")
-        with np.load(torch) as outputs:
+        with np.load(repository.parent / f"{name}-torch.npz") as outputs:
             self._torch = {key: outputs[key] for key in outputs.files}
         self.sequences = lru_cache(lambda length: inputs.sequences(self.features, length))
 

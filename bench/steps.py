@@ -1,5 +1,8 @@
 """One time step per request: HTTP, WebSocket, a single client, and the limits they are compared with."""
 
+import subprocess
+import sys
+
 from bench import subjects
 from bench.http_client import post
 from bench.load import Measurement
@@ -41,12 +44,16 @@ def http(bench: Bench) -> list[Outcome]:
 
 def _http_small(bench: Bench) -> Outcome:
     reference = bench.models["small"]
+    keys = str(bench.folder / "keys.toml")
+    new_key = [sys.executable, "-m", "unroll", "keys", "new", keys, "--tenant", "bench"]
+    key = subprocess.run(new_key, check=True, capture_output=True, text=True).stdout.strip()
     with bench.servers() as servers:
-        launch = bench.unroll()
+        launch, guarded = bench.unroll(), bench.unroll("--keys", keys, name="unroll-key")
         turns = [
             servers.turn(ceiling(reference.features), CLIENTS),
             servers.turn(subjects.echo(reference.features), CLIENTS),
             servers.turn(subjects.raw_steps(launch, reference), CLIENTS),
+            servers.turn(subjects.raw_steps(guarded, reference, key), CLIENTS),
             servers.turn(subjects.json_steps(launch, reference), CLIENTS),
             servers.turn(subjects.infer_steps(launch, reference), CLIENTS),
         ]
@@ -58,6 +65,7 @@ def _http_small(bench: Bench) -> Outcome:
         ratio(1, "small, HTTP, raw bytes: of the bare echo", 1.4, ours, echo),
         ratio(1, "small, HTTP, raw bytes: of Triton", 2.2, ours, triton),
         ratio(1, "small, HTTP, raw bytes: of the naive server", 6.0, ours, named.get("naive")),
+        ratio(1, "small, HTTP, raw bytes, with an API key: of without", 0.97, named["unroll-key"], ours),
         ratio(2, "small, HTTP, JSON: of the bare echo", 1.1, named["unroll-json"], echo),
         ratio(3, "small, HTTP, Open Inference: of the bare echo", 1.0, named["unroll-infer"], echo),
         ratio(3, "small, HTTP, Open Inference: of Triton", 2.0, named["unroll-infer"], triton),

@@ -107,8 +107,9 @@ def unroll(repository: Path, *options: str, name: str = "unroll") -> Launch:
     return Launch(name, lambda folder: command, "/v2/health/ready")
 
 
-def raw_steps(launch: Launch, reference: Reference) -> Subject:
-    return _native_steps(launch, reference, "unroll", "Unroll, raw bytes", lambda row: row.tobytes(), _floats)
+def raw_steps(launch: Launch, reference: Reference, key: str = "") -> Subject:
+    name, what = ("unroll-key", "Unroll, raw bytes, with an API key") if key else ("unroll", "Unroll, raw bytes")
+    return _native_steps(launch, reference, name, what, lambda row: row.tobytes(), _floats, {"x-api-key": key})
 
 
 def json_steps(launch: Launch, reference: Reference) -> Subject:
@@ -129,12 +130,13 @@ def _native_steps(
     what: str,
     body: Callable[[np.ndarray], bytes | Mapping[str, object]],
     outputs: Callable[[bytes], np.ndarray],
+    headers: Mapping[str, str] | None = None,
 ) -> Subject:
     sessions = f"/v1/models/{reference.name}/sessions"
 
     def client(n: int) -> Client:
-        opening = [post(sessions, {"session_id": f"{name}-{n}"})]
-        requests = [post(f"{sessions}/{name}-{n}/steps", body(row)) for row in reference.rows[n]]
+        opening = [post(sessions, {"session_id": f"{name}-{n}"}, headers)]
+        requests = [post(f"{sessions}/{name}-{n}/steps", body(row), headers) for row in reference.rows[n]]
         return http_client(requests, n, opening, unstepped=1)
 
     return Subject(name, what, launch, client, check_steps(name, reference, outputs))

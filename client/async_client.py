@@ -12,7 +12,7 @@ from yarl import URL
 
 from unroll.client import model_calls
 from unroll.client.async_stream import AsyncStream, as_async
-from unroll.client.errors import ConnectionFailed, ServerError, UnrollError
+from unroll.client.errors import ServerError, UnrollError
 from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish
@@ -51,7 +51,7 @@ class AsyncClient:
     ) -> None:
         self._address = ServerAddress.of(url, api_key, headers, tls)
         self._timeout = check_timeout(timeout)
-        self._policy = RetryPolicy(retry_for, time.monotonic)
+        self._policy = RetryPolicy(self._address.url, retry_for, time.monotonic)
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None
         self._catalogue = model_calls.Catalogue()
@@ -139,7 +139,7 @@ class AsyncClient:
                     return
                 raise ConnectionResetError("the answer was cut off")
             except (ServerError, *_BROKEN) as error:
-                pause = call.pause(error, retries, self._address.failed)
+                pause = call.pause(error, retries)
             await asyncio.sleep(pause)
 
     async def run(self, exchange: Exchange[T]) -> T:
@@ -163,9 +163,7 @@ class AsyncClient:
                 if pause is None:
                     break
             except _BROKEN as error:
-                pause = retries.pause()
-                if pause is None:
-                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+                pause = retries.reconnect(error)
             await asyncio.sleep(pause)
         response.repeated = retries.count > 0
         return response

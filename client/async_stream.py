@@ -194,7 +194,7 @@ class AsyncStream:
             except BROKEN as error:
                 if link is not None and link is self._link:
                     await self.disconnect()
-                pause = pause_after(error, retries, self._address)
+                pause = pause_after(error, retries)
             await asyncio.sleep(pause)
 
     async def _roll_out(self, rollout: StreamRollout) -> AsyncGenerator[RolledStep]:
@@ -209,7 +209,7 @@ class AsyncStream:
                 except BROKEN as error:
                     if link is not None and link is self._link:
                         await self.disconnect()
-                    await asyncio.sleep(pause_after(error, retries, self._address))
+                    await asyncio.sleep(pause_after(error, retries))
                 while rollout.ready:
                     retries = Retries(self._policy)
                     yield rollout.take()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
 
 from unroll.client import model_calls
-from unroll.client.errors import ConnectionFailed, ServerError
+from unroll.client.errors import ServerError
 from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish
@@ -61,7 +61,7 @@ class Client:
     ) -> None:
         self._address = ServerAddress.of(url, api_key, headers, tls)
         self._timeout = check_timeout(timeout)
-        self._policy = RetryPolicy(retry_for, time.monotonic)
+        self._policy = RetryPolicy(self._address.url, retry_for, time.monotonic)
         self._idle: list[http.client.HTTPConnection] = []
         self._catalogue = model_calls.Catalogue()
 
@@ -170,7 +170,7 @@ class Client:
                     return
                 raise ConnectionResetError("the answer was cut off")
             except (ServerError, *_BROKEN) as error:
-                pause = call.pause(error, retries, self._address.failed)
+                pause = call.pause(error, retries)
             time.sleep(pause)
 
     def _receive(self, request: Request) -> Iterator[bytes]:
@@ -208,9 +208,7 @@ class Client:
                 if pause is None:
                     break
             except _BROKEN as error:
-                pause = retries.pause()
-                if pause is None:
-                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+                pause = retries.reconnect(error)
             time.sleep(pause)
         response.repeated |= retries.count > 0
         return response

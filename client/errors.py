@@ -37,7 +37,7 @@ class SomeFailed(UnrollError):
 
     def __init__(self, errors: "Mapping[int, ServerError]", outputs: Any) -> None:
         first = min(errors)
-        super().__init__(f"{len(errors)} sessions failed, the one at index {first} with {errors[first]}")
+        super().__init__(f"{len(errors)} of the sessions failed, the one at index {first} with {errors[first]}")
         self.errors = dict(errors)
         self.outputs = outputs
 

@@ -230,7 +230,7 @@ def report(plan: Plan, measured: Measured, processes: int) -> str:
     loop = "closed loop" if plan.rate is None else f"open loop, {plan.rate:g} requests/s"
     lengths = ", ".join(map(str, plan.lengths))
     lines = [
-        f"{plan.model} at {plan.url} over {plan.over}: {plan.clients} clients, {loop}, {lengths} steps per request",
+        f"{plan.model} at {plan.url} over {plan.over}, {loop}; clients: {plan.clients}, steps per request: {lengths}",
         "",
         f"  accepted   {measured.accepted} in {measured.seconds:.1f} s: {found['requests_per_second']:.0f} requests/s, "
         f"{found['steps_per_second']:.0f} steps/s",

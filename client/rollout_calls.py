@@ -6,13 +6,13 @@ at the same position gives the same steps.
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from unroll.client.errors import ConnectionFailed, InvalidInput, ModelUnavailable, ServerError
+from unroll.client.errors import InvalidInput, ModelUnavailable, ServerError
 from unroll.client.exchange import Request, json_request
 from unroll.client.retries import RETRIED, Retries
 from unroll.client.session_calls import SessionCalls
@@ -151,21 +151,14 @@ class RolloutCall(Rollout):
             else:
                 raise ServerError.of(document["code"], document["detail"], document["status"], document)
 
-    def pause(self, error: Exception, retries: Retries, failed: Callable[[Exception, int], str]) -> float:
-        """Seconds until the request is retried.
-
-        Args:
-            error: The error that ended the attempt.
-            retries: The retries so far.
-            failed: Formats the message of a ConnectionFailed from the error and the number of attempts.
+    def pause(self, error: Exception, retries: Retries) -> float:
+        """Seconds until the request is retried after this error.
 
         Raises:
             ServerError, ConnectionFailed: A retry would fail again, or time is up.
         """
         if not isinstance(error, ServerError):
-            if (pause := retries.pause()) is None:
-                raise ConnectionFailed(failed(error, retries.count)) from error
-            return pause
+            return retries.reconnect(error)
         for_now = error.status in RETRIED and not isinstance(error, ModelUnavailable)
         if not for_now or (pause := retries.pause(error.retry_after)) is None:
             raise error

@@ -67,11 +67,6 @@ class ServerAddress:
             return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=self.tls)
 
-    def failed(self, error: Exception, attempts: int) -> str:
-        """The message of a ConnectionFailed."""
-        reason = str(error) or type(error).__name__
-        return f"{self.url} did not answer ({attempts} attempts): {reason}"
-
 
 def _is_line(text: str) -> bool:
     return text.isprintable() and all(ord(character) < 256 for character in text)

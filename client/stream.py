@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, SecurityError
 from websockets.sync.client import ClientConnection, connect
 
-from unroll.client.errors import BodyTooLarge, ConnectionFailed, Overloaded, ServerError
+from unroll.client.errors import BodyTooLarge, Overloaded, ServerError
 from unroll.client.exchange import Response
 from unroll.client.places import Place, PlaceFacts
 from unroll.client.retries import Retries, RetryPolicy
@@ -57,13 +57,11 @@ def asked_to_wait(error: Exception) -> float | None:
     return error.retry_after if isinstance(error, Overloaded) else None
 
 
-def pause_after(error: Exception, retries: Retries, address: ServerAddress) -> float:
+def pause_after(error: Exception, retries: Retries) -> float:
     """Seconds until a broken connection is replaced. Raises UnrollError if it is not replaced."""
     if (refused := final(error)) is not None:
         raise refused from error
-    if (pause := retries.pause(asked_to_wait(error))) is None:
-        raise ConnectionFailed(address.failed(error, retries.count)) from error
-    return pause
+    return retries.reconnect(error, asked_to_wait(error))
 
 
 def _response(error: InvalidStatus) -> Response:
@@ -206,7 +204,7 @@ class Stream:
                     self.disconnect()  # the server has unbound the handle: reconnecting binds it again
             except BROKEN as error:
                 self.disconnect()
-                pause = pause_after(error, retries, self._address)
+                pause = pause_after(error, retries)
             time.sleep(pause)
 
     def _roll_out(self, rollout: StreamRollout) -> Iterator[RolledStep]:
@@ -218,7 +216,7 @@ class Stream:
                     self._await(rollout)
                 except BROKEN as error:
                     self.disconnect()
-                    time.sleep(pause_after(error, retries, self._address))
+                    time.sleep(pause_after(error, retries))
                 while rollout.ready:
                     retries = Retries(self._policy)
                     yield rollout.take()

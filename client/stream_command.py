@@ -49,7 +49,7 @@ def _report(command: str, work: Callable[[], int]) -> int:
     except (UnrollError, OSError, UnicodeDecodeError, csv.Error) as error:
         print(f"unroll {command}: {error}", file=sys.stderr)
         return 1
-    print(f"{steps} steps", file=sys.stderr)
+    print(f"{steps} step{'s' * (steps != 1)}", file=sys.stderr)
     return 0
 
 

@@ -57,7 +57,7 @@ export class SomeFailed extends Error {
   name = "SomeFailed";
   constructor(errors, outputs) {
     const [[index, first]] = errors;
-    super(`${errors.size} sessions failed, the one at index ${index} with ${first.message}`);
+    super(`${errors.size} of the sessions failed, the one at index ${index} with ${first.message}`);
     Object.assign(this, { errors, outputs });
   }
 }
@@ -133,25 +133,21 @@ export class Client {
 
   // Run whole sequences, each from the model's initial state: arrays of T time steps, or {input: array}.
   async sequences(model, inputs, { static: fixed } = {}) {
+    if (fixed && fixed.length !== inputs.length) throw new InvalidInput("give static inputs for each sequence");
     const served = await this.model(model);
-    const path = `${modelPath(`${served.name}:${served.version}`)}/sequences`;
     const given = inputs.map((values) => flatInputs(served, values, null));
-    if (fixed === undefined && !served.static.length) {
-      return Promise.all(
-        given.map(async ({ arrays, steps }) => {
-          const { bytes } = await this.ask("POST", path, join(arrays), { "content-type": RAW, "unroll-steps": steps });
-          return named(splitOutputs(served, bytes, 0, steps), served.outputs);
-        }),
-      );
+    return Promise.all(given.map((sequence, row) => this.sequence(served, sequence, fixed?.[row])));
+  }
+
+  async sequence({ name, version, inputs, outputs, static: wanted }, { arrays, steps }, fixed) {
+    const path = `${modelPath(`${name}:${version}`)}/sequences`;
+    if (!wanted.length && !fixed) {
+      const { bytes } = await this.ask("POST", path, join(arrays), { "content-type": RAW, "unroll-steps": steps });
+      return named(splitOutputs({ outputs }, bytes, 0, steps), outputs);
     }
-    const column = (spec, i) => [spec.name, given.map(({ arrays, steps }) => listOf(arrays[i], spec, [steps]))];
-    const lists = Object.fromEntries(served.inputs.map(column));
-    const statics = Object.fromEntries(served.static.map(({ name }) => [name, (fixed ?? []).map((one) => one[name])]));
-    const { json } = await this.ask("POST", path, { inputs: lists, static: statics });
-    return inputs.map((_, row) => {
-      const of = (spec) => (served.outputs.length === 1 ? json.outputs[row] : json.outputs[spec.name][row]);
-      return named(served.outputs.map((spec) => flat(of(spec), spec)), served.outputs);
-    });
+    const firsts = Object.fromEntries(Object.entries(fixed ?? {}).map(([key, value]) => [key, [value]]));
+    const { json } = await this.ask("POST", path, { inputs: listsOf(arrays, inputs, [1, steps]), static: firsts });
+    return named(tensorsOf(json.outputs, outputs), outputs);
   }
 
   // Open a session, or attach to one. mode: new, resume or either. snapshot: a Uint8Array to start from.
@@ -268,9 +264,28 @@ export class Client {
   }
 }
 
+// What sessions have in common, over HTTP and on a stream.
+class Steps {
+  // Apply one time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
+  step(values) {
+    return this.apply(values, 1);
+  }
+
+  // Apply T time steps.
+  steps(values) {
+    return this.apply(values, null);
+  }
+
+  // Apply a step for each item of a synchronous or asynchronous iterator; yields its outputs.
+  async *stream(items) {
+    for await (const values of items) yield await this.step(values);
+  }
+}
+
 // One session. Its steps are applied exactly once and in order, whatever fails in between; calls are serialised.
-export class Session {
+export class Session extends Steps {
   constructor(client, model, info, sealed) {
+    super();
     this.client = client;
     this.model = model;
     this.id = info.session_id;
@@ -289,21 +304,9 @@ export class Session {
     return result;
   }
 
-  // Apply one time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
-  async step(values) {
-    const inputs = flatInputs(this.model, values, 1);
+  async apply(values, wanted) {
+    const inputs = flatInputs(this.model, values, wanted);
     return this.run(() => this.send(inputs));
-  }
-
-  // Apply T time steps.
-  async steps(values) {
-    const inputs = flatInputs(this.model, values, null);
-    return this.run(() => this.send(inputs));
-  }
-
-  // Apply a step for each item of a synchronous or asynchronous iterator; yields its outputs.
-  async *stream(items) {
-    for await (const values of items) yield await this.step(values);
   }
 
   // Feed outputs back as inputs on the server: yields {position, inputs, outputs} for each time step, see
@@ -773,24 +776,21 @@ export class Stream {
 }
 
 // A session on a stream.
-export class StreamSession {
+export class StreamSession extends Steps {
   constructor(stream, { handle, session_id, position, durability }, inJson) {
+    super();
     Object.assign(this, { handle, position, durability, id: session_id });
     this.streamOf = stream;
     this.inJson = inJson;
     this.last = Promise.resolve(); // the previous call
   }
 
-  async step(values) {
-    return this.one("step", values);
-  }
-
-  async steps(values) {
-    return this.one("steps", values);
-  }
-
-  async *stream(items) {
-    for await (const values of items) yield await this.step(values);
+  async apply(values, wanted) {
+    try {
+      return (await this.streamOf.apply([this], [values], wanted))[0];
+    } catch (error) {
+      throw error instanceof SomeFailed ? error.errors.get(0) : error;
+    }
   }
 
   // As Session.rollout. Other sessions of the stream may be stepped in between.
@@ -801,14 +801,6 @@ export class StreamSession {
 
   close() {
     return this.streamOf.closeSessions([this]);
-  }
-
-  async one(method, values) {
-    try {
-      return (await this.streamOf[method]([this], [values]))[0];
-    } catch (error) {
-      throw error instanceof SomeFailed ? error.errors.get(0) : error;
-    }
   }
 
   lose(error) {

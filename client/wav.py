@@ -42,8 +42,9 @@ class Reader:
         self.steps = -(-self._file.getnframes() // self.frames)
 
     def __iter__(self) -> Iterator[Row]:
-        while content := self._file.readframes(self.frames):
-            samples = _decoded(content, self._file.getsampwidth())
+        width = self._file.getsampwidth()
+        while len(content := self._file.readframes(self.frames)) >= width:
+            samples = _decoded(content[: len(content) // width * width], width)  # a cut file ends within a sample
             if missing := self._input.size - len(samples):
                 print(f"the last time step is padded with {missing} zeros", file=sys.stderr)
                 samples = np.pad(samples, (0, missing))

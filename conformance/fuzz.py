@@ -59,7 +59,8 @@ def judge(tree: Tree) -> Verdict:
                 name: torch.from_numpy(array.swapaxes(0, 1).copy() if tree.time_first else array)
                 for name, array in modules.draw(tree, 2, 7, np.random.default_rng(1)).items()
             }
-            report = export(model, example, name="m", repository=folder, batch_first=not tree.time_first)
+            none = {"mask": None} if tree.mask == "None" else {}
+            report = export(model, example | none, name="m", repository=folder, batch_first=not tree.time_first)
         except ExportError as refusal:
             return verdict("crashed" if refusal.code == "internal" else "refused", refusal.code, str(refusal))
         except Exception as failure:  # noqa: BLE001 any other exception is a finding

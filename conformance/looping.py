@@ -3,13 +3,23 @@
 import itertools
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from conformance.trees import Counter, Loop
+
+
+class Scale:
+    """A helper that is no module."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return h * self.weights
 
 
 class LoopBlock(nn.Module):
@@ -19,6 +29,9 @@ class LoopBlock(nn.Module):
         inputs, hidden = block.inputs, block.hidden
         self.scales = (1.0,) * block.when
         self.table = nn.Buffer(0.5 + torch.rand(1_000))
+        self.to_memory = nn.Linear(inputs, hidden)
+        self.scale = self._held(0.5 + 0.5 * torch.rand(hidden))
+        self.h: Any = None
         if block.cell in {"LSTMCell", "GRUCell", "RNNCell"}:
             self.cell = getattr(nn, block.cell)(inputs, hidden)
         else:
@@ -37,6 +50,7 @@ class LoopBlock(nn.Module):
         c = torch.zeros_like(h)
         y = x.new_zeros(x.shape[0], time, self.block.hidden)
         outs: list[Tensor] = []
+        memory = self._first(x)
         for t, step in self._ended(self._iterate(x)):
             if late == "stop" and t >= when:
                 break
@@ -44,7 +58,8 @@ class LoopBlock(nn.Module):
                 h, c = torch.zeros_like(h), torch.zeros_like(c)
             before, now = h, t if late == "argument" else 0
             h, c = self._step(step, h, c, now)
-            h = self._later(h, before, t, time, outs)
+            h, memory = self._remember(step, h, memory)
+            h = self._later(self._scaled(h), before, t, time, outs)
             outs.append(h)
             if self.block.iterates == "filled":
                 y[:, t] = h
@@ -52,6 +67,94 @@ class LoopBlock(nn.Module):
             return y
         outs += [h] * (time - len(outs) if late in {"stop", "window", "slice", "zip", "islice"} else 0)
         return torch.stack(outs[::-1] if self.block.iterates == "reversed" else outs, 1)
+
+    def _held(self, weights: Tensor) -> Any:
+        match self.block.holds:
+            case "dict":
+                return {"weights": weights}
+            case "list":
+                return [weights]
+            case "object":
+                return Scale(weights)
+            case "closure":
+                return lambda h: h * weights
+        return nn.Parameter(weights)
+
+    def _scaled(self, h: Tensor) -> Tensor:
+        match self.block.holds:
+            case "dict":
+                return h * self.scale["weights"]
+            case "list":
+                return h * self.scale[0]
+            case "object" | "closure":
+                return self.scale(h)
+        return h * self.scale
+
+    def _first(self, x: Tensor) -> Any:
+        """The memory at the start of a sequence."""
+        zeros = x.new_zeros(x.shape[0], self.block.hidden)
+        match self.block.memory:
+            case "row of a table":
+                return torch.zeros(x.shape[0], dtype=torch.long)
+            case "mean" | "debounce":
+                return x.new_zeros(x.shape[0], 1), zeros
+            case "average":
+                return None
+            case "ring":
+                return [zeros] * 3
+            case "window":
+                return zeros.unsqueeze(1).expand(-1, 3, -1)
+            case "dict":
+                return {"last": zeros, "sum": zeros}
+            case "attribute":
+                self.h = zeros
+            case "count" | "hysteresis" | "masked":
+                return x.new_zeros(x.shape[0], 1)
+        return zeros
+
+    def _remember(self, step: Tensor, h: Tensor, memory: Any) -> tuple[Tensor, Any]:
+        new = self.to_memory(step)
+        match self.block.memory:
+            case "count":
+                memory = memory + 1
+                return h + 1 / memory, memory
+            case "row of a table":
+                return h + self.table[memory % 24].unsqueeze(1), memory + 1
+            case "mean":
+                count, mean = memory[0] + 1, memory[1]
+                mean = mean + (new - mean) / count
+                return h - mean, (count, mean)
+            case "average":
+                memory = new if memory is None else torch.lerp(memory, new, 0.1)
+                return h + memory, memory
+            case "ring":
+                memory = [*memory[1:], new]
+                return h + sum(memory) / 3, memory
+            case "window":
+                memory = torch.cat([memory[:, 1:], new.unsqueeze(1)], 1)
+                return h + memory.mean(1), memory
+            case "hysteresis":
+                memory = torch.where(new[:, :1] > 0.5, 1, torch.where(new[:, :1] < -0.5, 0, memory))
+                return h * (1 - memory / 2), memory
+            case "debounce":
+                count, held = memory
+                count = torch.where(new[:, :1] > 0, count + 1, torch.zeros_like(count))
+                held = torch.where(count >= 3, new, held)
+                return h + held, (count, held)
+            case "peak":
+                memory = torch.maximum(memory * 0.9, new.abs())
+                return h / (1 + memory), memory
+            case "dict":
+                memory["sum"] = 0.9 * memory["sum"] + memory["last"]
+                memory["last"] = new
+                return h + memory["sum"], memory
+            case "attribute":
+                self.h = torch.tanh(self.h + new)
+                return h + self.h, memory
+            case "masked":
+                memory = memory.masked_fill(new[:, :1] > 1, 0) + 1
+                return h + memory.log(), memory
+        return h, memory
 
     def _ended(self, steps: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         match self.block.late:

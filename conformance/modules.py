@@ -17,6 +17,7 @@ from conformance.trees import (
     Counter,
     Dense,
     Elementwise,
+    Frames,
     Loop,
     Norm,
     Recurrent,
@@ -58,7 +59,7 @@ class RecurrentBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         start = self.kept if self.keeps else self._start(x)
         steps = x.transpose(0, 1) if self.block.axes == "time first" else x
-        y, state = self.rnn(steps) if start is None else self.rnn(steps, start)
+        y, state = self.rnn(steps, start)
         if self.keeps:
             self.kept = state
         if self.tells:
@@ -89,6 +90,16 @@ class ConvBlock(nn.Module):
         left = {"causal": self.reach, "centred": self.reach // 2, "none": 0}[self.padding]
         right = self.reach - left if self.padding == "centred" else 0
         return self.conv(functional.pad(x.transpose(1, 2), (left, right))).transpose(1, 2)
+
+
+class FramesBlock(nn.Module):
+    def __init__(self, block: Frames) -> None:
+        super().__init__()
+        self.back = block.inputs if block.overlap else 0
+        self.conv = nn.Conv1d(1, block.outputs, block.inputs + self.back, stride=block.inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(functional.pad(x.flatten(1).unsqueeze(1), (self.back, 0))).transpose(1, 2)
 
 
 class ElementwiseBlock(nn.Module):
@@ -213,6 +224,7 @@ _BUILDERS: dict[type, Callable[[Any], nn.Module]] = {
     Loop: LoopBlock,
     Counter: CounterBlock,
     Conv: ConvBlock,
+    Frames: FramesBlock,
     Dense: lambda block: nn.Linear(block.inputs, block.outputs),
     Elementwise: ElementwiseBlock,
     Norm: NormBlock,
@@ -228,7 +240,7 @@ def build_block(block: Block) -> nn.Module:
 
 
 class Model(nn.Module):
-    """A tree's model; forward takes `x`, `token` or both, and returns results according to `tree.end`."""
+    """A tree's model. Its forward takes `x`, `token` or both, perhaps `mask`; its results follow `tree.end`."""
 
     def __init__(self, tree: Tree) -> None:
         super().__init__()
@@ -241,9 +253,11 @@ class Model(nn.Module):
         if self.last is not None:
             self.last.keeps, self.last.tells = tree.end == "kept", tree.end == "state"
 
-    def forward(self, x: Tensor | None = None, token: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor | None = None, token: Tensor | None = None, mask: Tensor | None = None) -> Any:
         steps = [piece for piece in (x, None if token is None else self.embedding(token)) if piece is not None]
         hidden = steps[0] if len(steps) == 1 else steps[0] + steps[1]
+        if mask is not None:
+            hidden = hidden.masked_fill(mask.unsqueeze(-1), 0)
         if self.tree.time_first:
             hidden = hidden.transpose(0, 1)
         y = self.head(self.blocks(hidden))
@@ -298,6 +312,8 @@ def draw(tree: Tree, batch: int, time: int, rng: np.random.Generator) -> dict[st
         found["x"] = rng.standard_normal((batch, time, tree.width)).astype(np.float32)
     if tree.source != "floats":
         found["token"] = rng.integers(0, VOCABULARY, (batch, time))
+    if tree.mask == "booleans":
+        found["mask"] = rng.random((batch, time)) < 0.3
     return found
 
 

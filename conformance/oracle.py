@@ -152,6 +152,8 @@ def _long_round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Gen
         expected, single = answer(inputs, True), answer(inputs, False)
     except (IndexError, RuntimeError) as error:
         raise NoAnswer(f"a sequence of {time} steps: {error}") from error
+    if not all(np.isfinite(array).all() for array in expected.values()):
+        raise NoAnswer(f"a sequence of {time} steps: the module itself diverges")
     found, _ = graph.run(inputs, graph.start(inputs))
     worst = _compare(found, expected, single, f"a sequence of {time} steps")
     if graph.manifest.streamable:

@@ -13,9 +13,12 @@ from conformance.trees import (
     Counter,
     Dense,
     Elementwise,
+    Frames,
+    Holds,
     Iterates,
     LateKind,
     Loop,
+    Memory,
     Norm,
     Recurrent,
     Residual,
@@ -64,13 +67,15 @@ def loops(draw: Draw, inputs: int) -> Loop:
         iterates=draw(st.sampled_from(get_args(Iterates))),
         late=draw(_mostly("none", *get_args(LateKind)[1:], times=6)),
         when=draw(st.sampled_from((6, 12, 24, 30, 50, 168, 700, 2000, 5000, 5000))),
+        memory=draw(_mostly("none", *get_args(Memory)[1:], times=6)),
+        holds=draw(_mostly("parameter", *get_args(Holds)[1:], times=4)),
     )
 
 
 @st.composite
 def blocks(draw: Draw, inputs: int, depth: int = 0) -> Block:
     kinds = ["recurrent"] * 5 + ["dense"] * 3 + ["elementwise"] * 4 + ["norm"] * 4 + ["conv"] * 3
-    kinds += ["loop"] * 3 + ["along"] * 2 + ["counter"]
+    kinds += ["loop"] * 5 + ["along"] * 2 + ["counter", "frames"]
     if depth < _DEPTH:
         kinds += ["residual"] * 4 + ["both"] * 2 + ["twice"]
     match draw(st.sampled_from(kinds)):
@@ -87,6 +92,8 @@ def blocks(draw: Draw, inputs: int, depth: int = 0) -> Block:
             )
         case "conv":
             return _conv(draw, inputs)
+        case "frames":
+            return Frames(inputs, draw(st.integers(1, 6)), overlap=draw(st.booleans()))
         case "loop":
             return draw(loops(inputs))
         case "counter":
@@ -141,5 +148,6 @@ def trees(draw: Draw) -> Tree:
             _mostly("steps", "last", "last", "mean", "maximum", "steps and last", "dict", "time first", "state", "kept")
         ),
         time_first=draw(_mostly(False, True)),
+        mask=draw(_mostly("left out", "None", "booleans")),
         seed=draw(st.integers(0, 9)),
     )

@@ -51,6 +51,22 @@ LateKind = Literal[
     "missing",
 ]
 Iterates = Literal["range", "enumerate", "while", "steps", "reversed", "filled"]
+Memory = Literal[
+    "none",
+    "count",
+    "row of a table",
+    "mean",
+    "average",
+    "ring",
+    "window",
+    "hysteresis",
+    "debounce",
+    "peak",
+    "dict",
+    "attribute",
+    "masked",
+]
+Holds = Literal["parameter", "dict", "object", "closure", "list"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,10 @@ class Loop:
     """A cell in a Python loop over time; no library has the cells `minimal` and `peephole`.
 
     `late` is how behaviour changes from step `when` on, every `when` steps, or beyond a length of `when`.
+
+    Attributes:
+        memory: what a step remembers in addition to the cell's state.
+        holds: where a tensor of weights is kept.
     """
 
     cell: Literal["LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm"]
@@ -66,6 +86,8 @@ class Loop:
     iterates: Iterates = "range"
     late: LateKind = "none"
     when: int = 24
+    memory: Memory = "none"
+    holds: Holds = "parameter"
 
     @property
     def outputs(self) -> int:
@@ -82,6 +104,15 @@ class Conv:
     dilation: int = 1
     depthwise: bool = False
     padding: Literal["causal", "centred", "none"] = "causal"
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A strided convolution over the features of all time steps, one after the other; `overlap` reaches back."""
+
+    inputs: int
+    outputs: int
+    overlap: bool = True
 
 
 @dataclass(frozen=True)
@@ -200,7 +231,9 @@ class Twice:
         return self.body.outputs
 
 
-Block: TypeAlias = Recurrent | Loop | Counter | Conv | Dense | Elementwise | Norm | Along | Residual | Both | Twice
+Block: TypeAlias = (
+    Recurrent | Loop | Counter | Conv | Frames | Dense | Elementwise | Norm | Along | Residual | Both | Twice
+)
 
 
 @dataclass(frozen=True)
@@ -209,6 +242,7 @@ class Tree:
 
     Attributes:
         source: its inputs: floats, a token id, or both.
+        mask: an argument whose default is None: left out, given as None, or given as booleans, one for each step.
         end: its result; `state` also returns the last recurrent layer's state, `kept` stores it in the module.
     """
 
@@ -217,4 +251,5 @@ class Tree:
     blocks: tuple[Block, ...]
     end: Literal["steps", "last", "mean", "maximum", "steps and last", "dict", "time first", "state", "kept"]
     time_first: bool = False
+    mask: Literal["left out", "None", "booleans"] = "left out"
     seed: int = 0

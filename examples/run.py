@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     try:
         server.start()
         status = demo.run(server.url, server=server)
-        print(f"\nServing on {server.url}: {server.url}/docs is the API, {server.url}/metrics the metrics. Log: {LOG}.")
+        print(f"\nOpen {server.url} in a browser to try the models; {server.url}/docs is the API. Log: {LOG}.")
         if options.detach:
             print(f"Process {server.pid}; `make stop` stops it.")
             return status

@@ -11,8 +11,10 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Message, Receive, Scope, Send
 
 from unroll import __version__
 from unroll.service.access.gate import Gate
@@ -126,9 +128,23 @@ def build(
     return app, state
 
 
+class _Cors(CORSMiddleware):
+    """Also lets caches know that answers depend on the origin, even those to requests without one."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def vary(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if "vary" not in headers:
+                    headers["Vary"] = "Origin"
+            await send(message)
+
+        await super().__call__(scope, receive, send if self.allow_all_origins else vary)
+
+
 def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
     app.add_middleware(
-        CORSMiddleware,
+        _Cors,
         allow_origins=origins,
         allow_methods=("DELETE", "GET", "POST", "PUT"),
         allow_headers=("*",),

@@ -103,7 +103,9 @@ GROUPS = {
         "device": Description(
             "DEVICE", "cpu, cuda:N, a list such as cuda:0,cuda:1, or auto: a GPU if there is one", "auto"
         ),
-        "threads": Description("N", "onnxruntime threads per model call on a CPU", "1"),
+        "threads": Description(
+            "N", "onnxruntime threads per model call on a CPU; on busy cores several are slower than one", "1"
+        ),
         "precision": Description("float32|tf32|float16", "precision of matrix products on a GPU", "float32"),
         "cells": Description("fused|onnxruntime", "kernels for LSTM and GRU layers in single steps on a GPU", "fused"),
         "buckets": Description("N,N", "batch sizes of single steps on a GPU, such as [1,64,256]", several=True),

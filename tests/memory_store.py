@@ -30,10 +30,15 @@ class MemoryStore:
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         return [await self.load(key) for key in keys]
 
-    async def close(self, key: Key) -> int | None:
-        record = self._records.pop(key, None)
-        if record is None:
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        record = self._records.get(key)
+        return None if record is None or record.token == token else record
+
+    async def close(self, key: Key, origin: bytes = b"") -> int | None:
+        record = self._records.get(key)
+        if record is None or origin not in (b"", record.origin.to_bytes()):
             return None
+        del self._records[key]
         self._gone[key] = Gone("session_closed", record.origin), b""
         return record.position
 

@@ -24,13 +24,12 @@ from pathlib import Path
 
 from bench import inputs
 from bench.load import Client, Load, Measurement
-from bench.reference import Reference
+from bench.reference import Reference, export
 from bench.servers import Server, ServerFailed, on_cores, running_server
 from bench.subjects import Launch, Subject, WrongAnswer, infer_steps, json_steps, raw_steps, stream_steps, unroll
 
 #: py-spy reads symbols before its first sample.
 _PY_SPY_STARTS_SECONDS = 3.0
-_EXPORT_SECONDS = 300
 _SAMPLES_PER_SECOND, _NATIVE_SAMPLES_PER_SECOND = 197, 29
 
 IDLE, OTHER = "idle", "other"
@@ -199,9 +198,9 @@ def _record(drive: Callable[[float], Run], pid: int, arguments: argparse.Namespa
 def measure(arguments: argparse.Namespace, folder: Path, cores: Sequence[int]) -> tuple[Counter[tuple[str, str]], Run]:
     """Samples by layer and frame, and the run without py-spy."""
     repository, model = folder / "repository", arguments.model
-    subprocess.run([sys.executable, "-m", "bench.model", str(repository)], check=True, timeout=_EXPORT_SECONDS)
-    reference = Reference(model, repository / model / "1" / "model.onnx", folder / f"{model}-torch.npz")
-    launch = unroll(repository)
+    export(repository)
+    reference = Reference(model, repository)
+    launch = unroll(repository, *arguments.serve.split())
     subject = _SUBJECTS[arguments.over](launch, reference)
     python, _, _, *words = launch.command(folder)  # python -m unroll ...
     command = (python, "-c", _TRACEABLE, *words)
@@ -244,6 +243,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.internals.budget", description=__doc__)
     parser.add_argument("--model", choices=list(inputs.MODELS), default="small")
     parser.add_argument("--over", choices=list(_SUBJECTS), default="raw", help="protocol of the clients")
+    parser.add_argument("--serve", default="", metavar="OPTIONS", help='of the server, such as "--store file:///tmp/s"')
     parser.add_argument("--clients", type=int, default=64, help="concurrent clients, at most 1024")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each run, 1 to 120")
     parser.add_argument(

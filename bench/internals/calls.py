@@ -128,6 +128,10 @@ class Connection(asyncio.Transport):
     def is_reading(self) -> bool:
         return True
 
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
     def get_write_buffer_size(self) -> int:
         return 0
 

@@ -167,6 +167,21 @@ class Stack(nn.Module):
         return torch.stack(outs, 1)
 
 
+class Overwritten(nn.Module):
+    """Copies each state over the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outs = x.new_zeros(x.shape[0], 6), []
+        for step in x.unbind(1):
+            h.copy_(self.cell(step, h))
+            outs.append(h.clone())
+        return torch.stack(outs, 1)
+
+
 def zeros(s: Any, x: Tensor) -> Tensor:
     return s.stack(x, [x.new_zeros(x.shape[0], 6), x.new_zeros(x.shape[0], 6)])
 
@@ -230,6 +245,7 @@ HABITS = [
         lambda: {"x": torch.randn(2, 7, 1, 4, 4)},
     ),
     Kind("a list of states changed in place", lambda: made(zeros, stack=Stack())),
+    Kind("a state overwritten in place", Overwritten),
     Kind(
         "arguments changed in place",
         Given,

@@ -1,6 +1,7 @@
 """Runs a user's forward in float64, even where its code asks for float32: the reference for every comparison."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from unroll.export.held_objects import attributes, held_objects
 from unroll.export.lifting.kept_values import NOT_OWN
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -20,10 +22,10 @@ def converted(model: Module, dtype: torch.dtype) -> Module:
     """A copy that computes in `dtype`. Tensors in plain attributes and their containers are converted, too."""
     copied = copy.deepcopy(model)
     copied._apply(partial(_in, dtype))
-    for module in copied.modules():
-        for name, value in vars(module).items():
+    for _, held in [*held_objects(copied)]:
+        for name, value in attributes(held).items():
             if name not in NOT_OWN and any(_is_other(leaf, dtype) for leaf in pytree.tree_leaves(value)):
-                setattr(module, name, pytree.tree_map(partial(_in, dtype), value))
+                object.__setattr__(held, name, pytree.tree_map(partial(_in, dtype), value))
     return copied
 
 
@@ -43,6 +45,10 @@ def _in(dtype: torch.dtype, value: Any) -> Any:
     return value if value.dtype == wanted else value.detach().to(wanted)
 
 
+#: PyTorch's messages about arguments of several types.
+_MIXED = re.compile(r"(?i)same dtype|scalar type")
+
+
 class _Float32IsDouble(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,7 +56,12 @@ class _Float32IsDouble(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         swapped = {k: _swap(v) for k, v in (kwargs or {}).items()}
-        return func(*map(_swap, args), **swapped)
+        try:
+            return func(*map(_swap, args), **swapped)
+        except RuntimeError as error:  # a tensor outside the module, such as a global one, is still float32
+            if not _MIXED.search(str(error)) or "out" in swapped or func.__name__.endswith("_"):
+                raise
+            return func(*exact(args), **exact(swapped))
 
 
 def _swap(value: Any) -> Any:

@@ -5,7 +5,6 @@ A state row cannot hold them, and a bundle without them would be wrong as soon a
 
 import dis
 import pickle
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unroll.export.errors import ExportError
+from unroll.export.held_objects import FOREIGN
 from unroll.export.signature.outputs import leaves
 
 #: Names a value in messages: `attribute 'cell.calls'`.
@@ -23,9 +23,6 @@ Name = str
 
 #: PyTorch's own attributes of a module.
 NOT_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"}
-
-#: Packages that keep no values of a model, and are not inspected.
-_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
 
 
 def kept_values(model: nn.Module) -> dict[Name, tuple[Any, ...]]:
@@ -127,7 +124,7 @@ def _is_code(value: Any) -> bool:
 
 def _is_foreign(value: Any) -> bool:
     module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or "builtins"
-    return str(module).partition(".")[0] in _FOREIGN
+    return str(module).partition(".")[0] in FOREIGN
 
 
 class _Walk:

@@ -6,6 +6,7 @@ iteration takes from the previous one are the loop's state, whatever their names
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 from unroll.export.lifting.loop_states import Iterations, State, Trace, find_states, operands, source
 from unroll.export.log_filter import quiet
 from unroll.export.signature.outputs import is_same
+from unroll.export.source_lines import traced_line
 
 #: Copies and casts; without effect if the tensor already has the dtype.
 _COPIES = {
@@ -149,7 +151,8 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
     for first in range(len(single.operations) + 1):
         step = names[first : first + size]
         if step * 2 == names[first + size : first + 3 * size]:
-            return _differing_number(triple.operations[first : first + 3 * size], size)
+            operations = triple.operations[first : first + 3 * size]
+            return _differing_number(operations, size) or _number_first(operations, size)
         late = late or (
             step == names[first + size : first + 2 * size] and names[first + 2 * size :] == single.names[first:]
         )
@@ -161,9 +164,29 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
     )
 
 
+def uneven_line(*traces: fx.GraphModule) -> str:
+    """The line of the user's code that runs more operations in some steps; empty if there is none.
+
+    Args:
+        traces: over one, three and five time steps.
+    """
+    one, three, five = (
+        Counter(traced_line(node.meta.get("stack_trace") or "") for node in trace.graph.nodes) for trace in traces
+    )
+    return next((line for line in five if line and five[line] - three[line] != three[line] - one[line]), "")
+
+
 def changes_in_place(one: fx.GraphModule) -> bool:
-    targets = (node.target for node in one.graph.nodes)
-    return any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
+    return any(_is_mutable(node) for node in one.graph.nodes)
+
+
+def changes_its_inputs(body: fx.GraphModule) -> bool:
+    """Does the body of a loop modify a state in place? A Scan cannot."""
+    return any(_is_mutable(node) and node.args[0].op == "placeholder" for node in body.graph.nodes)
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def why_in_place(one: fx.GraphModule) -> str:
@@ -189,6 +212,15 @@ def _differing_number(operations: list[fx.Node], size: int) -> str:
                     f"uses a different number in each time step ({shown} in {name}); count in a tensor that the loop "
                     "carries, with n = zeros(batch, 1) before the loop and n = n + 1 in it, and compute with n"
                 )
+    return ""
+
+
+def _number_first(operations: list[fx.Node], size: int) -> str:
+    """Explain that the first step computes with a number where the next has a state; empty if it does not."""
+    for one, two in zip(operations[:size], operations[size : 2 * size], strict=True):
+        if len(operands(one)) < len(operands(two)):
+            sizes = ", ".join(map(str, two.meta["val"].shape[1:]))
+            return f"starts a state from a number; start it from a tensor, as x.new_zeros(x.shape[0], {sizes})"
     return ""
 
 

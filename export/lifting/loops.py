@@ -20,9 +20,11 @@ from unroll.export.lifting.layers import LAYERS
 from unroll.export.lifting.loop_body import (
     LoopBody,
     changes_in_place,
+    changes_its_inputs,
     find_bodies,
     repeats,
     traced,
+    uneven_line,
     why_in_place,
     why_no_body,
 )
@@ -250,13 +252,15 @@ def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], c
         # Tracing is slow: skip modes with steps that are known to differ.
         if functional in unlike or (functional and not changes_in_place(ones[False])):
             continue
-        longer = [t if a.time is None else _repeated(t, a.time, turns) for t, a in zip(whole, inputs, strict=True)]
+        longer = _longer(whole, inputs, turns)
         if functional not in ones:
             ones[functional] = _traced(flat, name, first, inputs, functional)
         one, more = ones[functional], _traced(flat, name, longer, inputs, functional)
         if not repeats(one, more, turns):
             unlike.add(functional)
         for step in find_bodies(one, more, turns):
+            if changes_its_inputs(step.body):
+                continue
             states = _states(step, name, first, inputs)
             if states is None:
                 continue
@@ -268,12 +272,28 @@ def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], c
             why = why_no_body(one, more) or why_in_place(one)
     if why:
         raise ExportError("calls_depend_on_time", f"{name!r} {why}")
-    raise _refusal(name, "its state, or its step from one time step to the next, cannot be identified")
+    counted = [_traced(flat, name, _longer(whole, inputs, turns), inputs, False) for turns in (1, 3, 5)]
+    if line := uneven_line(*counted):
+        raise ExportError(
+            "calls_depend_on_time",
+            f"{name!r} loops over time steps, and not every step runs the same operations{line}; make every step do "
+            "the same: where steps differ by their number, count in a tensor, as n = n + 1, and select with "
+            "torch.where(n % 4 == 0, new, old)",
+        )
+    raise ExportError(
+        "calls_depend_on_time",
+        f"{name!r} loops over time steps, and its answers are not those of one step that all of them repeat, the first "
+        "and the last included; make each step compute its answer from its own time step and from states that start as "
+        "float32, int64, int32 or bool tensors, and move anything else into a module around the loop",
+    )
 
 
-def _repeated(tensor: Tensor, time: int, turns: int) -> Tensor:
-    steps = torch.arange(turns) % tensor.shape[time]
-    return tensor.index_select(time, steps)
+def _longer(tensors: list[Tensor], inputs: list[Axes], turns: int) -> list[Tensor]:
+    """Tensors of so many time steps, repeated from those given."""
+    return [
+        t if a.time is None else t.index_select(a.time, torch.arange(turns) % t.shape[a.time])
+        for t, a in zip(tensors, inputs, strict=True)
+    ]
 
 
 def _traced(flat: nn.Module, name: str, tensors: list[Tensor], inputs: list[Axes], functional: bool) -> fx.GraphModule:

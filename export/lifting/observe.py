@@ -174,7 +174,11 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
         if (call.batch, call.time) != (batch, time):
             remedy = ""
             if call.batch == batch and call.time < time:
-                remedy = ". Pad the beginning where convolutions shorten it, or pass the frames of a step as one step"
+                remedy = (
+                    ". Pad the beginning where convolutions shorten it, or pass the frames of a step as one step. What "
+                    "runs at every fourth step is a cell in a loop with a count: slow = torch.where(n % 4 == 0, "
+                    "cell(step, slow), slow)"
+                )
             elif rate := _dilation(call, batch, time):
                 remedy = (
                     f". If it is dilated by {rate}, loop over the steps, and use the state from {rate} steps before: "

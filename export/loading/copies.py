@@ -2,9 +2,10 @@
 
 import copy
 import operator
+import weakref
 from collections.abc import Collection
 from contextlib import AbstractContextManager, suppress
-from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -13,12 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
+from unroll.export.held_objects import attributes, held_objects, is_foreign, is_leaf
 from unroll.export.signature.outputs import is_same
 
-#: PyTorch's own attributes of a module.
-_NOT_OWN = {*vars(nn.Module())}
-
-#: Methods with which a class copies its modules itself.
+#: Methods with which a class copies its objects itself.
 _COPYING = {"__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"}
 
 
@@ -29,6 +28,7 @@ def detached_copy(module: nn.Module) -> nn.Module:
         ExportError: not_copyable.
     """
     module = getattr(module, "_orig_mod", module)
+    _check_references(module)
     try:
         with torch.no_grad(), _Detach():
             # A normalised weight is computed from parameters: it cannot be copied, and forward recomputes it.
@@ -38,6 +38,7 @@ def detached_copy(module: nn.Module) -> nn.Module:
                 copied = _copied(module, dict(memo))
             except (RuntimeError, TypeError):
                 copied = _copied(module, memo | _left_out(module))
+            _register(copied)
             copied.cpu()
             copied.eval()
             copied.requires_grad_(False)
@@ -46,38 +47,71 @@ def detached_copy(module: nn.Module) -> nn.Module:
             "not_copyable",
             f"copy.deepcopy fails on the module: {error}; export a module that holds only the layers",
         ) from error
-    for path, part in copied.named_modules():
-        forward = vars(part).get("forward")
-        held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
-        if any(isinstance(getattr(one, "__self__", one), nn.Module) for one in held):
+    return copied
+
+
+def _check_references(module: nn.Module) -> None:
+    for path, value in held_objects(module):
+        if any(isinstance(one, nn.Module) and one.state_dict() for one in _referred_to(value)):
+            kind = "function" if isinstance(value, FunctionType) else "weak reference"
             raise ExportError(
                 "not_copyable",
-                f"forward of {path or type(part).__name__!r} was replaced by a function that holds the layer, so "
-                "copies run the original; replace it by a plain layer with the same weights",
+                f"{path!r} is a {kind} that refers to a module, so copies of the model run the original one; make it a "
+                "method, or assign the module itself to an attribute",
             )
-    return copied
+
+
+def _referred_to(value: Any) -> list[Any]:
+    """What the copy of a function or weak reference shares with the original."""
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if type(value) in weakref.ProxyTypes:
+        return [value]
+    cells = value.__closure__ or () if isinstance(value, FunctionType) else ()
+    held = [cell.cell_contents for cell in cells if cell != type(cell)()]
+    return [getattr(one, "__self__", one) for one in held]
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Deep-copy, bypassing `__deepcopy__` methods of user classes, which may omit what export adds."""
-    for part in reversed([*module.modules()]):
-        owner = next((kind for kind in type(part).__mro__ if _COPYING & vars(kind).keys()), None)
-        if owner and not owner.__module__.startswith(("torch.", "unroll.", "builtins")):
-            memo[id(part)] = _whole(part, memo)
+    """Deep-copy, bypassing the copying methods of user classes, which may change values or omit what export adds."""
+    own = [value for _, value in held_objects(module) if attributes(value) and copies_itself(value)]
+    for value in own:
+        with suppress(TypeError):  # a class that derives from one of C has more than attributes
+            memo[id(value)] = object.__new__(type(value))
+    for value in own:
+        if id(value) in memo:
+            _fill(memo[id(value)], value, memo)
     return copy.deepcopy(module, memo)
 
 
-def _whole(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy a module of the same class with all its attributes and slots. Copies of the copy are made like this, too."""
-    copied: nn.Module = object.__new__(type(module))
-    memo[id(module)] = copied
-    state: Any = object.__getstate__(module)
-    attributes, slots = state if isinstance(state, tuple) else (state, {})
-    vars(copied).update(copy.deepcopy({n: v for n, v in attributes.items() if n != "__deepcopy__"}, memo))
-    vars(copied)["__deepcopy__"] = partial(_whole, copied)
-    for name, value in slots.items():
-        object.__setattr__(copied, name, copy.deepcopy(value, memo))
+def copies_itself(value: Any) -> bool:
+    """Has the class of `value` copying methods of the user's?"""
+    owner = next((kind for kind in type(value).__mro__ if _COPYING & vars(kind).keys()), object)
+    return not is_foreign(owner) and not owner.__module__.startswith("unroll.")
+
+
+def _whole(value: Any, memo: dict[int, Any]) -> Any:
+    memo[id(value)] = copied = object.__new__(type(value))
+    return _fill(copied, value, memo)
+
+
+def _fill(copied: Any, value: Any, memo: dict[int, Any]) -> Any:
+    """Copy all attributes and slots to `copied`, and make its own copies like this, too."""
+    named = getattr(copied, "__dict__", {})
+    for name, part in attributes(value).items():
+        if name in getattr(value, "__dict__", ()):
+            named[name] = copy.deepcopy(part, memo)
+        else:
+            object.__setattr__(copied, name, copy.deepcopy(part, memo))
+    named["__deepcopy__"] = MethodType(_whole, copied)
     return copied
+
+
+def _register(module: nn.Module) -> None:
+    """Make modules in plain lists and helpers parts of `module`, so that a change of all parts changes them, too."""
+    for path, value in [*held_objects(module)]:
+        if issubclass(type(value), nn.Module) and value not in {*module.modules()} and module not in {*value.modules()}:
+            module.add_module(path.replace(".", "/"), value)
 
 
 class _Detach(TorchFunctionMode):
@@ -117,15 +151,14 @@ class NotCopied:
 
 
 def _left_out(module: nn.Module) -> dict[int, NotCopied]:
-    """A memo for copy.deepcopy that replaces the attributes it fails on."""
+    """A memo for copy.deepcopy that replaces the objects it fails on."""
     found = {}
-    for path, part in module.named_modules():
-        for name, value in vars(part).items():
-            if name not in _NOT_OWN:
-                try:
-                    copy.deepcopy(value)
-                except (RuntimeError, TypeError):
-                    found[id(value)] = NotCopied(".".join(filter(None, (path, name))), value)
+    for path, value in held_objects(module):
+        if is_leaf(value):
+            try:
+                copy.deepcopy(value)
+            except (RuntimeError, TypeError):
+                found[id(value)] = NotCopied(path, value)
     return found
 
 

@@ -1,6 +1,7 @@
 """Example inputs for models described on the command line."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from unroll.export.errors import ExportError
 from unroll.export.loading.input_specs import InputSpec, StateSpec
 from unroll.export.signature.outputs import DTYPES
 
-Example = dict[str, Tensor]
+Example = dict[str, Any]
 
 _DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPES.items()}
 _BATCH, _TIME = 2, 16
@@ -19,11 +20,8 @@ def examples(inputs: Sequence[InputSpec], static: Sequence[InputSpec] = (), stat
     """Example arguments of forward by name. Raises ExportError(input) if no inputs are described."""
     if not inputs:
         raise ExportError("input", "no inputs: describe the arguments of forward with --input NAME:DTYPE:SHAPE")
-    return (
-        {spec.name: example(spec) for spec in inputs}
-        | {spec.name: example(spec)[:, 0] for spec in static}
-        | {spec.name: _zeros(spec.input, _BATCH, spec.axis) for spec in state if spec.input}
-    )
+    fixed = {spec.name: example(spec)[:, 0] for spec in static}
+    return {spec.name: example(spec) for spec in inputs} | fixed | _initial(state, _BATCH)
 
 
 def step_examples(
@@ -36,12 +34,17 @@ def step_examples(
     return {
         name: value.repeat_interleave(_TIME, 0) if name in once else value.flatten(0, 1)
         for name, value in sequences.items()
-    } | {spec.name: _zeros(spec.input, rows, spec.axis) for spec in state if spec.input}
+    } | _initial(state, rows)
 
 
-def _zeros(spec: InputSpec, batch: int, axis: int) -> Tensor:
-    size = (*spec.shape[:axis], batch, *spec.shape[axis:])
-    return torch.zeros(size, dtype=_DTYPES[spec.dtype])
+def _initial(state: Sequence[StateSpec], batch: int) -> Example:
+    """Zeros for each state; a tuple if it has several parts."""
+
+    def zeros(spec: InputSpec, axis: int) -> Tensor:
+        return torch.zeros((*spec.shape[:axis], batch, *spec.shape[axis:]), dtype=_DTYPES[spec.dtype])
+
+    made = {spec.name: tuple(zeros(*part) for part in spec.parts) for spec in state if spec.parts}
+    return {name: parts[0] if len(parts) == 1 else parts for name, parts in made.items()}
 
 
 def example(spec: InputSpec) -> Tensor:

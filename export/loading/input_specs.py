@@ -42,29 +42,31 @@ class StateSpec:
     Attributes:
         name: the argument.
         output: the output that continues it.
-        input: the dtype and shape of one row; None for an argument that the first call omits.
-        axis: the batch axis.
+        parts: the dtype and shape of one row, and the batch axis, of each tensor of a tuple; none for an argument that
+            the first call omits.
     """
 
     name: str
     output: str
-    input: InputSpec | None
-    axis: int
+    parts: tuple[tuple[InputSpec, int], ...]
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse `NAME:DTYPE:SHAPE=OUTPUT`, such as `cache:float32:2x64=y1`, `h:float32:2xBx64=y1` or `hx=y1`."""
+        """Parse `NAME:DTYPE:SHAPE=OUTPUT`: `cache:float32:2x64=y1`, `hc:float32:2xBx64,2xBx64=y1` or `hx=y1`."""
         spec, equals, output = text.partition("=")
         if not equals or not output:
             raise ValueError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
         if spec.isidentifier():
-            return cls(spec, output, None, 0)
-        name, _, described = spec.partition(":")
-        dtype, _, shape = described.partition(":")
-        sizes = shape.split("x")
-        axis = sizes.index("B") if "B" in sizes else 0
-        row = "x".join(size for number, size in enumerate(sizes) if size != "B" or number != axis)
-        return cls(name, output, InputSpec.parse(f"{name}:{dtype}:{row}"), axis)
+            return cls(spec, output, ())
+        argument, _, shapes = spec.rpartition(":")
+        return cls(argument.partition(":")[0], output, tuple(_state(argument, shape) for shape in shapes.split(",")))
+
+
+def _state(argument: str, shape: str) -> tuple[InputSpec, int]:
+    sizes = shape.split("x")
+    axis = sizes.index("B") if "B" in sizes else 0
+    row = "x".join(size for number, size in enumerate(sizes) if size != "B" or number != axis)
+    return InputSpec.parse(f"{argument}:{row}"), axis
 
 
 def input_rate(text: str) -> tuple[str, float]:

@@ -1,14 +1,17 @@
 """Converts the lifted model to an ONNX graph, dynamic in batch and time: one node per layer, one Scan per loop."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import onnx
 import torch
 from onnxscript import TracedOnnxFunction
+from onnxscript.rewriter import _ir_utils, _matcher
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -42,7 +45,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
     inputs_of_graph = ["state", "sequence_lens", *module.names]
     outputs_of_graph = [*(output.spec.name for output in module.outputs), "state_out"]
     traced = None
-    with quiet(), unparsed_functions():
+    with quiet(), unparsed_functions(), _exact_numbers():
         try:
             traced, suspects = trace(module, arguments)
             program = torch.onnx.export(
@@ -93,6 +96,14 @@ def _divides_integers(node: fx.Node) -> bool:
     made = node.meta.get("val")
     whole = isinstance(made, torch.SymInt) or (isinstance(made, torch.Tensor) and not made.is_floating_point())
     return name in _DIVISIONS and whole and isinstance(node.args[1], fx.Node)
+
+
+@contextmanager
+def _exact_numbers() -> Iterator[None]:
+    """Keep onnxscript from taking 0.999995 for 1, and 1e-8 for 0, when it removes operations without effect."""
+    exact = SimpleNamespace(isclose=lambda one, other, **tolerances: one == other)
+    with mock.patch.object(_matcher, "math", exact), mock.patch.object(_ir_utils, "math", exact):
+        yield
 
 
 def unparsed_functions() -> AbstractContextManager[Any]:

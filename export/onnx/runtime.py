@@ -21,7 +21,12 @@ def onnx_runner(model: bytes, module: StreamingModule) -> RunFunction:
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=CRASHING_OPTIMIZERS
         )
     except Exception as error:
-        raise ExportError("not_exportable", f"onnxruntime cannot load the graph: {first_line(error)}") from error
+        advice = ""
+        if "NOT_IMPLEMENTED" in str(error):
+            advice = "; if forward computes in bfloat16 or float16, as with torch.autocast, compute in float32"
+        raise ExportError(
+            "not_exportable", f"onnxruntime cannot load the graph: {first_line(error)}{advice}"
+        ) from error
     names = [output.spec.name for output in module.outputs]
 
     def run(inputs: Arrays, state: Any, sequence_lens: Any) -> tuple[Arrays, Any]:

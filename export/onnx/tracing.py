@@ -94,8 +94,8 @@ def _suspects(message: str, numbers: Iterable[str] = ()) -> Suspects:
             size, where = "batch size" if fixed[1] == "batch" else "length", next(filter(None, numbers), "")
             raise ExportError(
                 "not_exportable",
-                f"forward converts the {size} to a plain number, as with len(x) or int(){where}, which fixes it; use "
-                "x.shape and x.size() directly",
+                f"forward converts the {size} to a plain number, as with len(x), int() or math.sqrt(){where}, which "
+                "fixes it; compute with x.shape[1] itself, as in x.shape[1] ** 0.5",
             )
         guard = _GUARD.search(line)
         broken = _broken(guard[2], guard[3]) if guard else None

@@ -1,5 +1,7 @@
-"""Translates our custom ops to ONNX nodes: one LSTM, GRU or RNN per layer."""
+"""Translates to ONNX nodes: our custom ops, one LSTM, GRU or RNN per layer, and operators that PyTorch's own
+translation rounds more, or computes differently."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ def translation_table() -> dict[Callable, Callable]:
         torch.ops.unroll.cat.default: _cat,
         torch.ops.aten.mean.dim: _mean,
         torch.ops.aten.sum.dim_IntList: _sum,
+        torch.ops.aten.atan2.default: _atan2,
     }
 
 
@@ -49,6 +52,20 @@ def _mean(x: Any, dim: Sequence[int], keepdim: bool = False, dtype: int = -1) ->
 
 def _sum(x: Any, dim: Sequence[int], keepdim: bool = False, dtype: int = -1) -> Any:
     return _reduced(op.ReduceSum, x, dim, keepdim)
+
+
+def _atan2(y: Any, x: Any) -> Any:
+    """PyTorch's translation takes a negative zero for a positive one in one argument, and not in the other."""
+    numbers: tuple[Any, ...] = (op.Constant(value_float=0.0), op.Constant(value_float=math.pi))
+    zero, pi = (op.CastLike(number, x) for number in numbers)
+    at_zero = op.And(op.Equal(x, zero), op.Equal(y, zero))
+    angle = op.Where(at_zero, zero, op.Atan(op.Div(op.Abs(y), op.Abs(x))))
+    angle = op.Where(_is_negative(x, zero), op.Sub(pi, angle), angle)
+    return op.Where(_is_negative(y, zero), op.Neg(angle), angle)
+
+
+def _is_negative(x: Any, zero: Any) -> Any:
+    return op.Or(op.Less(x, zero), op.Less(op.Reciprocal(x), zero))
 
 
 def _reduced(reduce: Callable, x: Any, dim: Sequence[int], keepdim: bool) -> Any:

@@ -136,13 +136,24 @@ def plan_outputs(
                 "input's length, and there may be only one",
             )
         if tensor.dtype not in DTYPES:
-            change = COMPLEX if tensor.is_complex() else "use float32, int64, int32 or bool"
-            raise ExportError("dtype", f"output {name!r} is {tensor.dtype}; {change}")
+            raise ExportError("dtype", f"output {name!r} is {tensor.dtype}; {_other_type(tensor)}")
         time_axis = by_time[0] if by_time else None
         shape = tuple(size for axis, size in enumerate(tensor.shape) if axis not in {by_batch[0], time_axis})
         spec = TensorSpec(name, DTYPES[tensor.dtype], shape, time_axis is not None)
         outputs.append(Output(index, spec, by_batch[0], time_axis))
     return tuple(outputs)
+
+
+def _other_type(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return COMPLEX
+    if tensor.dtype == torch.float64:
+        return (
+            "return y.float(). If forward caches tensors outside of the module, in a global or with lru_cache, keep "
+            "them in the module: export also runs it in float64"
+        )
+    change = "float" if tensor.is_floating_point() else "int"
+    return f"return y.{change}(): a bundle has float32, int64, int32 and bool"
 
 
 def _changed(one: Tensor, other: Tensor, name: str) -> list[int]:

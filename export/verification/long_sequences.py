@@ -227,6 +227,12 @@ class LongSequences:
         noise = self.reference.whole(*self._nudged(inputs, rows))
         for name, array in own.items():
             step = _differs(lifted[name], array, _CLOSE, noise[name])
+            if step is not None and not np.isfinite(array).all():
+                raise ExportError(
+                    "not_finite",
+                    f"output {name!r} becomes infinite or NaN within {trial.time} time steps, in forward itself, whose "
+                    "state grows without limit; limit it, as with torch.tanh or clamp",
+                )
             if step is not None:
                 where = f" ({far.value} is a number, or a length, in {far.place})" if far else ""
                 raise ExportError(

@@ -59,7 +59,7 @@ def make_golden(reference: Subject) -> Golden:
 
 def _check_cuts(golden: Golden, reference: Subject) -> None:
     """A cut must make no difference in float64, where it cannot be mistaken for rounding."""
-    for chunks in golden.chunkings:
+    for chunks in golden.chunkings[1:]:  # the first is the whole
         found = reference.chunked(golden.inputs, golden.state.astype(np.float64), chunks)
         for name, expected in golden.expected.items():
             if not difference(found[name], expected) <= 1e-6 * max(1.0, float(np.max(np.abs(expected)))):

@@ -1,6 +1,8 @@
-"""Checks of the user's model before lifting: module types, dtypes, determinism."""
+"""Checks of the user's model before lifting: module types, dtypes, copies, determinism."""
 
+import copy
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,8 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
+from unroll.export.held_objects import held_objects, undone
+from unroll.export.lifting.kept_values import kept_values
 from unroll.export.lifting.module_state import Attribute, refusal
-from unroll.export.signature.outputs import first_difference
+from unroll.export.loading.copies import copies_itself, detached_example
+from unroll.export.signature.outputs import first_difference, leaves
 from unroll.export.source_lines import source_line
 
 #: A bundle's graph is one protobuf message, of less than 2 GiB.
@@ -31,6 +36,45 @@ def check_modules(model: nn.Module) -> None:
     size = sum(4 * parameter.numel() for parameter in model.parameters())
     if size > _LARGEST:
         raise ExportError("too_large", f"the parameters take {size / 2**30:.1f} GiB; a bundle holds less than 2 GiB")
+
+
+def check_copy(original: nn.Module, copied: nn.Module, example: dict[str, Any]) -> None:
+    """Check that copies of a copy answer like the user's module, which is called once and left as it was.
+
+    A forward that fails, draws random numbers or counts calls is left to later checks.
+
+    Raises:
+        ExportError: not_copyable.
+    """
+    original = getattr(original, "_orig_mod", original)
+    tried, other = copy.deepcopy(copied), copy.deepcopy(copied)
+    before, answers = kept_values(tried), []
+    with suppress(Exception), torch.no_grad():
+        answers = [leaves(model(**detached_example(example))) for model in (tried, other)]
+        if kept_values(tried) == before and all(tensor.is_cpu for tensor in original.parameters()):
+            with undone(original):
+                answers.append(leaves(original.eval()(**detached_example(example))))
+    if len(answers) < 3 or not _all_close(answers[0], answers[1]) or _all_close(answers[0], answers[2]):
+        return
+    own = [f"{path} ({type(value).__name__})" for path, value in held_objects(original) if copies_itself(value)]
+    remedy = (
+        f"remove the methods with which the class of {', '.join(own)} copies its objects"
+        if own
+        else "keep what forward uses in attributes: not by id(self), not in a table of modules, not by requires_grad"
+    )
+    raise ExportError(
+        "not_copyable",
+        f"export works on copies of the module, and these answer differently from the module itself; {remedy}",
+    )
+
+
+def _all_close(one: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]]) -> bool:
+    try:
+        for (_, a), (_, b) in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, check_stride=False)
+    except (AssertionError, ValueError):
+        return False
+    return True
 
 
 def precision(model: nn.Module) -> torch.dtype:

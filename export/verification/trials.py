@@ -18,6 +18,7 @@ class Trial:
         time: time steps per sequence.
         input_seed, row_seed: seeds of the inputs and the state rows.
         scale: factor on float inputs, relative to the example.
+        growth: further factors, from one row to the next and from one step to the next.
         chunkings: ways to cut the sequence, each summing to `time`.
     """
 
@@ -27,17 +28,19 @@ class Trial:
     row_seed: int
     scale: float = 1.0
     chunkings: tuple[tuple[int, ...], ...] = ()
+    growth: tuple[float, float] = (1.0, 1.0)
 
     @property
     def may_fail(self) -> bool:
         """Are the inputs so far outside the example's range that forward may refuse them?"""
-        return abs(self.scale) > 4
+        return abs(self.scale) > 4 or max(self.growth) > 1
 
 
 _CUTS_OF_24 = ((1,) * 24, (5, 1, 9, 2, 7), (23, 1))
 
-#: Are the rows of a batch independent? Also tried far outside the example's range, where a maximum over rows shows.
-ROWS = tuple(Trial(6, 7, 31, 32, scale) for scale in (1, -2, 4, 32))
+#: Are the rows of a batch independent? Also tried far outside the example's range, where a maximum over rows shows, and
+#: with rows of very different sizes, where a threshold on it shows.
+ROWS = (*(Trial(6, 7, 31, 32, scale) for scale in (1, -2, 4, 32)), Trial(6, 7, 31, 32, growth=(16, 1)))
 
 #: Does the model stream? Single steps and uneven chunks; many rows, also with inputs outside the example's range,
 #: because a running maximum is often just the latest value.
@@ -47,6 +50,7 @@ STREAMING = (
     Trial(32, 24, 73, 43, 1, _CUTS_OF_24),
     Trial(32, 24, 73, 43, -2, _CUTS_OF_24[1:]),
     Trial(8, 24, 73, 43, 32, _CUTS_OF_24[1:]),
+    Trial(8, 24, 73, 43, 1, _CUTS_OF_24[1:], growth=(1, 2)),
 )
 
 #: Limits the rows of a streaming trial: so many state values in total, but at least so many rows.
@@ -131,7 +135,8 @@ class Subject(Verifier):
 
     def inputs(self, trial: Trial) -> Arrays:
         """The inputs, each (batch, time, ...)."""
-        return scaled(self.samples.draw(trial.batch, trial.time, seed=trial.input_seed), trial.scale)
+        drawn = self.samples.draw(trial.batch, trial.time, seed=trial.input_seed)
+        return {name: _scaled(array, trial.scale, trial.growth) for name, array in drawn.items()}
 
     def rows(self, trial: Trial) -> np.ndarray:
         """State rows (batch, state_size); row 0 is the initial row."""
@@ -142,6 +147,11 @@ class Subject(Verifier):
         return self.samples.begin(trial.batch, self.manifest, seed=trial.row_seed)
 
 
-def scaled(inputs: Arrays, scale: float) -> Arrays:
-    """Multiply the float inputs by `scale`."""
-    return {n: (a * scale).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in inputs.items()}
+def _scaled(array: np.ndarray, scale: float, growth: tuple[float, float]) -> np.ndarray:
+    """Multiply floats (batch, time, ...) by `scale`, and by a power of each factor in `growth`."""
+    if array.dtype.kind != "f":
+        return array
+    rows, steps = (factor ** np.arange(size) for factor, size in zip(growth, array.shape[:2], strict=True))
+    return (array * (scale * np.multiply.outer(rows, steps)).reshape(*array.shape[:2], *[1] * (array.ndim - 2))).astype(
+        array.dtype
+    )

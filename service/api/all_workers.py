@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,10 @@ class AllWorkers:
 
     sockets: Sequence[Path]
     ports: Collection[int]
+    _reading: dict[bytes, asyncio.Future[list[WorkerAnswer | None]]] = field(default_factory=dict)
 
     async def ask(self, http: Request) -> Answers:
+        """Forward a request. Equal requests that only read share the answers, since workers limit connections."""
         request = await read_request(http.scope, http.receive, MOST_BYTES)
         headers = [b"%b: %b\r\n" % (name, request.headers[name]) for name in _FORWARDED if name in request.headers]
         head = b"%b %b HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n%bContent-Length: %d\r\n\r\n" % (
@@ -51,8 +53,16 @@ class AllWorkers:
             b"".join(headers),
             len(request.body),
         )
-        patience = _PATIENCE if http.method == "GET" else _PATIENCE_OF_OPERATORS
-        return await asyncio.gather(*[_answer(socket, head + request.body, patience) for socket in self.sockets])
+        if http.method != "GET":
+            return await self._ask(head + request.body, _PATIENCE_OF_OPERATORS)
+        reading = self._reading.get(head)
+        if reading is None:
+            reading = self._reading[head] = self._ask(head, _PATIENCE)
+            reading.add_done_callback(lambda _: self._reading.pop(head))
+        return await asyncio.shield(reading)
+
+    def _ask(self, request: bytes, patience: float) -> asyncio.Future[list[WorkerAnswer | None]]:
+        return asyncio.gather(*[_answer(socket, request, patience) for socket in self.sockets])
 
 
 def route_class(workers: AllWorkers | None, join: Callable[[Answers], Response]) -> type[APIRoute]:

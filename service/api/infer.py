@@ -4,7 +4,6 @@ A sequence of the protocol is a session. Its `sequence_id` is the session id; in
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.infer_reply import ReplyPlan
 from unroll.service.api.parameters import require_streamable
-from unroll.service.api.repeated_steps import RepeatedStep
+from unroll.service.api.repeated_steps import RepeatedStep, submit_chunk
 from unroll.service.api.request import (
     HEADER_LENGTH,
     NOT_KEPT,
@@ -48,10 +47,14 @@ class RepeatedInferStep(RepeatedStep):
 
     failure = staticmethod(open_inference_error)
 
-    def __init__(self, name: str, app: AppState, served: ServedModel, session: Session, *args: Any) -> None:
-        super().__init__(app, served, session, *args)
+    def __init__(
+        self, name: str, parsed: InferRequest, app: AppState, served: ServedModel, request: Request, *args: Any
+    ) -> None:
+        super().__init__(app, served, request, *args)
         self._name = name
-        self._id = shown(session.id)
+        self._id = request.session
+        self._plan, self._request_id = _plan(served, name, parsed), parsed.id
+        self.write = self._plan.rows
 
     def read(self, request: Request) -> bytes | None:
         assert request.text is not None  # the first request had it
@@ -60,7 +63,9 @@ class RepeatedInferStep(RepeatedStep):
                 request.body, request.whole_number(HEADER_LENGTH), self._app.limits.max_json_bytes
             )
             sequence = parsed.sequence
-            if sequence is None or sequence.id != self._id or sequence.start or sequence.end:
+            if sequence is None or sequence.id != self._id or sequence.start:
+                return None
+            if sequence.end and (sequence.position is not None or self._session.durable is not None):
                 return None
             step = open_inference.read_step(parsed, self._served.manifest.inputs)
             if step is None:
@@ -72,7 +77,7 @@ class RepeatedInferStep(RepeatedStep):
             self._timeout = parsed.header.timeout or self._app.limits.request_timeout
         except UnrollError:
             return None
-        self.write = self._plan.rows
+        self.write, self._ends = self._plan.rows, sequence.end
         request.session, request.position = sequence.id, sequence.position
         return step
 
@@ -169,10 +174,13 @@ def _sequence_steps(
     app.meter.take(request.tenant, len(batch[0][0]))
     if session is None:
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
-    accepted = served.loop.submit(chunk, timeout, settled)
-    if request.text is not None and chunk.length == 1 and chunk.session is not None:
-        request.repeat = RepeatedInferStep(name, app, served, chunk.session, request, respond, timeout)
-    return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
+    if chunk.length > 1:
+        return submit_chunk(served.loop, chunk, timeout, settled)
+    step = RepeatedInferStep(name, parsed, app, served, request, respond, timeout)
+    cancel = step.submit(chunk, settled)
+    if request.text is not None:
+        request.repeat = step
+    return cancel
 
 
 def _answer_steps(form: _Form, reply: Reply) -> Answer:

@@ -39,6 +39,7 @@ class Route:
         fixed: The constant segments, by index.
         begin: Starts the work on a request; may raise UnrollError.
         failure: Converts an error to an answer.
+        takes_document: Whether it takes long JSON as a document; otherwise it parses the text itself.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Route:
     begin: Callable[[AppState, Path, Request, Respond], Cancel]
     failure: Callable[[UnrollError], Answer]
     method: str = "POST"
+    takes_document: bool = True
 
     def matches(self, path: Path) -> bool:
         return len(path) == self.parts and all(path[1:]) and all(path[i] == part for i, part in self.fixed.items())
@@ -165,6 +167,7 @@ _OPEN: Route = Route(
     {1: "v1", 2: "models"},
     lambda app, path, request, respond: _finish(_OPEN, open_session(app, path[3], request), respond),
     problem,
+    takes_document=False,
 )
 _CLOSE: Route = Route(
     "v1/sessions",

@@ -1,25 +1,33 @@
-"""Repeated single steps on one connection: a step reuses the lookups of the previous one."""
+"""Single steps over HTTP: they join the open group, and a repeated one reuses the lookups of the previous one."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION, position_of
-from unroll.service.api.request import JSON, RAW, Answer, Cancel, Request, Respond
+from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
 from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.session import OPEN, Session
 from unroll.service.sessions.attempts import ATTEMPTS
 
 
+def submit_chunk(loop: Loop, chunk: Chunk, timeout: float, settled: Answering[Any, Any]) -> Cancel:
+    accepted = loop.submit(chunk, timeout, settled)
+    return nothing_to_cancel if accepted is None else partial(loop.leave, accepted, settled)
+
+
 class RepeatedStep:
-    """A step in raw bytes with the same headers as a previous step, except for numbers.
+    """A step in raw bytes, and later ones of the connection with the same headers, except for numbers.
 
     Args:
-        request: The first such step of the connection.
+        request: The first step.
         respond: Called with the answer to each step.
         timeout: Seconds within which each step must start.
 
@@ -29,8 +37,8 @@ class RepeatedStep:
     """
 
     __slots__ = (
-        *("_again", "_app", "_left", "_position", "_respond", "_served", "_session", "_step", "_tenant", "_timeout"),
-        *("_unwanted", "write"),
+        *("_again", "_app", "_ends", "_left", "_position", "_respond", "_served", "_session", "_step", "_tenant"),
+        *("_timeout", "_unwanted", "write"),
     )
 
     failure = staticmethod(problem)
@@ -40,19 +48,27 @@ class RepeatedStep:
         self,
         app: AppState,
         served: ServedModel,
-        session: Session,
         request: Request,
         respond: Respond,
         timeout: float,
     ) -> None:
         self._app = app
         self._served = served
-        self._session = session
+        self._session: Session
         self._tenant = request.tenant
         self._timeout = timeout
+        self._left = 1
+        self._ends = False
         self._unwanted = False
         self._again, self._respond = request.again, respond
         self.write = served.codec.rows_to_raw
+
+    def submit(self, chunk: Chunk, settled: Answering[Any, Any]) -> Cancel:
+        """Join the first step to the open group, or submit it as a chunk, which `settled` answers."""
+        joins = self._served.loop.join_chunk(chunk, self._timeout, self)
+        assert chunk.session is not None
+        self._session = chunk.session
+        return self._leave if joins else submit_chunk(self._served.loop, chunk, self._timeout, settled)
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
         """Join the step to the open group, perhaps after a lookup; None if it must be handled as any request."""
@@ -65,7 +81,8 @@ class RepeatedStep:
         if self._session.durable is not None:
             request.again = self._again
             self._step, self._position, self._left = step, request.position, ATTEMPTS
-        if not self._served.loop.join(self._session, request.position, step, self._timeout, self):
+        join = self._served.loop.join
+        if not join(self._session, request.position, step, self._timeout, self, ends=self._ends):
             if not self._is_behind(request.position):
                 return None
             self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)
@@ -103,7 +120,7 @@ class RepeatedStep:
         """Answer with the error, or handle the step again if another replica updated the session."""
         if isinstance(error, SessionContended) and self._again is not None and not self._unwanted:
             self._left -= 1
-            if (self._left and self._join()) or self._again():
+            if (self._left > 0 and self._join()) or self._again():
                 return
         self._respond(self.failure(error))
 

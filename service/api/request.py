@@ -18,6 +18,7 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.core.session_ids import owned
+from unroll.service.core.turns import SLICE_SECONDS
 from unroll.service.protocol import json
 from unroll.service.protocol.open_inference import RepeatedText
 
@@ -42,9 +43,8 @@ LONG_BODIES = "unroll.long_bodies"
 #: Header of a reply that was too large to keep, so that a retry of its chunk is refused.
 NOT_KEPT = b"unroll-reply-kept: false\r\n"
 
-#: Larger JSON answers are encoded over several turns of the event loop, in slices of this duration.
+#: Larger JSON answers are encoded over several turns of the event loop.
 _MOST_AT_ONCE = 32_768
-_SLICE_SECONDS = 0.001
 
 #: Maximum digits of a number in a header; every such number fits in 64 bits.
 _MAX_DIGITS = 18
@@ -127,7 +127,7 @@ class Answer:
     def encode_slice(self) -> None:
         """Encode some of the pieces. `pieces` is None after the last."""
         assert self.pieces is not None
-        until = perf_counter() + _SLICE_SECONDS
+        until = perf_counter() + SLICE_SECONDS
         for piece in self.pieces:
             self._encoded.append(piece)
             if perf_counter() > until:

@@ -1,7 +1,5 @@
 """Steps and sequences of the native API, from request to answer, independent of the web framework."""
 
-from functools import partial
-
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import (
@@ -13,7 +11,7 @@ from unroll.service.api.parameters import (
     split_reference,
     timeout_of,
 )
-from unroll.service.api.repeated_steps import RepeatedJsonStep, RepeatedStep
+from unroll.service.api.repeated_steps import RepeatedJsonStep, RepeatedStep, submit_chunk
 from unroll.service.api.request import (
     NOT_KEPT,
     RAW,
@@ -24,7 +22,6 @@ from unroll.service.api.request import (
     Respond,
     has_fixed_length,
     json_answer,
-    nothing_to_cancel,
 )
 from unroll.service.api.sealed_steps import LENGTH, sealed_steps
 from unroll.service.protocol.tensors import Codec
@@ -53,11 +50,14 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
-    if request.text is not None and len(inputs[0]) == 1 and (document is not None or has_fixed_length(request.headers)):
-        kind = RepeatedStep if document is None else RepeatedJsonStep
-        request.repeat = kind(app, served, session, request, respond, timeout)
-    chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
-    return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
+    chunk = Chunk(inputs, session, position)
+    if chunk.length > 1:
+        return submit_chunk(served.loop, chunk, timeout, settled)
+    step = (RepeatedStep if document is None else RepeatedJsonStep)(app, served, request, respond, timeout)
+    cancel = step.submit(chunk, settled)
+    if request.text is not None and (document is not None or has_fixed_length(request.headers)):
+        request.repeat = step
+    return cancel
 
 
 def _raw_steps(codec: Codec, reply: Reply) -> Answer:

@@ -54,7 +54,7 @@ async def _run(options: "commands.OnStore", url: str) -> int:
 async def _list(store: Store, config: StoreConfig, options: "commands.List") -> int:
     found, after = await select(store, _selection(options, config), options.after, options.limit)
     lines = [*(session.line() for session in found.sessions), *(f"damaged: {_words(key)}" for key in found.damaged)]
-    lines.append(f"{len(found.sessions)} sessions" + (f"; more: --after {after}" if after else ""))
+    lines.append(f"sessions: {len(found.sessions)}" + (f"; more: --after {after}" if after else ""))
     _print(options, found.document(after), lines)
     return 0
 
@@ -90,7 +90,7 @@ async def _export(store: Store, config: StoreConfig, options: "commands.Export")
     count, damaged = await transfer.export(store, _selection(options, config), options.file)
     document = {"written": count, "file": str(options.file), "damaged": [*map(named, damaged)]}
     skipped = [f"damaged, not written: {_words(key)}" for key in damaged]
-    _print(options, document, [f"{count} sessions written to {options.file}", *skipped])
+    _print(options, document, [f"sessions written to {options.file}: {count}", *skipped])
     return int(bool(damaged))
 
 

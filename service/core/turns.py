@@ -3,13 +3,14 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
 T = TypeVar("T")
 
 #: Duration of a slice.
-SLICE_SECONDS = 0.001
+SLICE_SECONDS = 0.0005
 #: Bodies and messages with more bytes are decoded in separate turns; parsing this much JSON takes about one slice.
 LONG_BYTES = 65_536
 
@@ -21,12 +22,25 @@ class Turns:
         self._waiting: deque[Callable[[], None]] = deque()
         self._scheduled = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether slices are waiting."""
+        return self._scheduled
+
     def call(self, run: Callable[[], None], *, first: bool = False) -> None:
         """Run a slice in a later turn, after the waiting slices, or before them if `first`."""
         (self._waiting.appendleft if first else self._waiting.append)(run)
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._advance)
+
+    def free(self, parts: list[bytearray]) -> None:
+        """Empty a list, one slice at a time: the kernel takes milliseconds to take megabytes back."""
+        until = perf_counter() + SLICE_SECONDS
+        while parts and perf_counter() < until:
+            parts.pop()
+        if parts:
+            self.call(partial(self.free, parts))
 
     async def make(self, parts: Iterator[T]) -> list[T]:
         """Collect all parts, one slice at a time."""

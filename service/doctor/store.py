@@ -153,13 +153,15 @@ def _judge_folder(folder: Folder) -> Iterator[Finding]:
     if report is None:
         yield Finding("sessions", Status.NOTE, "no store in the folder yet", "`unroll serve` creates it")
     elif report.result == "unreadable":
-        yield Finding("sessions", Status.BROKEN, report.reason, "see `unroll store check`")
+        yield Finding("sessions", Status.BROKEN, report.reason, "see `unroll store check --store URL`")
     else:
         says = (
             f"{report.sessions} open, {report.closed} closed, {report.expired} expired, {len(report.damaged)} damaged"
         )
         says += f"; {report.used_bytes} bytes, --store-sync {folder.sync}"
         if report.damaged:
-            yield Finding("sessions", Status.BROKEN, says, "`unroll store check --repair` removes the damaged ones")
+            yield Finding(
+                "sessions", Status.BROKEN, says, "`unroll store check --store URL --repair` removes the damaged ones"
+            )
         else:
             yield Finding("sessions", Status.OK, says)

@@ -139,6 +139,7 @@ class ServedModel:
 
     def add_closed(self, session_id: str, gone: Gone) -> None:
         """Add a tombstone for a session that ended according to the store."""
-        last = map(self.scheduler.replay.read, gone.kept[-1:])
         now = self.loop.clock.now()
-        self.scheduler.sessions.add_closed(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
+        self.scheduler.sessions.add_closed(
+            session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *gone.kept[-1:]
+        )

@@ -51,7 +51,7 @@ export class Inputs {
   }
 
   choose(makePanel) {
-    this.source?.stop?.();
+    this.use(undefined);
     const panel = makePanel(this);
     this.panel.replaceChildren(...(panel.element ? [panel.element] : []));
     return this.messages.attempt(() => panel.begin?.());

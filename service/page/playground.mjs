@@ -198,7 +198,9 @@ export class PlaygroundView {
       }
       if (!steps.length) {
         this.messages.say(
-          this.inputs.source ? "The input has ended: choose another one, or rewind." : "Choose an input first.",
+          this.inputs.source
+            ? "The input has ended: choose another one, or rewind."
+            : "There is no input yet: choose a file, press Listen, or choose another input.",
         );
         return false;
       }

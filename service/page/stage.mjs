@@ -14,6 +14,9 @@ export class Stage {
   constructor(model) {
     this.model = model;
     this.kind = kindOf(model);
+    this.outputs = outputNames(model);
+    const all = this.kind === "bytes" || this.outputs.length <= MOST_LINES;
+    this.note = all ? "" : `${MOST_LINES} of ${this.outputs.length} outputs are drawn`;
     this.plot = h("canvas", { role: "img", "aria-label": "inputs and outputs by position" });
     this.legend = h("ul", { class: "legend" });
     this.heats = model.state
@@ -92,7 +95,7 @@ export class Stage {
     }));
     const outputs = (trace, prefix, style) => {
       const known = this.near(trace.outputs).filter(([x]) => x <= trace.position);
-      return outputNames(this.model).map((name, i) => ({
+      return this.outputs.slice(0, MOST_LINES).map((name, i) => ({
         name: `${prefix}${name}`,
         ...style,
         points: known.map(([x, values]) => [x, values[i]]),
@@ -119,6 +122,7 @@ export class Stage {
     });
     this.legend.replaceChildren(
       ...items,
+      h("li", { class: "soft" }, this.note),
       h("li", { class: "soft" }, this.hovered === undefined ? "" : `position ${this.hovered}`),
     );
   }
@@ -182,11 +186,10 @@ function features(inputs, kind) {
 }
 
 function outputNames(model) {
-  const names = model.outputs.flatMap((output) => {
+  return model.outputs.flatMap((output) => {
     const { name } = output, count = sizeOf(output);
     return count === 1 ? [name] : Array.from({ length: count }, (_, i) => `${name} ${i}`);
   });
-  return names.slice(0, MOST_LINES);
 }
 
 function largest(columns, slot) {

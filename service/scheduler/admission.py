@@ -55,8 +55,8 @@ class Pace:
 class Shares:
     """Lets competing owners into a full queue.
 
-    While several owners compete, they share half of the rows that the last batch freed. An owner that fills the queue
-    cannot shut out the rest, and the queue does not grow.
+    While several owners compete, they share the rows that the last batch freed. An owner that fills the queue cannot
+    shut out the rest, and the queue does not grow.
     """
 
     def __init__(self, waiting: Callable[[], set[Owner]]) -> None:
@@ -77,7 +77,7 @@ class Shares:
             self._owners |= self._waiting()
         added = self._added.setdefault(owner, 0)
         owners = len(self._owners | self._added.keys())
-        return owners > 1 and added < max(1, self._freed // (2 * owners))
+        return owners > 1 and added < max(1, self._freed // owners)
 
     def count(self, owner: Owner) -> None:
         self._added[owner] = self._added.get(owner, 0) + 1

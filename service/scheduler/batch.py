@@ -43,7 +43,7 @@ class Batch:
         """Add the rows of one piece of work.
 
         Args:
-            block: Per input, the rows concatenated: (rows * length, *shape).
+            block: The inputs, each (rows, length, *shape).
             length: Steps per row.
         """
         rows = len(targets)
@@ -71,7 +71,7 @@ class Batch:
         """Build the arrays; the batch can then run."""
         for work in self.work:
             self.waited += (now - work.ready_at) * (len(work.sessions) if isinstance(work, Group) else 1)
-        self.inputs = tuple([_padded(blocks, self.lens, self.longest) for blocks in zip(*self._blocks, strict=True)])
+        self.inputs = tuple([_padded(blocks, self.rows, self.longest) for blocks in zip(*self._blocks, strict=True)])
         self.targets = _indices(self._targets, self.rows)
         same = all(map(operator.is_, self._sources, self._targets))
         self.sources = self.targets if same else _indices(self._sources, self.rows)
@@ -89,15 +89,15 @@ def _indices(parts: list[Indices], count: int) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(parts), np.intp, count)
 
 
-def _padded(blocks: Sequence[np.ndarray], lens: Sequence[int], longest: int) -> np.ndarray:
-    """Concatenate blocks of rows, each (steps, *shape), into (rows, longest, *shape), padding with zeros."""
-    rows, shape = len(lens), blocks[0].shape[1:]
-    flat = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-    if rows * longest == len(flat):
-        return flat.reshape(rows, longest, *shape)
-    padded = np.zeros((rows, longest, *shape), blocks[0].dtype)
-    begin = 0
-    for row, steps in enumerate(lens):
-        padded[row, :steps] = flat[begin : begin + steps]
-        begin += steps
+def _padded(blocks: Sequence[np.ndarray], rows: int, longest: int) -> np.ndarray:
+    """Concatenate blocks, each (rows, steps, *shape), into (rows, longest, *shape), padding with zeros."""
+    if len(blocks) == 1:
+        return np.ascontiguousarray(blocks[0])
+    if all(block.shape[1] == longest for block in blocks):
+        return np.concatenate(blocks)
+    padded = np.zeros((rows, longest, *blocks[0].shape[2:]), blocks[0].dtype)
+    end = 0
+    for block in blocks:
+        begin, end = end, end + len(block)
+        padded[begin:end, : block.shape[1]] = block
     return padded

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -145,6 +146,8 @@ class Group(Work):
         is_durable: Whether the sessions are durable: either all or none.
         followed: A session was closed or has further work.
         followers: Retries as (row, chunk), answered together with that row.
+        opened: Sessions that the group opened; each is closed again if its row fails.
+        ending: Sessions that are closed once their row is applied.
     """
 
     sessions: list[Session]
@@ -160,6 +163,8 @@ class Group(Work):
     followed: bool = False
     followers: list[tuple[int, Chunk]] = field(default_factory=list)
     outcome: GroupReply | None = None
+    opened: AbstractSet[Session] = frozenset()
+    ending: AbstractSet[Session] = frozenset()
 
     @property
     def owner(self) -> Owner:

@@ -15,7 +15,8 @@ from unroll.service.core.errors import (
 from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.limits import SessionLimits
-from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
+from unroll.service.scheduler.reply import payload_digest
+from unroll.service.store.record import Kept
 
 _REASONS = {
     SessionClosed: "was closed",
@@ -40,7 +41,7 @@ class _Ends:
 
     def __init__(self) -> None:
         self.tombstones: OrderedDict[str, Tombstone] = OrderedDict()
-        self.closing_chunks: OrderedDict[str, AppliedChunk] = OrderedDict()
+        self.closing_chunks: OrderedDict[str, Kept] = OrderedDict()
         self.nbytes = 0
 
     def forget(self, session_id: str) -> None:
@@ -49,12 +50,12 @@ class _Ends:
 
     def forget_closing_chunk(self, session_id: str) -> None:
         if (last := self.closing_chunks.pop(session_id, None)) is not None:
-            self.nbytes -= last.nbytes
+            self.nbytes -= len(last.outputs)
 
-    def keep_closing_chunk(self, session_id: str, last: AppliedChunk) -> None:
+    def keep_closing_chunk(self, session_id: str, last: Kept) -> None:
         self.forget_closing_chunk(session_id)
         self.closing_chunks[session_id] = last
-        self.nbytes += last.nbytes
+        self.nbytes += len(last.outputs)
 
 
 _NOTHING = _Ends()
@@ -84,7 +85,7 @@ class ClosedSessions:
         cause: type[SessionGone],
         now: float,
         opened_with: bytes,
-        last: AppliedChunk | None = None,
+        last: Kept | None = None,
     ) -> None:
         """Add a session that ended at `now`. last: the chunk that closed it, if any."""
         self._put(session_id, Tombstone(cause, now, opened_with), last)
@@ -124,12 +125,12 @@ class ClosedSessions:
             return SessionUnknown(f"no session {shown(session_id)!r}: it was never opened here, or its state is lost")
         return tombstone.cause(f"session {shown(session_id)!r} {_REASONS[tombstone.cause]}")
 
-    def reply_to(self, session_id: str, position: int, inputs: Tensors, now: float) -> Reply | None:
-        """The reply to the chunk that closed the session, if these inputs are a retry."""
+    def closing_chunk(self, session_id: str, position: int, inputs: Tensors, now: float) -> Kept | None:
+        """The chunk that closed the session, if these inputs are a retry of it."""
         last = self._of(session_id).closing_chunks.get(session_id)
         if last is None or self.get(session_id, now) is None:
             return None
-        return last.reply if (position, payload_digest(inputs)) == (last.start, last.digest) else None
+        return last if (position, payload_digest(inputs)) == (last.start, last.digest) else None
 
     def was_opened_with(self, session_id: str, digest: bytes, now: float) -> bool:
         """Whether a request with this payload digest opened the session, recently enough to expect duplicates."""
@@ -159,11 +160,11 @@ class ClosedSessions:
         while tombstones and self._has_expired(next(iter(tombstones.values())), now):
             self.forget(next(iter(tombstones)))
 
-    def _put(self, session_id: str, tombstone: Tombstone, last: AppliedChunk | None) -> None:
+    def _put(self, session_id: str, tombstone: Tombstone, last: Kept | None) -> None:
         ends = self._of_tenants.setdefault(tenant_of(session_id), _Ends())
         self._count += session_id not in ends.tombstones
         ends.tombstones[session_id] = tombstone
-        if last is None or last.reply is None:
+        if last is None or not last.outputs:
             return
         before = ends.nbytes
         ends.keep_closing_chunk(session_id, last)

@@ -16,12 +16,12 @@ from unroll.service.scheduler.groups import Groups
 from unroll.service.scheduler.reply import payload_digests
 from unroll.service.scheduler.session import OPEN, Session, Work
 from unroll.service.store.interface import Commit, Tokens
-from unroll.service.store.record import pack, pack_steps
+from unroll.service.store.record import Record, pack, pack_steps, split_rows
 
 #: Each commit with its result.
 _Results = Iterator[tuple[Commit, UnrollError | None]]
 #: Writes the state in a slot.
-_WriteRow = Callable[[int, np.ndarray], None]
+WriteRow = Callable[[int, np.ndarray], None]
 
 
 class Commits:
@@ -31,7 +31,7 @@ class Commits:
         self._completion = completion
         self._groups = groups
         self._last_after = completion.replay.last_after
-        self._next_token = Tokens().next
+        self._tokens = Tokens()
 
     def of(
         self, model: str, pending: Sequence[PendingCommit], read_rows: Callable[[list[int]], np.ndarray]
@@ -61,25 +61,24 @@ class Commits:
         last = self._last_after(session, chunk, outputs)
         content = pack(durable.origin, chunk.start + chunk.length, row, last)
         begins = chunk.opening is not None or not durable.token
-        return Commit((model, session.id), durable.token, self._next_token(), content, begins, chunk.final)
+        return Commit((model, session.id), durable.token, self._tokens.next(), content, begins, chunk.final)
 
     def _of_group(
         self, model: str, group: Group, outputs: Tensors, failed: dict[int, UnrollError], rows: np.ndarray
-    ) -> Iterator[Commit]:
-        links = [(session, session.durable) for session in group.sessions if session.durable is not None]
+    ) -> list[Commit]:
+        links = [session.durable for session in group.sessions if session.durable is not None]
         positions = np.array([session.own_progress.position for session in group.sessions], np.uint64)
         contents = pack_steps(
-            [durable.origin for _, durable in links],
+            [durable.origin for durable in links],
             positions + np.uint64(group.length),
             group.length,
             rows,
-            payload_digests(_bytes_of_rows(group.inputs)),
+            payload_digests(split_rows(_bytes_of_rows(group.inputs))),
             _bytes_of_rows(outputs),
         )
-        next_token = self._next_token
-        for row, ((session, durable), content) in enumerate(zip(links, contents, strict=True)):
-            if row not in failed:
-                yield Commit((model, session.id), durable.token, next_token(), content)
+        keys = [(model, session.id) for session in group.sessions]
+        commits = list(map(Commit, keys, [durable.token for durable in links], self._tokens.take(len(links)), contents))
+        return [commit for row, commit in enumerate(commits) if row not in failed] if failed else commits
 
     def complete(
         self,
@@ -88,7 +87,7 @@ class Commits:
         errors: Sequence[UnrollError | None],
         batch_rows: int,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         """Complete pending work after its commits.
 
@@ -117,7 +116,7 @@ class Commits:
         commit: Commit,
         error: UnrollError | None,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         assert chunk.session is not None
         chunk.running = False
@@ -135,23 +134,20 @@ class Commits:
         failed: dict[int, UnrollError],
         results: _Results,
         now: float,
-        write_row: _WriteRow,
+        write_row: WriteRow,
     ) -> None:
         errors, behind = dict(failed), []
-        for row, session in enumerate(group.sessions):
-            if row not in failed:
-                commit, error = next(results)
-                works = self._note(session, commit, error, write_row)
-                if error is not None:
-                    errors[row] = error
-                    behind.append((works, error))
+        ran = [(row, session) for row, session in enumerate(group.sessions) if row not in failed]
+        for (row, session), (commit, error) in zip(ran, results, strict=False):  # `results` goes on with later work
+            works = self._note(session, commit, error, write_row)
+            if error is not None:
+                errors[row] = error
+                behind.append((works, error))
         self._groups.complete(group, outputs, errors, now)
         for works, error in behind:
             self._fail_behind(works, error, now)
 
-    def _note(
-        self, session: Session, commit: Commit, error: UnrollError | None, write_row: _WriteRow
-    ) -> Sequence[Work]:
+    def _note(self, session: Session, commit: Commit, error: UnrollError | None, write_row: WriteRow) -> Sequence[Work]:
         """Update the session after its commit. Returns the work queued behind it, which must fail after an error."""
         durable = session.durable
         assert durable is not None
@@ -160,7 +156,13 @@ class Commits:
             return ()
         progress = session.own_progress
         behind, progress.pending = progress.pending or [], None
-        record = error.record if isinstance(error, SessionContended) else None
+        self.update(session, error.record if isinstance(error, SessionContended) else None, write_row)
+        return behind
+
+    def update(self, session: Session, record: Record | None, write_row: WriteRow) -> None:
+        """Continue the session from the store's record, or note that it must be looked up first."""
+        durable = session.durable
+        assert durable is not None
         # A copy that was already stale stays so: calls that wait for its lookup precede the work that fails here.
         if record is None or record.origin != session.origin or session.life is not OPEN or durable.stale:
             durable.stale = True
@@ -168,7 +170,6 @@ class Commits:
             self._completion.adopt(session, record)
             if record.row:
                 write_row(session.slot, np.frombuffer(record.row, "<f4"))
-        return behind
 
     def _fail_behind(self, behind: Sequence[Work], error: UnrollError, now: float) -> None:
         for work in behind:

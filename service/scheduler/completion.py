@@ -19,12 +19,15 @@ from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.replay import ReplayCache
-from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply
+from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import OPEN, Life, Owner, Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import INITIAL
-from unroll.service.store.record import Record
+from unroll.service.store.record import Kept, Record
+
+#: With two replicas in turn at random, only one run of 256 is longer than this.
+_CHECKS = 8
 
 
 class Completion:
@@ -102,8 +105,8 @@ class Completion:
 
     def adopt(self, session: Session, record: Record) -> None:
         """Continue the session from a record. The caller writes the record's state row, if it has one."""
-        if session.durable is not None:
-            session.durable.token, session.durable.stale = record.token, False
+        if (durable := session.durable) is not None:
+            durable.token, durable.stale, durable.checks = record.token, False, _CHECKS
         progress = session.own_progress
         progress.position = progress.expected = record.position
         session.depth = max(session.depth, record.depth)
@@ -116,11 +119,8 @@ class Completion:
         session = chunk.session
         if session is None:
             return
-        if chunk.opening is not None and session.life is OPEN:
-            session.opened_with = b""  # nothing was applied, so the request may be retried
-            self.close(session, now)
-            if session.durable is not None:
-                self.sessions.closed.forget(session.id)  # only the store knows whether the session exists
+        if chunk.opening is not None:
+            self.close_unused(session, now)
         self.renumber(session, now)
 
     def cancel(self, chunk: Chunk, error: UnrollError, now: float) -> None:
@@ -144,7 +144,7 @@ class Completion:
             if steps[chunk.owner] > room:
                 self.fail(chunk, self.admission.refusal(), now)
 
-    def close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
+    def close(self, session: Session, now: float, last: Kept | None = None) -> None:
         """Close a session. Waiting work fails with `session_closed`; running work completes first."""
         progress = session.own_progress
         accepted, active = progress.queue(), progress.active
@@ -161,6 +161,14 @@ class Completion:
                 self.cancel(work, error, now)
             elif isinstance(work, Action):
                 work.answer(error)
+
+    def close_unused(self, session: Session, now: float) -> None:
+        """Close a session, if it is open, after the step that opened it has failed."""
+        if session.life is OPEN:
+            session.opened_with = b""  # nothing was applied, so the request may be retried
+            self.close(session, now)
+            if session.durable is not None:
+                self.sessions.closed.forget(session.id)  # only the store knows whether the session exists
 
     def renumber(self, session: Session, now: float) -> None:
         """Assign new positions to accepted chunks, and fail those that are pinned to another."""

@@ -180,7 +180,8 @@ class Groups:
                 progress.position = start + steps
                 if steps > 1 or session.applied is not None:
                     session.source = session.slot
-                    kept &= self._replay.remember(session, start, group.inputs_of(row), row_of(outputs, row))
+                    if steps > 1 or not self._replay.remember_step(session):
+                        kept &= self._replay.remember(session, start, group.inputs_of(row), row_of(outputs, row))
             positions.append(progress.position)
         return np.array(positions, np.uint64), kept
 
@@ -194,8 +195,16 @@ class Groups:
             for session in group.sessions:
                 rest(session, now)
         for row, error in errors.items():
+            session = group.sessions[row]
             self._counters.count_failed(error)
-            self._completion.renumber(group.sessions[row], now)
+            if session in group.opened:
+                self._completion.close_unused(session, now)
+            self._completion.renumber(session, now)
+        if group.ending:
+            failed = {group.sessions[row] for row in errors}
+            for session in group.ending - failed:
+                if session.life is OPEN:
+                    self._completion.close(session, now)
         if group.again and not group.followed:
             return self._sessions.cohorts.form(group.sessions, now)
         return None

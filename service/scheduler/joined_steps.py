@@ -12,9 +12,10 @@ import numpy as np
 
 from unroll.service.core.errors import Cancelled, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.chunk import Group, GroupReply
+from unroll.service.scheduler.chunk import Chunk, Group, GroupReply
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.limits import ModelTraits
+from unroll.service.scheduler.reply import to_bytes
 from unroll.service.scheduler.session import OPEN, Owner, Session
 
 #: Per input: bytes per row, dtype, and the shape of all rows.
@@ -44,13 +45,15 @@ class OpenGroup(Group):
     """
 
     __slots__ = ("_layout", "deadlines", "listeners", "values")
+    opened: set[Session]
+    ending: set[Session]
 
     def __init__(self, layout: Layout, deadline: float) -> None:
         self._layout = layout
         self.values: list[bytes] = []
         self.deadlines: list[float] = []
         self.listeners: list[StepListener] = []
-        super().__init__([], slice(0), (), 1, deadline, partial(_answer, self.listeners))
+        super().__init__([], slice(0), (), 1, deadline, partial(_answer, self.listeners), opened=set(), ending=set())
 
     @property
     def owners(self) -> set[Owner]:
@@ -61,7 +64,11 @@ class OpenGroup(Group):
 
     def read(self, values: Sequence[bytes]) -> Tensors:
         """Decode rows of `values` into inputs, each (rows, 1, *shape)."""
-        block = np.frombuffer(b"".join(values), np.uint8).reshape(-1, sum([size for size, _, _ in self._layout]))
+        content = b"".join(values)
+        if len(self._layout) == 1:
+            _, dtype, shape = self._layout[0]
+            return (np.frombuffer(content, dtype).reshape(shape),)
+        block = np.frombuffer(content, np.uint8).reshape(len(values), -1)
         end, arrays = 0, []
         for size, dtype, shape in self._layout:
             begin, end = end, end + size
@@ -90,6 +97,9 @@ class JoinedSteps:
         now: float,
         deadline: float,
         listener: StepListener,
+        *,
+        opens: bool = False,
+        ends: bool = False,
     ) -> bool:
         """Queue the next step of a session.
 
@@ -97,6 +107,8 @@ class JoinedSteps:
             position: The position that the client specified, or None.
             step: The step's inputs, concatenated, of the right length.
             deadline: The time by which the step must start.
+            opens: The session was opened for this step, and is closed again if the step fails.
+            ends: The step closes its session, and is never retried.
 
         Returns:
             False if nothing was changed, and the step must be submitted as a chunk.
@@ -110,7 +122,7 @@ class JoinedSteps:
         ):
             return False
         group, durable = self.group, session.durable
-        if durable is not None and (durable.stale or not durable.token):
+        if durable is not None and (durable.stale or not durable.token or opens or ends):
             return False
         if group is None:
             self._room = self._most
@@ -133,10 +145,22 @@ class JoinedSteps:
         if deadline < group.deadline:
             group.deadline = deadline
         group.listeners.append(listener)
+        if opens:
+            group.opened.add(session)
+        if ends:
+            group.ending.add(session)
         if self.group is None:
             self.group = group
             self._lanes.put(group, now)  # not earlier: a fair queue needs the group's owner
         return True
+
+    def join_chunk(self, chunk: Chunk, session: Session, now: float, listener: StepListener) -> bool:
+        """Queue a chunk of one step of this session, see `join`."""
+        if chunk.final and chunk.pinned:  # its reply is kept for retries
+            return False
+        position, opens = chunk.start if chunk.pinned else None, chunk.opening is not None
+        step, deadline = to_bytes(chunk.inputs), chunk.deadline
+        return self.join(session, position, step, now, deadline, listener, opens=opens, ends=chunk.final)
 
     def close(self, now: float) -> None:
         """Close the group for the next batch. Steps with invalid values fail."""
@@ -202,11 +226,14 @@ class JoinedSteps:
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]
         self._admission.in_flight -= 1
         self._admission.waiting_steps -= 1
+        group.ending.discard(session)
         progress = session.own_progress
         if progress.pending is None and session.life is OPEN:
             progress.active = None  # not `rest`, which would count as use
         else:
             self._queues.advance(session, now)
+        if session in group.opened:
+            self._completion.close_unused(session, now)
         self._completion.renumber(session, now)
         return group.listeners.pop(row)
 

@@ -10,6 +10,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.batch import Batch, Indices
@@ -139,8 +141,7 @@ class Lanes:
             if self._drop(work, now) or not self._has_room(work, batch):
                 continue
             if isinstance(work, Group):
-                block = tuple([array.reshape(-1, *array.shape[2:]) for array in work.inputs])
-                batch.add(work, block, work.length, *_rows_of(work))
+                batch.add(work, work.inputs, work.length, *_rows_of(work))
             elif isinstance(work, Rollout):
                 steps = self.next_steps(work)
                 _add_piece(batch, work, work.take_inputs(steps), steps)
@@ -216,8 +217,8 @@ def _add_piece(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int) -> None:
 
 
 def _add(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int, source: int, target: int) -> None:
-    targets = [target]
-    batch.add(chunk, inputs, steps, targets if source == target else [source], targets)
+    targets, block = [target], tuple([array[np.newaxis] for array in inputs])
+    batch.add(chunk, block, steps, targets if source == target else [source], targets)
 
 
 def _begin_and_end(chunk: Chunk) -> tuple[int, int]:

@@ -128,6 +128,7 @@ class Loop:
             The chunk to pass to `leave` if the answer is no longer wanted: this one, or for a retry the accepted one.
             None if `then` has already been called with a remembered reply.
         """
+        self._refresh(chunk.session)
         now = self.clock.now()
         accepted = self.scheduler.submit(chunk, now, now + timeout)
         if isinstance(accepted, Reply):
@@ -143,10 +144,28 @@ class Loop:
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
-    def join(self, session: Session, position: int | None, step: bytes, timeout: float, listener: StepListener) -> bool:
-        """Add the next step of a session to the open group, see `JoinedSteps.join`."""
+    def join_chunk(self, chunk: Chunk, timeout: float, listener: StepListener) -> bool:
+        """Add a chunk of one step to the open group, see `Scheduler.join`."""
+        self._refresh(chunk.session)
         now = self.clock.now()
-        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener):
+        joins = self.scheduler.join(chunk, now, now + timeout, listener)
+        self._work.set()
+        return joins
+
+    def join(
+        self,
+        session: Session,
+        position: int | None,
+        step: bytes,
+        timeout: float,
+        listener: StepListener,
+        *,
+        ends: bool = False,
+    ) -> bool:
+        """Add the next step of a session to the open group, see `JoinedSteps.join`."""
+        self._refresh(session)
+        now = self.clock.now()
+        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, ends=ends):
             return False
         self._work.set()
         return True
@@ -247,6 +266,22 @@ class Loop:
             task.add_done_callback(self._committed)
 
     # ── durable sessions ─────────────────────────────────────────────────────────────────────────
+
+    def _refresh(self, session: Session | None) -> None:
+        """Update the copy of a session that other replicas update, too, if the store can be read at once.
+
+        A step on an old copy would run twice, because the store refuses the commit.
+        """
+        if session is None or (durable := session.durable) is None:
+            return
+        if not durable.checks or session.active is not None or durable.stale:
+            return
+        if self.scheduler.is_verified(session.id):
+            return
+        assert self.store is not None
+        durable.checks -= 1
+        if (record := self.store.newer((self.name, session.id), durable.token)) is not None:
+            self.scheduler.commits.update(session, record, self.engine.write)
 
     async def _commit(self, pending: Sequence[PendingCommit], batch_rows: int) -> None:
         """Write work that has run to the store, and complete it. Other batches run concurrently."""

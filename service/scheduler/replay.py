@@ -5,6 +5,7 @@ remembered and has the same payload. A session remembers its last `depth` chunks
 are rows of a table, which is written once per batch; all other chunks are kept with the session.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -13,7 +14,7 @@ from unroll.service.core.errors import PayloadMismatch, PositionGap, PositionToo
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits
-from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
+from unroll.service.scheduler.reply import Reply, payload_digest, to_bytes
 from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.state.step_table import StepTable
 from unroll.service.store.record import Kept, pack_last, pack_last_chunk
@@ -62,7 +63,7 @@ class ReplayCache:
     def remember(
         self, session: Session, start: int, inputs: Tensors, outputs: Tensors, *, closes: bool = False
     ) -> bool:
-        """Remember the chunk that the session has just applied. A single step must already be in the table.
+        """Remember the chunk that the session has just applied.
 
         Args:
             start: Position of the chunk's first step.
@@ -71,16 +72,22 @@ class ReplayCache:
         Returns:
             False if there is no room for the reply. A retry is then recognised but refused.
         """
-        if len(inputs[0]) == 1 and self.has_row(session) and not closes:
-            self._replace(session, None)
+        if len(inputs[0]) == 1 and not closes and self.remember_step(session):
             return True
         before = session.applied or ()
         self._replace(session, before[max(0, len(before) + 1 - session.depth) :])
-        reply = Reply(outputs, session.position)
-        fits = self._has_room(reply.nbytes)
-        applied = AppliedChunk(start, payload_digest(inputs), reply.copy() if fits else None)
-        self._replace(session, (*(session.applied or ()), applied))
+        fits = self._has_room(sum([array.nbytes for array in outputs]))
+        content = to_bytes(outputs) if fits else b""
+        chunk = Kept(start, session.position - start, payload_digest(inputs), content)
+        self._replace(session, (*(session.applied or ()), chunk))
         return fits
+
+    def remember_step(self, session: Session) -> bool:
+        """Remember the single step that the session has just applied, if the table has it."""
+        if not self.has_row(session):
+            return False
+        self._replace(session, None)
+        return True
 
     def has_row(self, session: Session) -> bool:
         """Whether the table has the session's single steps, so that there is always room for the reply."""
@@ -92,7 +99,7 @@ class ReplayCache:
     def adopt(self, session: Session, kept: Iterable[Kept]) -> None:
         """Remember the chunks from a session's record, as far as there is room."""
         self._replace(session, ())
-        self._replace(session, tuple(self.read(chunk) for chunk in kept if self._has_room(len(chunk.outputs))))
+        self._replace(session, tuple([chunk for chunk in kept if self._has_room(len(chunk.outputs))]))
 
     def set_depth(self, session: Session, depth: int) -> None:
         """Keep the session's last `depth` chunks for retries."""
@@ -127,19 +134,19 @@ class ReplayCache:
             raise PayloadMismatch("the chunk was applied without ending the session", expected=expected)
         return reply
 
-    def applied_chunks(self, session: Session) -> tuple[AppliedChunk, ...]:
+    def applied_chunks(self, session: Session) -> tuple[Kept, ...]:
         """The session's remembered chunks, latest last."""
         if session.applied is not None:
             return session.applied
         assert self._steps is not None
-        reply = Reply(self._steps.outputs(session.slot), session.position)
-        return (AppliedChunk(session.position - 1, payload_digest(self._steps.inputs(session.slot)), reply),)
+        digest = payload_digest(self._steps.inputs(session.slot))
+        return (Kept(session.position - 1, 1, digest, to_bytes(self._steps.outputs(session.slot))),)
 
     def last_outputs(self, session: Session) -> Tensors | None:
         """A copy of the last chunk's outputs; None if they were not kept."""
         applied = self.applied_chunks(session)
-        reply = applied[-1].reply if applied else None
-        return reply.copy().outputs if reply is not None and reply.position == session.position else None
+        last = applied[-1] if applied else None
+        return self._tensors(last) if last and last.outputs and last.start + last.steps == session.position else None
 
     def _reply_to(self, session: Session, chunk: Chunk) -> Reply | None:
         position = chunk.start
@@ -154,42 +161,41 @@ class ReplayCache:
             if applied.start == position:
                 if applied.digest != payload_digest(chunk.inputs):
                     raise _mismatch(session, position)
-                if applied.reply is None:
+                if not applied.outputs:
                     raise PositionTooOld(
                         f"the chunk at {position} was applied, and its reply was too large to keep; "
                         f"the session is at {session.expected}",
                         expected=session.expected,
                     )
-                return applied.reply
+                return self.reply_of(applied)
         return None
 
     # ── records ──────────────────────────────────────────────────────────────────────────────────
 
     def kept(self, session: Session) -> tuple[Kept, ...]:
         """The session's remembered chunks, in record form."""
-        return _kept(self.applied_chunks(session))
+        return _with_reply(self.applied_chunks(session))
 
     def last_after(self, session: Session, chunk: Chunk, outputs: Tensors) -> bytes:
         """The record's `last` field after the session has applied the chunk."""
-        content, depth = _bytes(outputs), session.depth
+        content, depth = to_bytes(outputs), session.depth
         fits = len(content) <= self._largest
         if depth == 1 and fits:
             return pack_last_chunk(chunk.start, chunk.length, payload_digest(chunk.inputs), content)
-        before = _kept(session.applied or ()) if depth > 1 else ()
+        before = _with_reply(session.applied or ()) if depth > 1 else ()
         if not fits:
             return pack_last(depth, before[max(0, len(before) + 1 - depth) :])
         new = Kept(chunk.start, chunk.length, payload_digest(chunk.inputs), content)
         return pack_last(depth, (*before, new)[-depth:])
 
-    def read(self, kept: Kept) -> AppliedChunk:
-        """Convert a chunk from its form in a record."""
-        return AppliedChunk(kept.start, kept.digest, Reply(self._tensors(kept), kept.start + kept.steps))
+    def reply_of(self, kept: Kept) -> Reply:
+        return Reply(self._tensors(kept), kept.start + kept.steps)
 
     def _tensors(self, kept: Kept) -> Tensors:
         arrays, begin = [], 0
         for spec in self._outputs:
             shape = (kept.steps, *spec.shape) if spec.time else spec.shape
-            array = np.frombuffer(kept.outputs, spec.numpy, int(np.prod(shape)), begin).reshape(shape)
+            array = np.frombuffer(kept.outputs, spec.numpy, math.prod(shape), begin).reshape(shape)
             begin += array.nbytes
             arrays.append(array)
         return tuple(arrays)
@@ -199,16 +205,16 @@ class ReplayCache:
     def _has_room(self, size: int) -> bool:
         return size <= self._largest and self.kept_bytes + size <= self._limit
 
-    def _replace(self, session: Session, applied: tuple[AppliedChunk, ...] | None) -> None:
+    def _replace(self, session: Session, applied: tuple[Kept, ...] | None) -> None:
         if session.applied:
-            self.kept_bytes -= sum([chunk.nbytes for chunk in session.applied])
+            self.kept_bytes -= sum([len(chunk.outputs) for chunk in session.applied])
         if applied:
-            self.kept_bytes += sum([chunk.nbytes for chunk in applied])
+            self.kept_bytes += sum([len(chunk.outputs) for chunk in applied])
         session.applied = applied
 
     def check_invariants(self, sessions: Iterable[Session]) -> None:
         """Raises AssertionError if `kept_bytes` differs from the replies that these sessions keep."""
-        kept = sum(chunk.nbytes for session in sessions for chunk in session.applied or ())
+        kept = sum(len(chunk.outputs) for session in sessions for chunk in session.applied or ())
         assert kept == self.kept_bytes <= self._limit, f"{self.kept_bytes} bytes of {kept} are counted"
 
 
@@ -222,7 +228,7 @@ def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
             return work
         if isinstance(work, Group) and session.position == position:
             row = work.sessions.index(session)
-            if chunk.final or not _same(work.inputs_of(row), chunk.inputs):
+            if chunk.final != (session in work.ending) or not _same(work.inputs_of(row), chunk.inputs):
                 raise _mismatch(session, position)
             chunk.running = True
             work.followers.append((row, chunk))
@@ -240,13 +246,5 @@ def _mismatch(session: Session, position: int) -> PayloadMismatch:
     return PayloadMismatch(f"position {position} was already consumed with another payload", expected=session.expected)
 
 
-def _kept(chunks: Iterable[AppliedChunk]) -> tuple[Kept, ...]:
-    return tuple(
-        Kept(chunk.start, reply.position - chunk.start, chunk.digest, _bytes(reply.outputs))
-        for chunk in chunks
-        if (reply := chunk.reply) is not None
-    )
-
-
-def _bytes(outputs: Tensors) -> bytes:
-    return outputs[0].tobytes() if len(outputs) == 1 else b"".join([array.tobytes() for array in outputs])
+def _with_reply(chunks: Iterable[Kept]) -> tuple[Kept, ...]:
+    return tuple([chunk for chunk in chunks if chunk.outputs])

@@ -1,10 +1,9 @@
-"""Replies to chunks, and applied chunks, which are kept to answer retries."""
+"""Replies to chunks, and the digests that identify retries."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
-
-import numpy as np
 
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
@@ -27,10 +26,6 @@ class Reply:
     position: int
     kept: bool = True
 
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.outputs)
-
     def copy(self) -> "Reply":
         return Reply(tuple(array.copy() for array in self.outputs), self.position)
 
@@ -38,20 +33,8 @@ class Reply:
 Outcome = Reply | UnrollError
 
 
-@dataclass(frozen=True, slots=True)
-class AppliedChunk:
-    """A chunk that a session has consumed.
-
-    start: position of the first step. digest: payload digest, which identifies a retry. reply: None if it was not kept.
-    """
-
-    start: int
-    digest: bytes
-    reply: Reply | None
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.reply is None else self.reply.nbytes
+def to_bytes(tensors: Tensors) -> bytes:
+    return tensors[0].tobytes() if len(tensors) == 1 else b"".join([array.tobytes() for array in tensors])
 
 
 def payload_digest(inputs: Tensors) -> bytes:
@@ -62,11 +45,11 @@ def payload_digest(inputs: Tensors) -> bytes:
     return digest.digest()
 
 
-def payload_digests(rows: np.ndarray) -> list[bytes]:
-    """`payload_digest` of each row; rows: concatenated values, (payloads, bytes), uint8."""
+def payload_digests(payloads: Iterable[bytes]) -> list[bytes]:
+    """`payload_digest` of each payload; payloads: concatenated values."""
     digests = []
-    for row in rows:
+    for payload in payloads:
         digest = _NOTHING.copy()
-        digest.update(row)
+        digest.update(payload)
         digests.append(digest.digest())
     return digests

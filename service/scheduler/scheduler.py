@@ -41,7 +41,7 @@ from unroll.service.scheduler.commits import Commits
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
-from unroll.service.scheduler.joined_steps import JoinedSteps, OpenGroup
+from unroll.service.scheduler.joined_steps import JoinedSteps, OpenGroup, StepListener
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
@@ -74,7 +74,7 @@ class Scheduler:
         spill: Callable[[Session, bool], bool] = lambda session, at_cost: False,
     ) -> None:
         self.traits = traits
-        self._is_verified = is_verified
+        self.is_verified = is_verified
         self.limits = limits
         self.counters = Counters()
         self.rollouts = Rollouts(limits, self.counters)
@@ -137,8 +137,7 @@ class Scheduler:
             NeedsStoreLookup: The session must first be looked up in the store.
             In each case nothing has changed.
         """
-        chunk.deadline = deadline
-        session = chunk.session
+        chunk.deadline, session = deadline, chunk.session
         if session is None:
             if chunk.opening is None:
                 self._admission.admit(chunk, self._lanes.next_steps(chunk), now)
@@ -152,6 +151,7 @@ class Scheduler:
             chunk.start = progress.expected
         elif chunk.start != progress.expected:
             self.joined.check(session, now)
+            self.sessions.require_open(session, now)  # a failed step closes the session that it opened
             if chunk.start != progress.expected:
                 return self._recognise(session, chunk)
         self._admission.admit(chunk, self._lanes.next_steps(chunk), now)
@@ -159,14 +159,21 @@ class Scheduler:
         self._queues.add(progress, chunk, now)
         return chunk
 
+    def join(self, chunk: Chunk, now: float, deadline: float, listener: StepListener) -> bool:
+        """Add a chunk of one step to the open group; False if it must be submitted. Raises like `submit`."""
+        chunk.deadline = deadline
+        if chunk.session is None:
+            assert chunk.opening is not None
+            chunk.session = self._open_with(chunk, chunk.opening, now)
+        return self.joined.join_chunk(chunk, chunk.session, now, listener)
+
     def replay_closing(self, session_id: str, chunk: Chunk, now: float) -> Reply | None:
         """The reply to the chunk that closed the session, if `chunk` is a retry."""
         if not chunk.final or not chunk.pinned:
             return None
-        reply = self.sessions.closed.reply_to(session_id, chunk.start, chunk.inputs, now)
-        if reply is not None:
-            self.counters.replayed += 1
-        return reply
+        last = self.sessions.closed.closing_chunk(session_id, chunk.start, chunk.inputs, now)
+        self.counters.replayed += last is not None
+        return None if last is None else self.replay.reply_of(last)
 
     def submit_action(self, session: Session, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the chunks that the session has accepted so far.
@@ -314,7 +321,7 @@ class Scheduler:
 
         Raises NeedsStoreLookup instead, unless the local copy of the session is verified.
         """
-        certain = session.durable is None or self._is_verified(session.id)
+        certain = session.durable is None or self.is_verified(session.id)
         try:
             known = self.replay.recognise(session, chunk)
         except SessionError:

@@ -9,8 +9,7 @@ import numpy as np
 from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.recency import Used
-from unroll.service.scheduler.reply import AppliedChunk
-from unroll.service.store.record import Origin
+from unroll.service.store.record import Kept, Origin
 
 #: The unit of fairness between clients: a tenant; without keys, the number of a stream, or 0 for HTTP.
 Owner = str | int
@@ -61,11 +60,14 @@ class Durable:
     Attributes:
         token: Token of the last commit, which the next commit must name; empty before the first.
         stale: The store may have another state, so the session must be looked up before its next use.
+        checks: Before how many of the next steps to compare the copy with the store, if that is possible at once. Not 0
+            if another replica has updated the session recently.
     """
 
     origin: bytes
     token: bytes = b""
     stale: bool = False
+    checks: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +116,7 @@ class Session(Used):
     progress: Progress | None
     depth: int = 1
     life: Life = Life.OPEN
-    applied: tuple[AppliedChunk, ...] | None = ()
+    applied: tuple[Kept, ...] | None = ()
     opened_with: bytes = b""
     cohort: "Cohort | None" = None
     origin: Origin | None = None

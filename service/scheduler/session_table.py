@@ -31,10 +31,9 @@ from unroll.service.scheduler.closed_sessions import ClosedSessions
 from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.recency import Recency
-from unroll.service.scheduler.reply import AppliedChunk
 from unroll.service.scheduler.session import OPEN, Cohort, Durable, Life, Progress, Session
 from unroll.service.state.slots import INITIAL, Slots
-from unroll.service.store.record import Origin
+from unroll.service.store.record import Kept, Origin
 
 #: How many sessions to examine for one that can give up its row.
 _MOST_LOOKED_AT = 1000
@@ -134,7 +133,7 @@ class SessionTable:
     def check_room(self) -> None:
         """Raises CapacityExhausted if no session can be opened now."""
         if self.slots.taken == self.slots.count and all(entry.active is not None for entry in self._recency):
-            raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
+            raise CapacityExhausted(f"all sessions have work in progress; the capacity is {self.limits.capacity}")
 
     def find_detached(self, session_id: str, now: float) -> Session:
         """The open session with this id, detached from its cohort.
@@ -184,7 +183,7 @@ class SessionTable:
         cause: type[SessionGone],
         now: float,
         opened_with: bytes,
-        last: AppliedChunk | None = None,
+        last: Kept | None = None,
     ) -> None:
         """Add a tombstone for a session that ended elsewhere, unless one with this id is open here."""
         if session_id not in self._live:
@@ -216,7 +215,7 @@ class SessionTable:
 
     # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 
-    def close(self, session: Session, now: float, last: AppliedChunk | None = None, *, running: bool = False) -> None:
+    def close(self, session: Session, now: float, last: Kept | None = None, *, running: bool = False) -> None:
         """Close a session.
 
         Args:
@@ -266,7 +265,7 @@ class SessionTable:
                 return
             others_fit = False
         reason = " or belong to other tenants" if tenant else ""
-        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{reason}")
+        raise CapacityExhausted(f"all sessions have work in progress{reason}; the capacity is {self.limits.capacity}")
 
     def _lose(self, session: Session, cause: type[SessionGone], now: float) -> None:
         self._take_out(session, "end")

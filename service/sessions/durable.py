@@ -294,19 +294,21 @@ class DurableSessions(MemorySessions):
         self, name: str, version: str | None, session_id: str
     ) -> tuple[tuple[ServedModel, Session] | Record, int]:
         closed, position = await super().close(name, version, session_id)
-        if not (closed.token if isinstance(closed, Record) else closed[1].durable):
+        if isinstance(closed, Record):
+            if closed.token:
+                position = await self._close_stored(name, session_id, closed.origin.to_bytes())
             return closed, position
-        position = await self._close_stored(name, session_id)
-        if not isinstance(closed, Record):
-            served, session = closed
+        served, session = closed
+        if session.durable is not None:
+            position = await self._close_stored(name, session_id, session.durable.origin)
             now = served.loop.clock.now()
             if served.scheduler.sessions.get_detached(session_id, now) is session:
                 served.scheduler.close(session, now)
         return closed, position
 
-    async def _close_stored(self, name: str, session_id: str) -> int:
+    async def _close_stored(self, name: str, session_id: str, origin: bytes) -> int:
         """Close the session in the store. Returns its final position, which another replica may have reached."""
-        position = await self._store.close((name, session_id))
+        position = await self._store.close((name, session_id), origin)
         if position is None:
             await self.verified(name, session_id, lambda: self.directory.find(name, None, session_id))
             raise contended(session_id)  # another session has been opened with this id

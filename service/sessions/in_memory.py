@@ -124,7 +124,7 @@ class MemorySessions:
         tables = [model.scheduler.sessions.of_tenants for model in self.directory.versions]
         count = sum(table[tenant] for table in (*tables, self.directory.spilled.of_tenants, self._opening))
         if count >= quota.sessions:
-            raise QuotaExceeded(f"tenant {tenant!r} has reached its limit of {quota.sessions} sessions: close some")
+            raise QuotaExceeded(f"tenant {tenant!r} has reached its limit of sessions, {quota.sessions}: close some")
 
     async def fork(self, name: str, version: str | None, session_id: str, new: NewId) -> tuple[ServedModel, Session]:
         """Open a second session that continues from the state after the work accepted so far."""

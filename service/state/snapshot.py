@@ -64,7 +64,11 @@ class Snapshot:
         model, position, size = _FIELDS.unpack_from(body, HEADER_BYTES)
         if model.hex() != digest:
             raise ModelChanged("the snapshot was taken from another model or version")
-        row = np.frombuffer(body, "<f4", offset=_ROW)
-        if size != row.size or size != state_size or position > _MAX_POSITION or not np.isfinite(row).all():
+        fits = size == state_size and len(body) == _ROW + 4 * size
+        if (
+            not fits
+            or position > _MAX_POSITION
+            or not np.isfinite(row := np.frombuffer(body, "<f4", offset=_ROW)).all()
+        ):
             raise SnapshotInvalid("the snapshot is inconsistent, or does not match the model's state row")
         return cls(digest, position, row)

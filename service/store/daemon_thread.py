@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
@@ -14,14 +14,14 @@ class DaemonThread:
     """Runs calls one at a time, in order."""
 
     def __init__(self, name: str) -> None:
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         Thread(target=self._run, name=name, daemon=True).start()
 
     def call(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Run `work` in the thread. A call that is cancelled before its turn is skipped."""
-        future: Future[T] = Future()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._calls.put((future, work))
-        return asyncio.wrap_future(future)
+        return future
 
     def end(self) -> None:
         self._calls.put(None)
@@ -29,8 +29,21 @@ class DaemonThread:
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             future, work = call
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except BaseException as error:  # noqa: BLE001 the caller receives it
-                    future.set_exception(error)
+            if future.cancelled():
+                continue
+            result = error = None
+            try:
+                result = work()
+            except BaseException as raised:  # noqa: BLE001 the caller receives it
+                error = raised
+            with suppress(RuntimeError):  # the event loop has ended
+                future.get_loop().call_soon_threadsafe(_answer, future, result, error)
+
+
+def _answer(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():  # cancelled
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

@@ -2,10 +2,10 @@
 
 LMDB holds one entry per session, under MODEL/SESSION. Integers are little-endian.
 
-header   see `envelope.py`: magic "UNRE", format version 1, tag: 0 session, 1 closed, 2 expired; 1 and 2 are traces
+header   see `envelope.py`: magic "UNRE", format version 2, tag: 0 session, 1 closed, 2 expired; 1 and 2 are traces
 then     expires f64, the end of the session or trace; token 16 bytes; length of the name u16, the name
 body     session: the record as in `record.py`; trace: position u64, origin, last
-end      BLAKE2b-128 of all preceding bytes
+end      CRC-32 of all preceding bytes; in version 1, which is still read, BLAKE2b-128
 
 Times are seconds on the store's own clock, which stops while the machine is off, and never jumps.
 """
@@ -14,7 +14,7 @@ import hashlib
 import math
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from unroll.service.core.errors import SessionClosed, SessionExpired, SnapshotInvalid
@@ -26,11 +26,12 @@ from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, unpa
 POSITION = struct.Struct("<Q")
 SESSION, CLOSED, EXPIRED = range(3)
 
-_ENTRY = struct.Struct("<d16sH")
-_ENVELOPE = Envelope(b"UNRE", 1, "a session of the store", _ENTRY.size, tags=3)
+_ENTRY, _TOKEN = struct.Struct("<d16sH"), struct.Struct("<Bxd16s")
+_ENVELOPE = Envelope(b"UNRE", 2, "a session of the store", _ENTRY.size, tags=3, crc=True)
+_FIRST = replace(_ENVELOPE, version=1, crc=False)
 _HEADERS = tuple(map(_ENVELOPE.header, (SESSION, CLOSED, EXPIRED)))
 _NAME = HEADER_BYTES + _ENTRY.size
-_TAG = 6
+_VERSION, _TAG = 4, 6
 
 #: LMDB's limit of keys, in bytes. The key of a longer name is a part of the name and a hash.
 _MOST_KEY, _KEPT_OF_NAME = 511, 400
@@ -38,7 +39,7 @@ _MOST_KEY, _KEPT_OF_NAME = 511, 400
 CLOCK, TIME = b"\0clock", struct.Struct("<16sdd")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
     """A stored entry. Reading its body verifies the checksum."""
 
@@ -65,7 +66,8 @@ class Entry:
 
     def body(self) -> bytes:
         """Raises SnapshotInvalid if the entry is damaged."""
-        return _ENVELOPE.unseal(self.content)[_NAME + len(self.name) :]
+        envelope = _FIRST if self.content[_VERSION:_TAG] == b"\x01\0" else _ENVELOPE
+        return envelope.unseal(self.content)[_NAME + len(self.name) :]
 
     def record(self) -> Record:
         """The record of a session. Raises SnapshotInvalid if the entry is damaged."""
@@ -105,8 +107,8 @@ def token_of(content: Any, now: float) -> tuple[bytes, bool]:
     """The token of an entry, and whether the entry is an open session. Does not copy the content."""
     if len(content) < _NAME:
         return bytes(16), True
-    expires, token, _ = _ENTRY.unpack_from(content, HEADER_BYTES)
-    return token, expires > now and content[_TAG] == SESSION
+    tag, expires, token = _TOKEN.unpack_from(content, _TAG)
+    return token, expires > now and tag == SESSION
 
 
 def expiry(content: Any) -> float:

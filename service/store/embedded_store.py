@@ -3,7 +3,7 @@
 The folder is an LMDB database (`lmdb_folder.py`) with one entry per session (`embedded_entry.py`).
 
 A thread reads and writes, so the event loop never waits for the disk. Calls that arrive while it is busy share its next
-transaction, in order; each succeeds or fails by itself.
+transaction, in order; each succeeds or fails by itself. The exception is `newer`, for records that are in memory.
 """
 
 import asyncio
@@ -134,8 +134,15 @@ class EmbeddedStore:
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         return await self._exchanges.ask_one(_Call(partial(self._load_all, keys), reads=True))
 
-    async def close(self, key: Key) -> int | None:
-        return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next())))
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        """Not in the thread: sessions are compared that other processes update, so their records are in memory."""
+        if (content := self._folder.get_at_once(place_of(name_of(key)))) is None:
+            return None
+        its_token, is_living = token_of(content, self._now())
+        return _intact(content) if is_living and its_token != token else None
+
+    async def close(self, key: Key, origin: bytes = b"") -> int | None:
+        return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), origin, self._tokens.next())))
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
         return await self._exchanges.ask_one(_Call(partial(self._take, name_of(key), token, attempt)))
@@ -264,7 +271,9 @@ class EmbeddedStore:
         except SnapshotInvalid as error:
             return error
 
-    def _close(self, name: bytes, token: bytes, transaction: Any, now: float) -> int | UnrollError | None:
+    def _close(
+        self, name: bytes, origin: bytes, token: bytes, transaction: Any, now: float
+    ) -> int | UnrollError | None:
         place = place_of(name)
         held = Entry.at(transaction, place)
         if held is None or not held.is_living(now):
@@ -273,6 +282,8 @@ class EmbeddedStore:
         if trace is None:
             transaction.delete(place)
             return SnapshotInvalid("the stored session was damaged; it is removed")
+        if origin not in (b"", trace[POSITION.size :]):
+            return None
         body = trace + pack_last(1, ())
         transaction.put(place, pack_entry(name, CLOSED, now + self._config.tombstone_life, token, body))
         return POSITION.unpack_from(trace)[0]

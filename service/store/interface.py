@@ -123,8 +123,14 @@ class Store(Pages, Protocol):
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         """`load` for many sessions in one exchange. A record that cannot be read is replaced by its error."""
 
-    async def close(self, key: Key) -> int | None:
-        """Close a session, whatever its token. Returns its position, or None if there is none."""
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        """The record, if the store can read it at once and its token is another one. None tells nothing."""
+
+    async def close(self, key: Key, origin: bytes = b"") -> int | None:
+        """Close a session, whatever its token. Returns its position, or None if there is none.
+
+        origin: only the session with this origin, not another that was opened with its id since. Empty: any.
+        """
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
         """Remove a record without a tombstone if it has this token; the caller then owns the session.
@@ -150,3 +156,8 @@ class Tokens:
 
     def next(self) -> bytes:
         return self._process + next(self._count).to_bytes(8, "little")
+
+    def take(self, count: int) -> list[bytes]:
+        """The next `count` tokens."""
+        process = self._process
+        return [process + number.to_bytes(8, "little") for number in itertools.islice(self._count, count)]

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import lmdb
@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
+#: The format of the entries, and those that are read. A server that reads only format 1 refuses the folder.
+FORMAT, _READ = 2, (1, 2)
 #: Address space, neither memory nor disk. It grows by doubling.
 MAP_BYTES = 16 * 2**30
 #: Maximum number of concurrent readers, over all processes.
@@ -49,7 +51,7 @@ _NETWORK |= {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "virtio
 
 
 class LmdbFolder:
-    """One open database. Used by one thread at a time.
+    """One open database. Used by one thread at a time, except for `get_at_once`.
 
     Args:
         folder: Created if it does not exist.
@@ -68,6 +70,7 @@ class LmdbFolder:
         self._map_bytes = map_bytes
         self._held: Any = None  # a reader of the state in `synced`, which protects its pages
         self._marked = -1  # the last transaction of that state
+        self._map_lock = Lock()  # the map must not move while another thread reads it
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _refuse_other_machines(folder)
@@ -129,9 +132,22 @@ class LmdbFolder:
         with transaction:
             yield transaction
 
+    def get_at_once(self, place: bytes) -> bytes | None:
+        """The last commit's value, for any thread. None if there is none, or if it cannot be read at once."""
+        if not self._map_lock.acquire(blocking=False):
+            return None
+        try:
+            with self._environment.begin() as transaction:
+                return transaction.get(place)
+        except lmdb.Error:
+            return None
+        finally:
+            self._map_lock.release()
+
     def _resize(self, size: int) -> None:
         self._release()
-        self._environment.set_mapsize(size)
+        with self._map_lock:
+            self._environment.set_mapsize(size)
         self.mark()
 
     # ── the disk ─────────────────────────────────────────────────────────────────────────────────
@@ -185,7 +201,8 @@ class LmdbFolder:
     def close(self) -> None:
         self.mark(closing=True)
         self._release()
-        self._environment.close()
+        with self._map_lock:
+            self._environment.close()
         os.close(self._lock)
 
     def _meta_pages(self) -> bytes:
@@ -202,7 +219,7 @@ class LmdbFolder:
 
     def _join(self) -> None:
         """Check compatibility with the processes that have the folder open. If there are none, recover it."""
-        ours = {"format": 1, "boot": boot(), "namespace": namespace(), "sync": self.sync}
+        ours = {"format": FORMAT, "boot": boot(), "namespace": namespace(), "sync": self.sync}
         path = self.folder / "host.json"
         while True:
             if self._is_alone():
@@ -227,8 +244,10 @@ class LmdbFolder:
     def _prepare(self, before: dict[str, Any] | None) -> None:
         """Recover the folder if the machine has crashed since its last use."""
         data, synced = self.folder / "data.mdb", self.folder / "synced"
-        if before is not None and before["format"] != 1:
-            raise StoreUnavailable(f"the store {self.folder} has format {before['format']}; this server reads 1", 0)
+        if before is not None and before["format"] not in _READ:
+            raise StoreUnavailable(
+                f"the store {self.folder} has format {before['format']}; this server reads formats 1 and {FORMAT}", 0
+            )
         if before is not None and has_crashed(before) and data.exists():
             if synced.exists():
                 put_back(data, synced)
@@ -314,6 +333,8 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
         return "another machine has it open; a folder serves the processes of one machine"
     if ours["namespace"] != theirs["namespace"]:
         return "a process of another container has it open; use --workers in one container instead"
+    if ours["format"] != theirs["format"]:
+        return "a server of another version has it open; stop it first"
     return f"with --store-sync {theirs['sync']}; all processes need the same"
 
 

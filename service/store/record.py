@@ -40,9 +40,16 @@ def current_durability(name: Any) -> Any:
     return _FORMERLY.get(name, name) if isinstance(name, str) else name
 
 
-@dataclass(frozen=True, slots=True)
+# Never changed, but not frozen: that would make their creation, which a step may wait for, take four times as long.
+
+
+@dataclass(slots=True)
 class Kept:
-    """An applied chunk, kept for retries: position before it, time steps, payload digest, output bytes."""
+    """An applied chunk, kept for retries.
+
+    start: position before it. steps: time steps. digest: payload digest, which identifies a retry. outputs: its reply,
+    concatenated; empty if there was no room to keep it.
+    """
 
     start: int
     steps: int
@@ -50,7 +57,7 @@ class Kept:
     outputs: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Origin:
     """The part of a session that never changes.
 
@@ -78,7 +85,7 @@ class Origin:
         return cls(model.hex(), DURABILITIES[durability], born, opened_with if any(opened_with) else b"")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """A session.
 
@@ -165,8 +172,13 @@ def pack_steps(
     records["row"] = np.ascontiguousarray(rows).view(records.dtype["row"])[:, 0]
     records["digest"] = np.frombuffer(b"".join(digests), records.dtype["digest"])
     records["outputs"] = outputs.view(records.dtype["outputs"])[:, 0]
-    content, size = records.tobytes(), records.itemsize
-    return [content[begin : begin + size] for begin in range(0, len(content), size)]
+    return split_rows(records)
+
+
+def split_rows(rows: np.ndarray) -> list[bytes]:
+    """The bytes of each row of a contiguous array."""
+    content: list[bytes] = rows.reshape(len(rows), -1).view(f"V{rows[0].nbytes}")[:, 0].tolist()
+    return content
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import hiredis
 from redis.asyncio import Connection, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import parse_url
@@ -70,6 +71,8 @@ class _Packing:
     _packer = HiredisRespSerializer()
 
     def pack_command(self, *args: Any) -> list[bytes]:
+        if args[0] == "EVALSHA":  # whose many words need no conversion
+            return [hiredis.pack_command(args)]
         return self._packer.pack(*args)
 
 

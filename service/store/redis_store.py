@@ -44,47 +44,54 @@ _log = structlog.get_logger(__name__)
 _EXCHANGES = 2
 #: Maximum calls and bytes per run of the script, because Redis does nothing else while it runs.
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
-#: `expected` of a call that accepts any token.
-_ANY = b"*"
 #: Seconds between attempts at the start, for an answer to one, and between checks of the eviction policy.
 _ATTEMPT_SECONDS, _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 5.0, 60.0
 
-# Unused and unknown arguments are empty. The first write of a session carries its `origin`. A refused write returns the
-# state. `finish` returns the position if it closed the session. It succeeds without memory for a tombstone, except for
-# a step, since the tombstone has the step's reply. The SET before the calls only makes a read-only replica, which may
+# A call is one word: function, expected token, token, content. A missing token is zeros. `b` writes a session's first
+# record. A refused write returns the state. `f` and `c` return the position if they closed the session: `f` after a
+# step; `c` in any state, if it has the given origin or none is given. `c` succeeds without memory for a tombstone; `f`
+# does not, since the tombstone has the step's reply. The SET before the calls only makes a read-only replica, which may
 # be stale, refuse all calls.
 _SCRIPT = """
-local call, does = redis.call, {}
-function does.write(state, gone, expected, token, record, position, origin)
+local call, does, sub, none = redis.call, {}, string.sub, string.rep('\\0', 16)
+function does.w(state, gone, expected, token, word, begins)
   local held = call('GETRANGE', state, 0, 15)
   if held == token then return 1 end
   if held ~= expected then return call('GET', state) end
-  call('SET', state, token .. record%(idle)s)
-  if origin ~= '' then
-    call('SET', gone, 'e' .. string.rep('\\0', 24) .. origin%(both)s)
+  call('SET', state, sub(word, 18)%(idle)s)
+  if begins then
+    call('SET', gone, 'e' .. string.rep('\\0', 24) .. sub(word, 34, 105)%(both)s)
 %(longer)s
   end
   return 1
 end
-function does.finish(state, gone, expected, token, last, position, origin)
+function does.b(state, gone, expected, token, word)
+  return does.w(state, gone, expected, token, word, true)
+end
+function does.f(state, gone, expected, token, word)
   if call('GETRANGE', gone, 1, 16) == token then return call('GETRANGE', gone, 17, 24) end
-  local held = call('GETRANGE', state, 0, 15)
-  if held ~= expected and (expected ~= '*' or held == '') then return false end
-  if origin == '' then
-    position, origin = call('GETRANGE', state, 88, 95), call('GETRANGE', state, 16, 87)
-  end
-  local kept = redis.pcall('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  if call('GETRANGE', state, 0, 15) ~= expected then return false end
+  call('SET', gone, 'c' .. sub(word, 18), 'PX', %(tombstone)d)
+  call('DEL', state)
+  return sub(word, 34, 41)
+end
+function does.c(state, gone, expected, token, word)
+  if call('GETRANGE', gone, 1, 16) == token then return call('GETRANGE', gone, 17, 24) end
+  local held, meant = call('GETRANGE', state, 0, 95), sub(word, 42)
+  local origin, position = sub(held, 17, 88), sub(held, 89)
+  if held == '' or (meant ~= '' and meant ~= origin) then return false end
+  local kept = redis.pcall('SET', gone, 'c' .. token .. position .. origin .. sub(word, 34, 41), 'PX', %(tombstone)d)
   if kept.err then
-    if expected ~= '*' or not string.find(kept.err, 'OOM') then return kept end
+    if not string.find(kept.err, 'OOM') then return kept end
     call('DEL', gone)
   end
   call('DEL', state)
   return position
 end
-function does.load(state, gone)
+function does.l(state, gone)
   return {call('GET', state), call('GET', gone)}
 end
-function does.take(state, gone, expected, token)
+function does.t(state, gone, expected, token)
   if call('GETRANGE', gone, 0, 16) == 't' .. token then return 1 end
   if call('GETRANGE', state, 0, 15) ~= expected then return 0 end
   call('DEL', state, gone)
@@ -94,8 +101,10 @@ end
 local able = redis.pcall('SET', KEYS[1] .. ':never', '', 'XX')
 if able and able.err and string.find(able.err, 'READONLY') then return able end
 local replies = {}
-for i = 1, #KEYS / 2 do
-  local good, reply = pcall(does[ARGV[6 * i - 5]], KEYS[2 * i - 1], KEYS[2 * i], unpack(ARGV, 6 * i - 4, 6 * i))
+for i, word in ipairs(ARGV) do
+  local state, gone, expected, token = KEYS[2 * i - 1], KEYS[2 * i], sub(word, 2, 17), sub(word, 18, 33)
+  if expected == none then expected = '' end
+  local good, reply = pcall(does[sub(word, 1, 1)], state, gone, expected, token, word)
   if not good and type(reply) ~= 'table' then reply = redis.error_reply(reply) end
   replies[i] = reply
 end
@@ -105,16 +114,13 @@ return replies
 _LONGER = """  elseif call('PTTL', gone) < %d then
     call('PEXPIRE', gone, %d)"""
 
+_WRITE, _BEGIN, _FINISH, _CLOSE, _LOAD, _TAKE = b"w", b"b", b"f", b"c", b"l", b"t"
 _CLOSED, _TAKEN = b"c", b"t"
 _TOKEN = 16
-#: Index of the longest argument of a call.
-_CONTENT = 3
-#: The arguments of a function: expected, token, content, position, origin.
-_NO_WORDS = (b"",) * 5
+_NO_TOKEN = bytes(_TOKEN)
 
-
-#: A call of a function in the script: the keys and the arguments.
-_Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
+#: A call of a function in the script: the keys and the word.
+_Call = tuple[tuple[bytes, bytes], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +179,7 @@ class RedisStore:
         calls: list[_Call] = []
         for n in range(2):  # keys of different slots, if it is a cluster
             key = "", f"{token.hex()}{n}"
-            calls += [self._call(key, b"write", b"", token), self._call(key, b"load"), self._call(key, b"take", token)]
+            calls += [self._call(key, _WRITE, b"", token), self._call(key, _LOAD), self._call(key, _TAKE, token)]
         try:
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 replies = await self._execute(calls)
@@ -206,7 +212,8 @@ class RedisStore:
             replies = await self._exchanges.ask([self._call_of(commit) for commit in commits])
         except StoreUnavailable as error:
             return self._exchanges.counted([error] * len(commits))
-        return self._exchanges.counted([_verdict(*both) for both in zip(commits, replies, strict=True)])
+        both = zip(commits, replies, strict=True)
+        return self._exchanges.counted([None if reply == 1 else _verdict(commit, reply) for commit, reply in both])
 
     async def load(self, key: Key) -> Record | Gone | None:
         (found,) = await self.load_all([key])
@@ -215,7 +222,7 @@ class RedisStore:
         return found
 
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
-        return [self._found(reply) for reply in await self._exchanges.ask([self._call(key, b"load") for key in keys])]
+        return [self._found(reply) for reply in await self._exchanges.ask([self._call(key, _LOAD) for key in keys])]
 
     def _found(self, reply: Any) -> Record | Gone | UnrollError | None:
         if isinstance(reply, RedisError):
@@ -230,25 +237,32 @@ class RedisStore:
         except SnapshotInvalid as error:
             return error
 
-    async def close(self, key: Key) -> int | None:
-        call = self._call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ()))
+    def newer(self, key: Key, token: bytes) -> Record | None:
+        return None
+
+    async def close(self, key: Key, origin: bytes = b"") -> int | None:
+        call = self._call(key, _CLOSE, b"", self._tokens.next(), pack_last(1, ()) + origin)
         position = await self._exchanges.ask_one(call)
         return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
-        call = self._call(key, b"take", token, attempt or self._tokens.next())  # the same if it is resent
+        call = self._call(key, _TAKE, token, attempt or self._tokens.next())  # the same if it is resent
         return bool(await self._exchanges.ask_one(call))
 
-    def _call(self, key: Key, function: bytes, *words: bytes) -> _Call:
+    def _call(
+        self, key: Key, function: bytes, expected: bytes = b"", token: bytes = b"", content: bytes = b""
+    ) -> _Call:
         state = f"{self._config.prefix}:{{{key[0]}/{key[1]}}}".encode()
-        return (state, state + b":gone"), (function, *words, *_NO_WORDS[len(words) :])
+        word = b"".join((function, expected or _NO_TOKEN, token or _NO_TOKEN, content))
+        return (state, state + b":gone"), word
 
     def _call_of(self, commit: Commit) -> _Call:
-        arguments = commit.key, _function_of(commit), commit.expected, commit.token
-        if commit.ends:
+        if not commit.ends:
+            function, content = _BEGIN if commit.begins else _WRITE, commit.content
+        else:
             origin, position, last = unpack_trace(commit.content)
-            return self._call(*arguments, last, position.to_bytes(8, "little"), origin)
-        return self._call(*arguments, commit.content, b"", commit.content[:ORIGIN_BYTES] if commit.begins else b"")
+            function, content = _FINISH, position.to_bytes(8, "little") + origin + last
+        return self._call(commit.key, function, commit.expected, commit.token, content)
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:
@@ -269,7 +283,7 @@ class RedisStore:
         replies, lost = await self._ask(partial(execute, calls))
         if lost is None:
             return replies
-        return [lost if _is_refused(call[1][0], reply) else reply for call, reply in zip(calls, replies, strict=True)]
+        return [lost if _is_refused(call[1][:1], reply) else reply for call, reply in zip(calls, replies, strict=True)]
 
     async def _ask(self, ask: Callable[[], Awaitable[T]]) -> tuple[T, RedisError | None]:
         """Return the answer, and the first attempt's error if a second was needed."""
@@ -303,19 +317,19 @@ class RedisStore:
 
 
 def _words(part: Sequence[_Call]) -> list[bytes]:
-    """The arguments after the script: number of keys, the keys, and the arguments of the functions."""
+    """The arguments after the script: number of keys, the keys, and the words."""
     keys, words = zip(*part, strict=True)
-    return [b"%d" % (2 * len(part)), *chain(*keys), *chain(*words)]
+    return [b"%d" % (2 * len(part)), *chain(*keys), *words]
 
 
 def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
     """Split calls into runs of the script: at most _MOST_CALLS each, and fewer if they are large."""
     begin = size = 0
-    for end, (_, words) in enumerate(calls):
-        size += len(words[_CONTENT])
+    for end, (_, word) in enumerate(calls):
+        size += len(word)
         if end - begin == _MOST_CALLS or (size > _MOST_BYTES and end > begin):
             yield calls[begin:end]
-            begin, size = end, len(words[_CONTENT])
+            begin, size = end, len(word)
     yield calls[begin:]
 
 
@@ -344,7 +358,7 @@ def _read_gone(content: bytes) -> Gone:
 def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
     if isinstance(reply, RedisError):
         return unavailable(reply)
-    if not _is_refused(_function_of(commit), reply):
+    if not _is_refused(_FINISH if commit.ends else _WRITE, reply):
         return None
     try:
         return refused_commit(commit.key, None if reply is None else _read_state(reply))
@@ -352,15 +366,11 @@ def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
         return refused_commit(commit.key, None)
 
 
-def _function_of(commit: Commit) -> bytes:
-    return b"finish" if commit.ends else b"write"
-
-
 def _is_refused(function: bytes, reply: Any) -> bool:
     """Whether the store had another token for the session."""
     if isinstance(reply, RedisError):
         return False
-    return reply != 1 if function == b"write" else not reply
+    return reply != 1 if function in (_WRITE, _BEGIN) else not reply
 
 
 def _milliseconds(seconds: float) -> int:

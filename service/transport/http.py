@@ -119,7 +119,8 @@ class HttpProtocol(LimitedProtocol):
         except httptools.HttpParserUpgrade as end:
             rest = data[end.args[0] :]
             if self._takes_offer:
-                self.handle_websocket_upgrade()
+                self.flow.pause_reading()
+                self.unroll.turns.call(self.handle_websocket_upgrade)  # it takes as long as many steps
             else:
                 head = without_offer(self.parser.get_method(), self._version(), self.url, self.headers)
                 self._new_parser()
@@ -210,7 +211,7 @@ class HttpProtocol(LimitedProtocol):
             self.headers.clear()
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
-                self._parts.clear()
+                self._free_parts()
             size = len(exchange.body)
             if size > SMALL and not self._fits(size):
                 return
@@ -218,9 +219,9 @@ class HttpProtocol(LimitedProtocol):
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
                 exchange.text = None if self._known is None else RepeatedText()
             if CONTENT_ENCODING in exchange.headers:
-                self._long_body.decode(exchange)
+                self._long_body.decode(exchange, exchange.route.takes_document)
             elif size > LONG_BYTES:
-                self._long_body.read(exchange)
+                self._long_body.read(exchange, exchange.route.takes_document)
             else:
                 self._handle()
 
@@ -318,7 +319,7 @@ class HttpProtocol(LimitedProtocol):
         exchange.response_complete = True
         exchange.cancel, exchange.again = nothing_to_cancel, None
         exchange.headers, exchange.body = _NO_HEADERS, b""
-        self._parts.clear()
+        self._free_parts()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
         if answer.status >= self.unroll.request_log.least_status:
             inference_routes.log(self.unroll, exchange.route, self._path, exchange, answer)
@@ -364,6 +365,11 @@ class HttpProtocol(LimitedProtocol):
         if self.pipeline and not self.transport.is_closing():
             self._start_asgi_task(*self.pipeline.pop())
 
+    def _free_parts(self) -> None:
+        if self._parts:
+            self.unroll.turns.call(functools.partial(self.unroll.turns.free, self._parts))
+            self._parts = []
+
     def _is_lost(self) -> bool:
         return self.transport.is_closing()
 
@@ -371,7 +377,7 @@ class HttpProtocol(LimitedProtocol):
         super().connection_lost(exc)
         self._exchange.cancel()
         self._exchange.body = b""
-        self._parts.clear()
+        self._free_parts()
 
 
 class CrossOriginProtocol(HttpProtocol):

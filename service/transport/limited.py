@@ -11,6 +11,7 @@ from unroll.service.access.held_bytes import ANSWERS, REQUESTS, Holding
 from unroll.service.api.app_state import AppState
 from unroll.service.api.request import TENANT, Request
 from unroll.service.core.errors import TooManyConnections
+from unroll.service.core.turns import LONG_BYTES
 from unroll.service.transport.connections import ConnectionLimits, Connections, UnreadAnswer, unsent
 from unroll.service.transport.head import MAX_FIELD_BYTES, MAX_FIELDS, MAX_URL_BYTES, Refused, too_many_header_bytes
 
@@ -24,7 +25,7 @@ _PROBE_SECONDS = 0.1
 #: How long a refused client may take to stop sending.
 _LINGER_SECONDS = 2.0
 #: Bytes of a chunked body that are parsed per turn of the event loop.
-_TURN_BYTES = 8192
+_TURN_BYTES = 4096
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -102,6 +103,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def handle_websocket_upgrade(self) -> None:
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
         super().handle_websocket_upgrade()
         stream: Any = self.transport.get_protocol()
         stream.on_lost = self.all_connections.becomes_stream(self)
@@ -172,20 +176,25 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._rest:
             self._rest += data
-        elif self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # tiny chunks are expensive to parse
+            return
+        if self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # tiny chunks are expensive to parse
             self._rest = data
-            self.flow.pause_reading()
-            self.unroll.turns.call(self._feed_slice)
         else:
             self._feed(data)
+            if len(data) <= LONG_BYTES or self.flow.read_paused:
+                return
+        self.flow.pause_reading()
+        self.unroll.turns.call(self._take_turn)
 
-    def _feed_slice(self) -> None:
-        data, self._rest = self._rest[:_TURN_BYTES], self._rest[_TURN_BYTES:]
-        self._feed(data)
+    def _take_turn(self) -> None:
+        """Parse a slice of a chunked body, or read again: uvloop reads up to 8 MB of each connection at once."""
+        if self._rest:
+            data, self._rest = self._rest[:_TURN_BYTES], self._rest[_TURN_BYTES:]
+            self._feed(data)
         if self._last_words or self.transport.is_closing():
             self._rest = b""
         if self._rest:
-            self.unroll.turns.call(self._feed_slice)
+            self.unroll.turns.call(self._take_turn)
         elif not self.pipeline and not self.flow.write_paused:
             self.flow.resume_reading()
 

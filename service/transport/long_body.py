@@ -34,12 +34,12 @@ class LongBody:
         self._is_lost, self._hold = is_lost, hold
         self._handle, self._fail = handle, fail
 
-    def read(self, request: Request) -> None:
+    def read(self, request: Request, takes_document: bool) -> None:
         """Parse JSON in one turn and convert it to arrays in the next; convert other bodies in the first."""
-        is_json = request.media_type != RAW and HEADER_LENGTH not in request.headers
+        is_json = takes_document and request.media_type != RAW and HEADER_LENGTH not in request.headers
         self._turns.call(lambda: (self._parse if is_json else self._finish)(request))
 
-    def decode(self, request: Request) -> None:
+    def decode(self, request: Request, takes_document: bool) -> None:
         coding, limit = request.headers[CONTENT_ENCODING], self._limits.max_body_bytes
         try:
             made = decoded(request.body, coding, limit)
@@ -52,9 +52,9 @@ class LongBody:
         else:
             body = asyncio.get_running_loop().run_in_executor(None, made)
             request.cancel = body.cancel
-            body.add_done_callback(lambda body: self._take_decoded(request, body))
+            body.add_done_callback(lambda body: self._take_decoded(request, body, takes_document))
 
-    def _take_decoded(self, request: Request, body: asyncio.Future[bytes]) -> None:
+    def _take_decoded(self, request: Request, body: asyncio.Future[bytes], takes_document: bool) -> None:
         if body.cancelled() or self._is_lost():
             return
         if isinstance(error := body.exception(), UnrollError):
@@ -64,7 +64,7 @@ class LongBody:
         if (error := self._hold(len(request.body))) is not None:
             self._fail(error)
         else:
-            self.read(request)
+            self.read(request, takes_document)
 
     def _parse(self, request: Request) -> None:
         if self._is_lost():

@@ -15,14 +15,16 @@ from unroll.service.access.held_bytes import ANSWERS, MESSAGES, SMALL, HeldBytes
 from unroll.service.api.stream.allowance import MAX_FRAGMENTS, PINGS, TOO_MUCH, TRY_AGAIN, Allowance
 from unroll.service.api.stream.link import OnMessage, OnWritable
 from unroll.service.core import failpoints
-from unroll.service.core.turns import Turns
+from unroll.service.core.turns import LONG_BYTES, Turns
 
 # RFC 6455, 5.2: the first byte of a complete message, and its bits; the second byte's codes for the payload length.
 _FIN_TEXT, _FIN_BINARY = 0x81, 0x82
 _FIN, _OPCODE, _CONTROL = 0x80, 0x0F, 0x08
 _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
 #: Further messages wait for another turn after this many seconds since the first, or after a message of this size.
-_TURN_SECONDS, _TURN_BYTES = 0.0005, 16_384
+_TURN_SECONDS, _TURN_BYTES = 0.00025, 16_384
+#: More bytes than this wait for their turn as soon as anything else does.
+_SHORT_BYTES = 2048
 #: Maximum length of a close reason.
 _MAX_REASON = 120
 #: Seconds for a client that violated a limit to read the reason.
@@ -118,8 +120,12 @@ class StreamProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.handshake_initiated:
-            if not self._cut_off:
-                self._take_turn(self._rest + data if self._rest else data)
+            data = self._rest + data if self._rest else data
+            if len(data) > _SHORT_BYTES and self.turns.busy:  # others are waiting, too
+                self._waits = True
+                self._end_turn(data)
+            elif not self._cut_off:
+                self._take_turn(data)
             return
         super().data_received(data)
         if self.conn.handshake_exc is not None:  # uvicorn handles only valid requests
@@ -172,7 +178,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._in_turn = False
         if self._partial:
             self._count_partial()
-        if taken < size or self._reads == self._held:
+        self._waits |= size > LONG_BYTES  # uvloop reads up to 8 MB of each connection at once
+        if taken < size or self._waits or self._reads == self._held:
             self._end_turn(data[taken:])
         elif self._rest:
             self._rest = b""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
 
-from bench import model
+from bench import inputs, model
 
 Serve = Callable[[Callable[[ServerConnection], Awaitable[None]]], Any]
 
@@ -28,4 +28,4 @@ def websocket_server() -> Serve:
 @pytest.fixture(scope="session")
 def models(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The repository of the benchmark's models; PyTorch's outputs are in its parent folder."""
-    return made_once("bench", lambda path: model.write(path / "repository")) / "repository"
+    return made_once("bench", lambda path: model.write(path / "repository", inputs.MODELS)) / "repository"

@@ -68,10 +68,12 @@ def _value(name: str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
 
 
-@pytest.mark.parametrize(("file", "says"), [("model.onnx", "SHA-256 differs"), ("manifest.json", "manifest.json")])
-def test_a_damaged_bundle_is_refused(tmp_path: Path, capsys, file: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "status", "says"), [("model.onnx", 1, "SHA-256 differs"), ("manifest.json", 2, "is not a bundle")]
+)
+def test_a_damaged_bundle_is_refused(tmp_path: Path, capsys, file: str, status: int, says: str) -> None:
     copy = tmp_path / "bytes" / "1"
     shutil.copytree(BUNDLE, copy)
     (copy / file).write_bytes(b"{}") if file == "model.onnx" else (copy / file).unlink()
-    assert inspect(copy) == 1
+    assert inspect(copy) == status
     assert says in capsys.readouterr().err

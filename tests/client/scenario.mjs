@@ -66,6 +66,7 @@ const scenarios = {
       level: rows(level, 1), slope: rows(slope, 2), whole: rows(whole.slope, 2), spoken: rows(spoken, 2),
       talked: rows(await talking.steps(voice.x), 2), last: Array.from((await client.sequences("last", [x]))[0]),
       token: (await tokens.step(3)).length + (await tokens.steps([3n, 4n])).length,
+      refused: await refusal(() => client.sequences("voices", [voice.x], { static: [] })),
     };
   },
   async stream() {

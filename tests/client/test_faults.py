@@ -13,6 +13,7 @@ from faults.replica import free_port
 from serving import Oracle, Running
 
 from unroll.client import AsyncClient, Client, errors
+from unroll.client.retries import Retries, RetryPolicy
 
 
 async def test_connections_may_break_at_every_point(
@@ -70,6 +71,15 @@ def test_absent_server_is_reported() -> None:
         with pytest.raises(errors.ConnectionFailed, match="did not answer") as failed:
             client.models()
         assert isinstance(failed.value, ConnectionError)
+
+
+def test_a_request_that_fails_for_a_second_leaves_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    retries = Retries(RetryPolicy("http://server", 60.0, lambda: 0.0))
+    assert sum(retries.pause() or 0 for _ in range(4)) < 1
+    assert caplog.messages == []
+    for _ in range(4):
+        retries.reconnect(ConnectionRefusedError("refused"))
+    assert caplog.messages == ["http://server: 5 attempts failed (refused); retrying for 60 s"]
 
 
 def test_temporary_refusal_is_retried_until_the_timeout(server: Running) -> None:

@@ -74,6 +74,7 @@ def test_javascript_client_gets_the_oracles_bits(
     assert same(tensors["talked"], spoken)
     assert same(tensors["last"], oracle("last")(given["x"]))
     assert tensors["token"] == 33
+    assert tensors["refused"] == "InvalidInput"
     streamed = found["stream"]
     assert all(same(outputs, right) for outputs in streamed["lives"])
     longer = oracle("lstm")(np.concatenate([given["x"], given["x"][:2]]))

@@ -162,9 +162,10 @@ def test_a_wav_of_another_rate_than_the_model_declares_is_refused() -> None:
         wav.Reader(model, io.BytesIO(as_wav(np.zeros(512), 8_000)))
 
 
-def test_a_wav_that_ends_within_a_time_step_is_filled_with_zeros(run: Run, oracle: Oracles) -> None:
+@pytest.mark.parametrize("cut", [2, 1], ids=["after a sample", "within a sample"])
+def test_a_wav_that_ends_within_a_time_step_is_filled_with_zeros(run: Run, oracle: Oracles, cut: int) -> None:
     x = np.array([0.5, 0.25, -0.5, 0.125], np.float32)
-    _, out, err = run("lstm", "--format", "wav", "--to", "raw", stdin=as_wav(x, 8_000))
+    _, out, err = run("lstm", "--format", "wav", "--to", "raw", stdin=as_wav(np.append(x, 0.75), 8_000)[:-cut])
     assert out == oracle("lstm")(np.pad(x, (0, 2)).reshape(2, 3)).tobytes()
     assert err == "the last time step is padded with 2 zeros\n2 steps\n"
 

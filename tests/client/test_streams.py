@@ -71,7 +71,7 @@ def test_single_sessions_of_a_stream_may_be_refused(client: Any) -> None:
         sessions = stream.open(3)
         ids = [session.id for session in sessions]
         client.session("lstm", ids[1], mode="resume").close()
-        with pytest.raises(errors.SomeFailed, match="1 sessions failed, the one at index 1") as some:
+        with pytest.raises(errors.SomeFailed, match="1 of the sessions failed, the one at index 1") as some:
             stream.step(sessions, x)
         assert [type(error) for error in some.value.errors.values()] == [errors.SessionClosed]
         assert np.any(some.value.outputs[0])

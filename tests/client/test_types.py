@@ -15,11 +15,12 @@ CLIENT = ROOT / "client"
 TSC = shutil.which("tsc", path=f"{ROOT / '.tools' / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}")
 OPTIONS = ("--noEmit", "--strict", "--module", "nodenext", "--target", "es2022", "--lib", "es2022,dom", "--types", "")
 
-#: Prints a module's {class: [members of its prototype]}.
+#: Prints a module's {class: [members, also inherited ones]}.
 MEMBERS = """
 const module = await import(process.argv[1]);
-const members = ([name, kind]) => [name, Object.getOwnPropertyNames(kind.prototype)];
-console.log(JSON.stringify(Object.fromEntries(Object.entries(module).map(members))));
+const members = (one) => (one ? [...Object.getOwnPropertyNames(one), ...members(Object.getPrototypeOf(one))] : []);
+const found = Object.entries(module).map(([name, kind]) => [name, members(kind.prototype)]);
+console.log(JSON.stringify(Object.fromEntries(found)));
 """
 
 

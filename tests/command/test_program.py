@@ -45,7 +45,7 @@ bench m --clients 0
 bench m --clients 1 --processes 2
 bench m --seconds nan
 doctor --device tpu
-store check redis://host
+store check --store redis://host
 sessions list
 sessions list --store file:///none --limit x
 sessions list --store file:///none --min-idle nan
@@ -87,7 +87,8 @@ def test_help_and_wrong_arguments_import_nothing_heavy() -> None:
         (["sessions"], "unroll sessions: missing command"),
         (["serve", "--max-bathc", "3"], "unroll serve: there is no option '--max-bathc'; did you mean --max-batch?"),
         (["stream", "co2", "--formats=csv"], "unroll stream: there is no option '--formats'; did you mean --format?"),
-        (["store", "check", "--store", "file:///x"], "unroll store check: there is no option '--store'\n"),
+        (["sessions", "list"], "unroll sessions list: missing option '--store', or set UNROLL_STORE\n"),
+        (["verify", "none"], "unroll verify: invalid value for 'BUNDLE': none is not a bundle: give the folder"),
         (["stream"], "unroll stream: missing argument 'MODEL'"),
         (["stream", "co2", "--format", "xml"], "unroll stream: invalid value for '--format': 'xml' is none of csv"),
         (["stream", "co2", "--rate", "0"], "unroll stream: invalid value for '--rate': 0.0 is not a number above 0"),

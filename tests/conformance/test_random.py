@@ -10,7 +10,7 @@ from conformance import children, fuzz
 from conformance.children import Died
 from conformance.fuzz import BAD, Store, Verdict, draw, judge, parse
 from conformance.strategies import trees
-from conformance.trees import Along, Conv, Dense, Elementwise, Loop, Recurrent, Residual, Tree
+from conformance.trees import Along, Conv, Dense, Elementwise, Frames, Loop, Recurrent, Residual, Tree
 
 
 @pytest.mark.long
@@ -39,6 +39,20 @@ def test_random_models_are_never_silently_wrong(tree: Tree) -> None:
             marks=pytest.mark.long,
         ),
         (Tree("tokens", 2, (Recurrent("GRU", 2, 3),), "kept"), "streams", ""),
+        pytest.param(
+            *(
+                Tree(
+                    "floats",
+                    3,
+                    (Frames(3, 3), Loop("minimal", 3, 3, memory="debounce", holds="object")),
+                    "steps",
+                    mask="booleans",
+                ),
+                "streams",
+                "",
+            ),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             *(Tree("tokens", 2, (Recurrent("GRU", 2, 3), Recurrent("GRU", 3, 3)), "kept"), "refused", "keeps_state"),
             marks=pytest.mark.long,

@@ -17,6 +17,7 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.protocol import json, open_inference
 from unroll.service.protocol.frames import FrameCodec
 from unroll.service.protocol.tensors import Codec
+from unroll.service.state.envelope import checksum
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store import record, state_file
@@ -66,12 +67,18 @@ def _frame(content: bytes) -> object:
     return _FRAMES.faults(_FRAMES.decode(content))
 
 
+def _resealed(content: bytes) -> bytes:
+    """Correct the checksum, which anyone can compute."""
+    return content[:-16] + checksum(content[:-16]).digest()
+
+
 def _snapshot(content: bytes) -> object:
+    content = _resealed(content)
     return Snapshot.from_bytes(content, digest=Snapshot.model_of(content), state_size=_MODEL.state_size)
 
 
 def _state_file(content: bytes) -> object:
-    _SCRATCH.write_bytes(content)
+    _SCRATCH.write_bytes(_resealed(content))
     return state_file.read(_SCRATCH)
 
 
@@ -147,7 +154,9 @@ DECODERS = {
     "stream frame": Decoder(_frame, _FRAME_SEEDS),
     "snapshot": Decoder(_snapshot, _golden("snapshot")),
     "sealed snapshot": Decoder(lambda content: _KEYS.open("s", content), _golden("sealed_snapshot")),
-    "record": Decoder(record.Record.from_bytes, _golden("record", "record_untouched")),
+    "record": Decoder(
+        lambda content: record.Record.from_bytes(_resealed(content)), _golden("record", "record_untouched")
+    ),
     "origin": Decoder(record.Origin.from_bytes, _golden("origin")),
     "last replies": Decoder(record.unpack_last, _golden("last")),
     "state file": Decoder(_state_file, _golden("sessions")),

@@ -143,18 +143,6 @@ async def test_javascript_client_survives_broken_connections(
     assert min(faults[cut] for cut in CUTS) >= 2
 
 
-@pytest.mark.parametrize(("language", "path"), [("python", "examples/stream.py"), ("js", "examples/stream.mjs")])
-def test_page_shows_the_clients_verbatim(language: str, path: str):
-    (shown,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert shown == (ROOT / path).read_text()
-    assert f"](../{path})" in PAGE.read_text()
-
-
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", PAGE.read_text()))
-def test_links_lead_somewhere(target: str):
-    assert (PAGE.parent / target).is_file()
-
-
 def test_wscat_conversation_on_the_page(server: str) -> None:
     """Each line must match; only the last digits of numbers may differ, because they depend on the processor."""
     transcript = re.search(r"```text\n\$ wscat -c ws://127.0.0.1:8000(\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)

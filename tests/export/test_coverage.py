@@ -1,10 +1,12 @@
 """Which nodes and inputs a model is exported to, and which sources a model may come from."""
 
 import copy
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -19,7 +21,9 @@ from conformance.kinds.kind import made
 from unroll import cli
 from unroll.bundle import Manifest
 from unroll.export import ExportError, export
+from unroll.export.lifting.float64 import converted, double_precision
 from unroll.export.loading.copies import detached_copy
+from unroll.export.verification.preconditions import check_copy
 
 
 class Handwritten(nn.Module):
@@ -270,6 +274,127 @@ def test_replaced_forward_is_refused() -> None:
     module = nn.Sequential(nn.Linear(3, 2))
     before = module[0].forward
     module[0].forward = lambda x: before(x)
-    with pytest.raises(ExportError, match="forward of '0' was replaced") as refused:
+    with pytest.raises(ExportError, match=r"'0.forward' is a function that refers to a module") as refused:
         detached_copy(module)
     assert refused.value.code == "not_copyable"
+
+
+class Drops:
+    """A helper whose copies lose its gain, as a cache that is not pickled."""
+
+    def __init__(self) -> None:
+        self.gain: Any = 3.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"gain": 1.0}
+
+
+class Rebuilds(Drops):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rebuilds":
+        return Rebuilds()
+
+
+class Locked(Drops):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Gained(nn.Module):
+    """Scales by the gain of a helper, and writes to everything that it holds."""
+
+    def __init__(self, helper: Any) -> None:
+        super().__init__()
+        self.helper, self.plain = [helper], [nn.Linear(3, 3)]
+        self.count, self.last = nn.Buffer(torch.zeros(1)), {"x": torch.zeros(1)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.last["x"] = x
+        helper = self.helper[0]
+        return self.plain[0](x) * (helper[0] if isinstance(helper, list) else helper.gain)
+
+
+@pytest.mark.parametrize("kind", [Drops, Rebuilds, Locked])
+def test_a_helper_that_copies_itself_keeps_its_values(kind: type[Drops]) -> None:
+    helper, x = kind(), torch.randn(2, 3)
+    helper.gain = torch.full((3,), 5.0)
+    module = Gained(helper)
+    again = converted(detached_copy(module), torch.float64)
+    check_copy(module, detached_copy(module), {"x": x})
+    assert (module.count, module.last, module.training) == (torch.zeros(1), {"x": torch.zeros(1)}, True)
+    torch.testing.assert_close(again(x.double()), module(x).double())
+
+
+class Ones(list[float]):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ones":
+        return Ones([1.0])
+
+
+class Known(nn.Linear):
+    gains: ClassVar = weakref.WeakKeyDictionary[nn.Module, float]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gains.get(self, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"), [(Gained(Ones([2.0])), r"helper\[0\] \(Ones\)"), (Known(3, 3), r"id\(self\)")]
+)
+def test_a_copy_that_answers_differently_is_refused(module: nn.Module, says: str) -> None:
+    Known.gains[module] = 2.0
+    with pytest.raises(ExportError, match=says) as refused:
+        check_copy(module, detached_copy(module), {"x": torch.randn(2, 3)})
+    assert refused.value.code == "not_copyable"
+
+
+@pytest.mark.parametrize("reference", [weakref.ref, weakref.proxy])
+def test_a_weak_reference_to_a_module_is_refused(reference: Any) -> None:
+    module = nn.Sequential(nn.Linear(3, 2))
+    module.__dict__["parent"] = reference(module)
+    with pytest.raises(ExportError, match="'parent' is a weak reference"):
+        detached_copy(module)
+
+
+def test_float64_takes_tensors_outside_the_module() -> None:
+    weights, total = torch.eye(3), torch.zeros(2, 3)
+    with double_precision():
+        assert (torch.ones(2, 3) @ weights).dtype == torch.float64
+        with pytest.raises(RuntimeError, match="dtype"):
+            total.addmm_(torch.ones(2, 3), weights)
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rnn(x)[0], torch.atan2(x[..., 0], x[..., 1])
+
+
+def test_an_angle_depends_on_the_signs_of_zeros(repository: Path, few_steps: None) -> None:
+    export(Turned().eval(), {"x": torch.randn(2, 8, 2)}, name="turned", repository=repository)
+    x = torch.cartesian_prod(*[torch.tensor([0.0, -0.0, 1.0, -2.0])] * 2)
+    (_, angle), _ = Oracle(repository, "turned").all(x.numpy())
+    torch.testing.assert_close(torch.from_numpy(angle), torch.atan2(*x.unbind(-1)))
+
+
+class Fading(nn.Module):
+    """Numbers that are nearly 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sound = x.abs()
+        return self.rnn(x)[0], x * 0.999995, x / (sound + 1e-8)
+
+
+def test_numbers_near_0_and_1_are_kept(repository: Path, few_steps: None) -> None:
+    export(Fading().eval(), {"x": torch.randn(2, 8, 2)}, name="fading", repository=repository)
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    (_, faded, sign), _ = Oracle(repository, "fading").all(x.numpy())
+    torch.testing.assert_close(torch.from_numpy(faded), x * 0.999995, rtol=1e-7, atol=0)
+    torch.testing.assert_close(torch.from_numpy(sign), x / (x.abs() + 1e-8))

@@ -136,6 +136,28 @@ def test_rows_that_only_extreme_inputs_mix_are_refused(tmp_path: Path) -> None:
     assert refusal.value.code == "rows_mixed"
 
 
+class Silenced(nn.Module):
+    """Falls silent if any value is large."""
+
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.lstm, self.axes = nn.LSTM(3, 3, batch_first=True), axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(x)[0] * (x.abs().amax(self.axes, keepdim=True) < 1000)
+        return y
+
+
+def test_a_threshold_on_the_whole_sequence_does_not_stream(tmp_path: Path) -> None:
+    assert not export(Silenced((1, 2)), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path).manifest.streamable
+
+
+def test_a_threshold_on_all_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as refusal:
+        export(Silenced((0, 2)), {"x": torch.randn(2, 7, 3)}, name="m", repository=tmp_path)
+    assert refusal.value.code == "rows_mixed"
+
+
 class Binned(nn.Module):
     def __init__(self) -> None:
         super().__init__()

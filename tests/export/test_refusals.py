@@ -56,6 +56,36 @@ class Bessel(nn.Module):
         return x * torch.special.bessel_j0(x)
 
 
+class Clockwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.slower = nn.GRUCell(4, 6), nn.GRUCell(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = slow = x.new_zeros(x.shape[0], 6)
+        ys = []
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+            if t % 4 == 0:
+                slow = self.slower(h, slow)
+            ys.append(h + slow)
+        return torch.stack(ys, 1)
+
+
+class Total(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Any = 0
+        ys = []
+        for step in x.unbind(1):
+            total = total + self.linear(step)
+            ys.append(total)
+        return torch.stack(ys, 1)
+
+
 def dilated(s: Any, x: Tensor) -> Tensor:
     batch, time, _ = x.shape
     x = functional.pad(x, (0, 0, 0, time % 2))
@@ -76,6 +106,11 @@ def squashed(s: Any, x: Tensor) -> Tensor:
         (WholeNumbers, r"\(at .*test_refusals.py:\d+: n = \(n \+ 8\) // .*\): compute in floats, as torch.floor"),
         (NoOperator, r"bessel_j0 \(at .*test_refusals.py:\d+: return .*\) in 'bessel', which ONNX has no operator for"),
         (dilated, r"layer 'rnn' gets 4 sequences of 3 steps.*hs.append\(cell\(step, hs\[-2\]\)\)"),
+        (
+            Clockwork,
+            r"not every step runs the same operations \(at .*test_refusals.py:\d+: slow = self.slower\(h, slow\)",
+        ),
+        (Total, r"starts a state from a number; start it from a tensor, as x.new_zeros\(x.shape\[0\], 6\)"),
         (squashed, r"torch.tanh with complex numbers \(at .*test_refusals.py:\d+: return torch.tanh\(y\).real\)"),
     ],
 )

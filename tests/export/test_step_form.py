@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import unroll
 from unroll import cli
 from unroll.export import ExportError
+from unroll.export.loading.example_inputs import step_examples
+from unroll.export.loading.input_specs import InputSpec, StateSpec
 
 #: Number of clients, and steps per client.
 CLIENTS, STEPS = 4, 150
@@ -32,6 +34,14 @@ class Policy(nn.Module):
         keep = 1 - done[None, :, None]
         y, (h, c) = self.rnn(obs[None], (h * keep, c * keep))
         return self.head(y[0]).tanh(), h, c
+
+
+class Joined(Policy):
+    """Takes and returns its states as a tuple."""
+
+    def forward(self, obs: Tensor, hc: tuple[Tensor, Tensor], done: Tensor) -> Any:
+        y, h, c = super().forward(obs, *hc, done)
+        return y, (h, c)
 
 
 class Swapped(nn.Module):
@@ -141,6 +151,12 @@ CASES: dict[str, tuple[type[nn.Module], Arguments, Arguments, Callable[[Any], Ar
         {"state": {"h": "y1", "c": "y2"}},
         lambda last: {"h": last[1], "c": last[2]} if last else {"h": zeros(2, 1, 5), "c": zeros(2, 1, 5)},
     ),
+    "tuple": (
+        Joined,
+        {"obs": OBS, "hc": (zeros(2, 6, 5), zeros(2, 6, 5)), "done": torch.tensor([0.0, 0, 1, 0, 0, 1])},
+        {"state": {"hc": "y1"}},
+        lambda last: {"hc": last[1] if last else (zeros(2, 1, 5), zeros(2, 1, 5))},
+    ),
     "dict": (
         Swapped,
         {"obs": OBS, "state": {"h": zeros(6, 5), "c": torch.ones(6, 5)}, "goal": GOAL},
@@ -197,6 +213,11 @@ def test_bundle_equals_repeated_calls_of_the_module(name: str, repository: Path)
             ],
             marks=pytest.mark.long,
         ),
+        pytest.param(
+            "tuple",
+            ["--input", "obs:float32:3", "--input", "done:float32:", "--state", "hc:float32:2xBx5,2xBx5=y1"],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_command_exports_a_step_module(name: str, described: list[str], few_steps: None, tmp_path: Path) -> None:
@@ -206,6 +227,14 @@ def test_command_exports_a_step_module(name: str, described: list[str], few_step
     model = [f"{__file__}:{made}", "--weights", f"{tmp_path}/weights.pt", "--repository", str(tmp_path)]
     assert cli.main(["export", *model, "--name", made.lower(), "--step", *described]) == 0
     check(name, module, tmp_path)
+
+
+def test_a_described_state_is_a_tensor_or_a_tuple_of_them() -> None:
+    described = [StateSpec.parse(f"{name}=y1") for name in ("one:int64:", "two:float32:2xBx5,Bx7", "none")]
+    made = step_examples([InputSpec.parse("x:float32:3")], state=described)
+    assert {*made} == {"x", "one", "two"}
+    assert made["one"].dtype == torch.int64
+    assert [one.shape for one in (made["one"], *made["two"])] == [(32,), (2, 32, 5), (32, 7)]
 
 
 @pytest.mark.long

@@ -73,24 +73,35 @@ async def floods(messages: bytes, connections: int, port: int, seconds: float) -
 
 
 async def half_sent(head: bytes, content: bytes, connections: int, port: int, seconds: float) -> str:
-    """Send many requests without their last byte, and wait."""
+    """Send many requests or messages without their last byte, and wait."""
     got: Counter[str] = Counter()
 
     async def send() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             writer.write(head)
+            if head == _UPGRADE:
+                await reader.readuntil(b"\r\n\r\n")
             writer.write(content)
-            answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), seconds)
-            got[answer.decode().strip()] += 1
+            answer = await asyncio.wait_for(reader.read(), seconds)
+            got[close_reason(answer) if head == _UPGRADE else answer.partition(b"\r\n")[0].decode()] += 1
         except TimeoutError:
             got["nothing"] += 1
-        except (OSError, asyncio.IncompleteReadError):
+        except OSError:
             got["an end"] += 1
         writer.transport.abort()
 
     await asyncio.gather(*(send() for _ in range(connections)))
     return ", ".join(f"{count} × {what}" for what, count in got.most_common(3))
+
+
+async def compute(port: int, seconds: float) -> str:
+    """Send nothing, and use a core: what the machine costs, to compare the attacks with."""
+    end = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < end:
+        sum(range(10_000))
+        await asyncio.sleep(0)
+    return "nothing"
 
 
 def _head(fields: str) -> bytes:
@@ -120,12 +131,14 @@ _LARGE_CLOSE = control("close", handles=[*range(65_536)])
 
 
 def _named() -> Iterable[tuple[str, Attack]]:
+    yield "no attack, but a busy process", compute
     for name, messages in _FLOODS.items():
         for connections in (1, 8):
             yield f"{name}, {connections} streams", partial(floods, messages, connections)
     yield "opens of 1.8 MB", partial(floods, _LARGE_OPEN + _LARGE_CLOSE, 1)
     size = 16 * 2**20
     yield "60 bodies of 16 MiB half sent", partial(half_sent, _head(f"Content-Length: {size}"), bytes(size - 1), 60)
+    yield "60 messages of 16 MiB half sent", partial(half_sent, _UPGRADE, masked(BINARY, bytes(size))[:-1], 60)
     chunks = b"2\r\nxx\r\n" * 3_000_000
     yield "a body of 6 MB in chunks of 2 bytes", partial(half_sent, _head("Transfer-Encoding: chunked"), chunks, 1)
 

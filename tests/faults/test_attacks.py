@@ -1,9 +1,18 @@
 """A short version of `make overload`: floods from another process, with calm clients and a probe."""
 
+import asyncio
 import statistics
+import sys
+from itertools import pairwise
 from pathlib import Path
+from time import thread_time
 
+import pytest
 from faults import flood, overload
+from faults.replica import ROOT, tiny_repository
+from serving import Running
+
+from unroll.service.settings import Settings
 
 
 async def test_a_calm_client_and_probes_are_answered_under_a_flood(tmp_path: Path) -> None:
@@ -21,3 +30,33 @@ async def test_flooding_tenant_is_refused_and_calm_tenant_waits_few_batches(tmp_
     waited = [batches for batches, status in zip(under.batches, under.statuses, strict=True) if status == 200]
     assert waited
     assert max(waited) < 10, "it waited behind the queue of the flooding tenant"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "60 bodies of 16 MiB half sent",
+        "60 messages of 16 MiB half sent",
+        "frames of unbound handles, 8 streams",
+        "opens of 1.8 MB",
+    ],
+)
+async def test_probes_wait_for_short_turns_under_attack(tmp_path: Path, attack: str) -> None:
+    """A probe waits for the turns of the event loop; two or three of the longest must fit in 100 ms.
+
+    Processor time counts, because a machine under load must not fail this test.
+    """
+    running = await asyncio.to_thread(Running, Settings(repository=tiny_repository(tmp_path)))
+    loop, turns = running.uvicorn.loop, list[float]()
+
+    def tick() -> None:
+        turns.append(thread_time())
+        loop.call_soon(tick)
+
+    loop.call_soon_threadsafe(tick)
+    command = [sys.executable, "-m", "faults.attacks", attack, str(running.port), "2"]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT / "tests")
+    assert await process.wait() == 0
+    await asyncio.to_thread(running.stop)
+    assert max(after - before for before, after in pairwise(turns)) < 0.04

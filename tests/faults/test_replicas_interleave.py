@@ -55,12 +55,14 @@ class _AnyOrder(MemoryStore):
         self.looked_up.append(len(keys))
         return await self._do(lambda: [self._records.get(key) or self._gone.get(key, (None,))[0] for key in keys])
 
-    async def close(self, key: Key) -> int | None:
+    async def close(self, key: Key, origin: bytes = b"") -> int | None:
         def close() -> int | None:
-            record = self._records.pop(key, None)
-            if record is not None:
-                self._gone[key] = Gone("session_closed", record.origin), b""
-            return None if record is None else record.position
+            record = self._records.get(key)
+            if record is None or record.origin.to_bytes() != origin:
+                return None
+            del self._records[key]
+            self._gone[key] = Gone("session_closed", record.origin), b""
+            return record.position
 
         return await self._do(close)
 

@@ -1,10 +1,12 @@
 """Files, messages and names of release 0.1 are read and reproduced byte for byte."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import lmdb
 import numpy as np
 import pytest
 from formats import exchanges, files, names, server
@@ -16,6 +18,7 @@ from unroll.bundle import Golden, Manifest
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store import state_file
+from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Commit
 from unroll.service.store.record import Origin, Record, pack_last, pack_last_chunk, unpack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
@@ -124,6 +127,32 @@ async def test_sessions_in_redis(redis_server: RedisServer) -> None:
         assert client.get(gone) == golden("redis_gone_closed")
     finally:
         await store.stop()
+
+
+async def test_sessions_in_a_folder_of_either_format(tmp_path: Path) -> None:
+    EmbeddedStore(EmbeddedStoreConfig(tmp_path))._folder.close()
+    host = json.loads((tmp_path / "host.json").read_text())
+    (tmp_path / "host.json").write_text(json.dumps(host | {"format": 1}))
+    with lmdb.open(str(tmp_path)) as environment, environment.begin(write=True) as transaction:
+        for name in ("session", "session_1", "closed", "closed_1"):
+            transaction.put(f"steps/{name}".encode(), golden(f"folder_{name}"))
+
+    store = EmbeddedStore(EmbeddedStoreConfig(tmp_path, timeout=60.0, idle_timeout=None))
+    for version in ("", "_1"):
+        key = ("steps", f"session{version}")
+        assert await store.load(key) == RECORD
+        assert await store.load(("steps", f"closed{version}")) == files.CLOSED
+        next_one = replace(RECORD, position=43, token=b"v" * 16)
+        assert await store.commit([Commit(key, RECORD.token, next_one.token, next_one.packed())]) == [None]
+        assert await store.load(key) == next_one
+    await store.stop()
+    assert json.loads((tmp_path / "host.json").read_text())["format"] == 2, "an earlier server refuses it"
+
+
+def test_entries_of_a_folder(tmp_path: Path) -> None:
+    files.write(tmp_path)
+    for name in ("folder_session", "folder_closed"):
+        assert (tmp_path / f"{name}.bin").read_bytes() == golden(name)
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────

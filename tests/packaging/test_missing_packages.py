@@ -17,6 +17,7 @@ from unroll import cli
 sys.exit(cli.main(arguments))
 """
 
+BUNDLE = str(Path(__file__).parents[2] / "examples" / "repository" / "co2" / "1")
 EXPORT = ("export", "net:Net", "--input", "x:float32:3", "--repository", "none")
 
 
@@ -30,14 +31,14 @@ def run(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("onnxruntime", ("serve", "--repository", "none"), "pip install onnxruntime (with an NVIDIA GPU"),
         pytest.param(
-            *("onnxruntime", ("verify", "none"), "pip install onnxruntime (with an NVIDIA GPU"), marks=pytest.mark.long
+            *("onnxruntime", ("verify", BUNDLE), "pip install onnxruntime (with an NVIDIA GPU"), marks=pytest.mark.long
         ),
         pytest.param("onnxruntime", EXPORT, "pip install onnxruntime (with an NVIDIA GPU", marks=pytest.mark.long),
         ("torch", EXPORT, "pip install torch onnx onnxscript"),
         pytest.param("onnx", EXPORT, "pip install torch onnx onnxscript", marks=pytest.mark.long),
         pytest.param("onnxscript", EXPORT, "pip install torch onnx onnxscript", marks=pytest.mark.long),
         ("redis", ("serve", "--repository", "none", "--store", "redis://localhost"), "pip install 'unroll-serve[cpu]'"),
-        ("pydantic", ("inspect", "none"), "pip install 'unroll-serve[cpu]'"),
+        ("pydantic", ("inspect", BUNDLE), "pip install 'unroll-serve[cpu]'"),
         ("safetensors", ("demo",), "pip install 'unroll-serve[cpu]'"),
     ],
 )
@@ -57,7 +58,7 @@ def test_client_only_install_has_no_commands_and_names_the_package_to_install(pa
 
 
 def test_a_command_needs_only_its_own_packages() -> None:
-    assert "manifest.json" in run("torch,onnxruntime,uvicorn", "inspect", "none").stderr
+    assert run("torch,onnxruntime,uvicorn", "inspect", BUNDLE).returncode == 0
     assert run("onnxruntime", "doctor").returncode in {0, 1}
 
 

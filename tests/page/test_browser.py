@@ -192,6 +192,8 @@ def test_files_curves_and_signals_are_inputs(visit: Visit) -> None:
     page = visit("playground/co2")
     expect(page.locator(".facts")).to_contain_text("CO₂ at Mauna Loa")
     page.get_by_label("Input", exact=True).select_option("A CSV file")
+    press(page, "Step")
+    says(page, "There is no input yet")
     rows = "week,ppm\n" + "".join(f"{week},{330 + week % 9}\n" for week in range(30))
     file = {"name": "weeks.csv", "mimeType": "text/csv", "buffer": rows.encode()}
     page.locator("input[type=file]").set_input_files(files=[file])  # type: ignore[list-item]
@@ -313,6 +315,9 @@ def test_the_microphone_is_an_input_of_models_that_declare_a_rate(
     expect(page.locator(".facts")).to_contain_text("256 of 16,000 samples a second in a step")
     press(page, "Step")
     wait_for_position(page, 1)
+    page.get_by_label("Input", exact=True).select_option("A CSV file")
+    press(page, "Step")
+    says(page, "There is no input yet")
     listen = """async () => {
         const { microphone } = await import("/page/sources.mjs");
         const { Client } = await import("/page/unroll.mjs");
@@ -390,15 +395,19 @@ def test_figures_and_files_are_read_correctly(visit: Visit) -> None:
         """async text => {
             const { Scrape, quantile } = await import("/page/prometheus.mjs");
             const { columnsOf } = await import("/page/sources.mjs");
+            const { Stage } = await import("/page/stage.mjs");
+            const x = { name: "x", dtype: "float32", shape: [] }, y = { name: "y", shape: [10] };
             const scrape = new Scrape(text, 0), counts = scrape.counts("a");
             return [counts.map(([, count]) => count), quantile(counts, 0.5), quantile(counts, 0.99), scrape.sum("b"),
-                    columnsOf("# c\\nwhen;v\\nmon;1.5\\ntue;-2\\n"), columnsOf("1,2\\n3,4")];
+                    columnsOf("# c\\nwhen;v\\nmon;1.5\\ntue;-2\\n"), columnsOf("1,2\\n3,4"),
+                    new Stage({ inputs: [x], outputs: [y], state: [] }).note];
         }""",
         text,
     )
     assert read[:4] == [[2, 4, 2], 1.5, 2, 1000]
     assert read[4] == [{"name": "v", "values": [1.5, -2]}]
     assert read[5] == [{"name": "column 1", "values": [1, 3]}, {"name": "column 2", "values": [2, 4]}]
+    assert read[6] == "4 of 10 outputs are drawn"
 
 
 def test_page_asks_for_an_api_key_if_the_server_needs_one(browser: Browser, tmp_path: Path) -> None:
@@ -410,7 +419,8 @@ def test_page_asks_for_an_api_key_if_the_server_needs_one(browser: Browser, tmp_
     page = browser.new_page()
     page.set_default_timeout(PATIENCE * 1000)
     page.goto(f"{running.url}/#playground/gru")
-    for key in ("wrong", secret):
+    for key, asked in (("wrong", "requires an API key"), (secret, "the API key is unknown")):
+        expect(page.get_by_role("alert")).to_contain_text(asked)  # in a new form
         page.get_by_label("API key").fill(key)
         press(page, "Use this key")
     press(page, "Step")  # over a WebSocket opened with a ticket

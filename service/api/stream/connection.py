@@ -36,6 +36,8 @@ from unroll.service.protocol.frames import Frame, FrameCodec, SingleEntryFrame
 
 #: Close code when the server shuts down: Service Restart in RFC 6455's registry.
 RESTART = 1012
+#: Maximum number of sessions per message at the end.
+GOODBYES = 64
 
 
 class Connection:
@@ -183,7 +185,7 @@ class Connection:
     def _send_goodbyes(self, handles: Iterator[int]) -> None:
         if self._replies.closed:
             return
-        if described := [self._describe(handle) for handle in islice(handles, SLICE)]:
+        if described := [self._describe(handle) for handle in islice(handles, GOODBYES)]:
             self._replies.send({"op": "closing", "sessions": described})
             self._call_soon(partial(self._send_goodbyes, handles))
         else:

@@ -33,7 +33,7 @@ _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 #: Sessions, or chunks of a frame, handled per turn of the event loop.
-SLICE = 64
+SLICE = 16
 #: The same for detached handles, which cost almost nothing.
 _DETACH_SLICE = 4096
 #: Sessions requested from the store at once.

@@ -105,8 +105,9 @@ class Export:
             "--state",
             "NAME:DTYPE:SHAPE=OUTPUT",
             "an argument of forward, (batch, *SHAPE), that starts as zeros and then takes this output of the previous "
-            "call; y1 is the second item of a tuple; B marks the batch axis if it is not the first, as in 2xBx64; "
-            "NAME=OUTPUT with --step if forward starts without it; not needed for states of recurrent layers",
+            "call; y1 is the second item of a tuple; B marks the batch axis if it is not the first, as in 2xBx64; a "
+            "tuple has several shapes, as in 2xBx64,2xBx64; NAME=OUTPUT with --step if forward starts without it; not "
+            "needed for states of recurrent layers",
             _spec("StateSpec.parse"),
         ),
     ] = None

@@ -2,10 +2,9 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from unroll.commands.options import Failed, Json, argument
+from unroll.commands.options import Bundle, Failed, Json
 
 if TYPE_CHECKING:
     from unroll.bundle import Content
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 class Inspect:
     """Show a bundle's inputs, outputs, state, operators and measured parity."""
 
-    bundle: Annotated[Path, argument("BUNDLE", "the folder REPOSITORY/NAME/VERSION")]
+    bundle: Bundle
     json: Json = False
 
     def run(self) -> int:

@@ -1,11 +1,12 @@
 """`unroll keys new|check`."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from unroll.commands.options import Failed, argument, option
+from unroll.commands.options import Failed, Json, argument, option
 
 if TYPE_CHECKING:
     from unroll.service.access.keys import KeyRing
@@ -59,6 +60,7 @@ class Check:
     """
 
     file: Annotated[Path, _FILE]
+    json: Json = False
 
     def run(self) -> int:
         from unroll.service.access.keys import KeyRing, KeysRefused
@@ -67,10 +69,17 @@ class Check:
             ring = KeyRing.read(self.file, only_keys=False)
             if ring.keys or not ring.quotas:
                 ring = KeyRing.read(self.file)
-            print(*_lines(ring), sep="\n")
+            print(_document(ring)) if self.json else print(*_lines(ring), sep="\n")
         except KeysRefused as error:
             raise Failed(str(error)) from error
         return 0
+
+
+def _document(ring: "KeyRing") -> str:
+    keys = [key.model_dump(mode="json", exclude={"sha256"}) | {"expired": key.is_over()} for key in ring.keys.values()]
+    return json.dumps(
+        {"keys": keys, "tenants": {name: quota.model_dump() for name, quota in ring.quotas.items()}}, indent=2
+    )
 
 
 def _lines(ring: "KeyRing") -> Iterator[str]:

@@ -88,11 +88,19 @@ def json_object(text: str | None) -> None:
         raise ValueError(f"{text} is no JSON object")
 
 
+def _bundle(folder: Path) -> None:
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is not a bundle: give the folder REPOSITORY/NAME/VERSION")
+
+
+Bundle = Annotated[Path, argument("BUNDLE", "the folder REPOSITORY/NAME/VERSION", _bundle)]
 #: The server's URL and the API key, for all client commands.
 Url = Annotated[str, option("--url", "URL", "URL of the server")]
 ApiKey = Annotated[str | None, option("--api-key", "KEY", "", envvar="UNROLL_API_KEY", hidden=True)]
 Static = Annotated[str | None, option("--static", "JSON", "static inputs of a new session: {name: value}", json_object)]
 Json = Annotated[bool, flag("--json", "print one JSON document")]
+#: The store, for commands that need one.
+Store = Annotated[str, option("--store", "URL", "the store, as for `unroll serve`", envvar="UNROLL_STORE")]
 
 
 def _one_of(allowed: list[str]) -> Callable[[str | None], None]:

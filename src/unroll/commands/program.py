@@ -137,5 +137,7 @@ def _explained(error: click.UsageError) -> str:
     else:
         message = error.format_message().rstrip(".")
         what = message[:1].lower() + message[1:]
+        if isinstance(error, click.MissingParameter) and error.param and error.param.envvar:
+            what += f", or set {error.param.envvar}"
     lists = "commands" if isinstance(ctx.command, click.Group) else "options"
     return f"{ctx.command_path}: {what}\n{usage(ctx)}   ({ctx.command_path} --help lists the {lists})"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from unroll.commands.options import Json, WrongOption, argument, flag, not_negative, option, positive
+from unroll.commands.options import Json, Store, WrongOption, argument, flag, not_negative, option, positive
 
 _EPILOG = """
     The store may be in use by servers. Give the servers' --idle-timeout, so that idle times agree. The exit status is 1
@@ -16,9 +16,7 @@ _EPILOG = """
 class OnStore:
     """The options of the store."""
 
-    store: Annotated[
-        str | None, option("--store", "URL", "the store, as for `unroll serve`", envvar="UNROLL_STORE")
-    ] = None
+    store: Store
     store_prefix: Annotated[
         str | None, option("--store-prefix", "PREFIX", "the servers' prefix of Redis keys (default: that of servers)")
     ] = None
@@ -37,8 +35,6 @@ class OnStore:
     ] = ""
 
     def run(self) -> int:
-        if self.store is None:
-            raise WrongOption("give --store URL, or set UNROLL_STORE")
         from unroll.service.commands import sessions
 
         try:

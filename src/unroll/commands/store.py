@@ -5,15 +5,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from unroll.commands.options import Json, argument, flag
+from unroll.commands.options import Json, Store, WrongOption, flag
 
 if TYPE_CHECKING:
     from unroll.service.store.embedded_check import Report
-
-
-def _folder(url: str) -> None:
-    if not url.startswith("file:///"):
-        raise ValueError("give a folder, such as file:///var/lib/unroll; Redis checks its own files")
 
 
 @dataclass(frozen=True)
@@ -24,11 +19,13 @@ class Check:
     entries are damaged, and 2 if the store cannot be opened or its file is damaged as a whole.
     """
 
-    store: Annotated[str, argument("URL", "the store, such as file:///var/lib/unroll", _folder)]
+    store: Store
     repair: Annotated[bool, flag("--repair", "remove damaged entries")] = False
     json: Json = False
 
     def run(self) -> int:
+        if not self.store.startswith("file:///"):
+            raise WrongOption("give a folder, such as file:///var/lib/unroll; Redis checks its own files")
         from unroll.service.settings import store_folder
         from unroll.service.store.embedded_check import check
 
@@ -46,10 +43,10 @@ def _lines(report: "Report") -> Iterator[str]:
     for damage in report.damaged:
         yield f"damaged: model {damage.model!r}, session {damage.session!r}: {damage.problem}"
     yield (
-        f"{report.sessions} sessions, {report.closed} closed, {report.expired} expired, {len(report.damaged)} damaged; "
-        f"{report.used_bytes} bytes in use, in a file of {report.file_bytes}"
+        f"sessions: {report.sessions} open, {report.closed} closed, {report.expired} expired, "
+        f"{len(report.damaged)} damaged; {report.used_bytes} bytes in use, in a file of {report.file_bytes}"
     )
     if report.removed:
-        yield f"removed: {report.removed} damaged entries; their sessions are unknown from now on"
+        yield f"damaged entries removed: {report.removed}; their sessions are unknown from now on"
     elif report.damaged:
         yield "their sessions cannot be used; --repair removes them, so that their ids can be opened again"

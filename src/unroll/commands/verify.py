@@ -2,10 +2,9 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
-from unroll.commands.options import Failed, Json, argument, option, positive
+from unroll.commands.options import Bundle, Failed, Json, option, positive
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Verify:
     PyTorch is not needed: the bundle holds its outputs in float64.
     """
 
-    bundle: Annotated[Path, argument("BUNDLE", "the folder REPOSITORY/NAME/VERSION")]
+    bundle: Bundle
     device: Annotated[
         str,
         option(

@@ -127,7 +127,7 @@ async def test_expiry_of_a_key_is_reported(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr("unroll.service.access.keys.datetime", _clock_at(later))
         async with asyncio.timeout(PATIENCE):
             await told.wait()
-        gate.reload()
+        await gate.reload()
     assert not other.is_set()
 
 
@@ -140,21 +140,24 @@ def _clock_at(time: datetime) -> type[datetime]:
     return Clock
 
 
-def test_keys_are_reloaded_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
+async def test_keys_are_reloaded_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
     path = written(tmp_path, ENTRY.format(DIGEST))
     gate = Gate(path)
     assert gate.admit(bearer("secret"), "infer", changes=True) == "acme"
     path.write_text("keys = [")
-    gate.reload()
+    reloaded = asyncio.ensure_future(gate.reload())
+    await asyncio.sleep(0)
+    assert not reloaded.done(), "the file is read in a thread, because a long one takes time"
+    await reloaded
     assert gate.admit(bearer("secret"), "infer", changes=True) == "acme"
     path.write_text(ENTRY.format(hashlib.sha256(b"other").hexdigest()))
-    gate.reload()
+    await gate.reload()
     with pytest.raises(Unauthenticated):
         gate.admit(bearer("secret"), "infer", changes=True)
     assert gate.admit(bearer("other"), "infer", changes=True) == "acme"
 
 
-def test_tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, ENTRY.format(DIGEST))
     gate, twin, stranger = Gate(path, None, (), b"s" * 32), Gate(path, None, (), b"s" * 32), Gate(path)
     key = gate.key_of(bearer("secret"))
@@ -174,7 +177,7 @@ def test_tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         gate.admit_ticket(ticket, "infer")
     monkeypatch.undo()
     path.write_text(ENTRY.format(hashlib.sha256(b"other").hexdigest()))
-    gate.reload()
+    await gate.reload()
     with pytest.raises(Unauthenticated):
         gate.admit_ticket(ticket, "infer")
 

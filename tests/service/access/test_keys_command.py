@@ -1,5 +1,6 @@
 """`unroll keys` writes a file that a server accepts."""
 
+import json
 import stat
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def test_keys_are_added_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "scraper  tenant acme  metrics" in shown
     assert "tenant acme: sessions 7" in shown
+    assert keys("check", str(path), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["keys"][1] == {
+        "name": "scraper",
+        "tenant": "acme",
+        "scopes": ["metrics"],
+        "expires": None,
+        "expired": False,
+    }
+    assert found["tenants"]["acme"]["sessions"] == 7
 
 
 def test_new_file_is_readable_only_by_its_owner(tmp_path: Path) -> None:

@@ -6,6 +6,11 @@ import numpy as np
 from waiting import PATIENCE
 
 STEP = np.float32([[0.1, -0.2, 0.3]])
+#: Opens a stream.
+UPGRADE = (
+    b"GET /v1/models/lstm/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
 
 Answer = tuple[int, dict[str, str], bytes]
 

@@ -4,10 +4,10 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
 from serving import metrics
 
-from unroll.service.api.all_workers import WorkerAnswer, _answer, done_by_all, metrics_of_all
+from unroll.service.api.all_workers import AllWorkers, WorkerAnswer, _answer, done_by_all, metrics_of_all
 from unroll.service.telemetry.metrics import Collector, RequestFigures, StoreFigures
 
 _SCRAPE = b"GET /metrics HTTP/1.1\r\n\r\n"
@@ -57,3 +57,27 @@ async def test_an_answer_that_breaks_off_is_none(tmp_path: Path, body: bytes, co
     async with await asyncio.start_unix_server(end, tmp_path / "1"):
         answer = await _answer(tmp_path / "1", _SCRAPE, 60.0)
     assert answer == (WorkerAnswer(200, "text/plain", body) if complete else None)
+
+
+async def test_scrapes_at_once_ask_each_worker_once(tmp_path: Path) -> None:
+    """A stopped worker answers none for seconds, and has places for few connections."""
+    asked = list[bytes]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b""}
+
+    def request(key: bytes) -> Request:
+        headers = [(b"authorization", key)]
+        return Request({"type": "http", "method": "GET", "raw_path": b"/metrics", "headers": headers}, receive)
+
+    workers = AllWorkers([tmp_path / "1", tmp_path / "2"], ())
+    async with await asyncio.start_unix_server(answer, tmp_path / "1"):
+        answers = await asyncio.gather(*[workers.ask(request(key)) for key in [b"a", b"b"] * 20])
+        assert answers == [[WorkerAnswer(200, "text/plain", b""), None]] * 40
+        await workers.ask(request(b"a"))
+    assert len(asked) == 3, "one for each key, and one later"

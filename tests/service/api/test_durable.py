@@ -202,6 +202,16 @@ def test_sequences_of_the_open_inference_protocol(replicas: Replicas, x: np.ndar
     assert np.array_equal(arrays["y"][0, 0], oracle("gru", "2")(x[3:5])[1]), "START opens a new session at any replica"
 
 
+def test_the_end_of_a_restarted_sequence_is_its_own(replicas: Replicas, redis_process: RedisServer, x: np.ndarray):
+    client, first = replicas.any, {"sequence_id": "restarted", "sequence_start": True, "sequence_position": 0}
+    outputs(infer(client, "gru", x[:1], **first))
+    outputs(infer(client, "gru", x[1:2], sequence_id="restarted", sequence_start=True))
+    redis_process.client.delete("unroll:{gru/restarted}")  # as if it had expired
+    answer = infer(client, "gru", x[2:3], sequence_id="restarted")
+    assert (answer.status_code, code(answer)) == (410, "session_expired")
+    outputs(infer(client, "gru", x[:1], **first))  # no duplicate of the step that opened the session that expired
+
+
 def test_session_continues_after_every_server_restarts(
     serve: Serve, redis_server: RedisServer, x: np.ndarray, oracle: Oracles
 ):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from raw_http import STEP, Wire, request
+from raw_http import STEP, UPGRADE, Wire, request
 from serving import Running, metric
 from waiting import until
 
@@ -20,10 +20,6 @@ from unroll.service.settings import Settings
 
 LIMIT = 600_000
 _HALF = LIMIT // 2 - SMALL
-_UPGRADE = (
-    b"GET /v1/models/lstm/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-)
 _ROUTES = {
     "steps": "/v1/models/lstm/sessions/held/steps",
     "sequences": "/v1/models/lstm/sequences",
@@ -102,7 +98,7 @@ def test_messages_of_streams_that_are_half_sent(small: Running, dial: Callable[[
     frame = b"\x82\xff" + (10_000_000).to_bytes(8) + bytes(4)
     streams = [dial() for _ in range(3)]
     for stream in streams:
-        stream.send(_UPGRADE)
+        stream.send(UPGRADE)
         assert stream.head()[0] == 101
     for stream in streams[:2]:
         stream.send(frame + bytes(_HALF))

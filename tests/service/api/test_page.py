@@ -99,7 +99,10 @@ def test_allowed_origins_may_read_answers_and_others_may_not(friendly: Running) 
             assert unknown.headers.get("access-control-allow-origin") == (FRIEND if origin == FRIEND else None)
         exposed = http.get("/v1/models", headers={"origin": FRIEND}).headers["access-control-expose-headers"]
         assert "Unroll-Position" in exposed
-    assert "access-control-allow-origin" not in httpx.get(f"{friendly.url}/v1/models").headers
+    for origin in ({}, {"origin": FRIEND}, {"origin": STRANGER}):
+        answer = httpx.get(f"{friendly.url}/v1/models", headers=origin)
+        assert ("access-control-allow-origin" in answer.headers) == (origin == {"origin": FRIEND})
+        assert answer.headers["vary"] == "Origin", "a cache may answer another origin with it"
 
 
 def test_a_page_that_may_not_open_a_stream_learns_why(friendly: Running, server: Running) -> None:

@@ -289,10 +289,10 @@ def test_step_committed_just_before_close_is_answered_with_its_own_position(
         await asyncio.to_thread(closed.wait)
         return errors
 
-    async def late_close(key: Key) -> int | None:
+    async def late_close(key: Key, origin: bytes) -> int | None:
         closing_begins.set()
         await asyncio.to_thread(committed.wait)
-        return await close(key)
+        return await close(key, origin)
 
     wire = Wire(running.port)
     with httpx.Client(base_url=running.url) as client, closing(wire.socket):

@@ -55,11 +55,11 @@ def test_sessions_are_listed_closed_and_carried_on_from_a_file(
         assert status == 0
         assert (listed["model"], listed["session_id"], listed["position"]) == ("gru", "a", 5)
         assert 0 <= listed["idle_seconds"] < 900
-        assert run(capsys, "list", *named, "--min-idle", "800")[1] == "0 sessions\n"
+        assert run(capsys, "list", *named, "--min-idle", "800")[1] == "sessions: 0\n"
         assert "state" not in json.loads(run(capsys, "show", "gru", "a", *named, "--json")[1])
         assert len(json.loads(run(capsys, "show", "gru", "a", *named, "--json", "--state")[1])["state"]) > 0
 
-        assert run(capsys, "export", file, *named) == (0, f"2 sessions written to {file}\n")
+        assert run(capsys, "export", file, *named) == (0, f"sessions written to {file}: 2\n")
         assert run(capsys, "export", file, *named)[0] == 2, "no file is written over"
         assert run(capsys, "close", "gru", "a", "c", *named) == (1, "a: closed at position 5\nc: not open\n")
         assert step(client, "a", x[5:6], 5).json()["code"] == "session_closed"

@@ -73,6 +73,17 @@ def subject(port: int, context: ssl.SSLContext) -> str:
         return dict(field[0] for field in certificate["subject"])["commonName"]  # type: ignore[misc]
 
 
+async def test_clients_refuse_an_unknown_certificate_without_a_retry(secure: Running) -> None:
+    with (
+        pytest.raises(unroll.errors.ConnectionFailed, match=r"attempts: 1.*certificate"),
+        unroll.Client(secure.url) as one,
+    ):
+        one.models()
+    with pytest.raises(unroll.errors.ConnectionFailed, match=r"attempts: 1.*certificate"):
+        async with unroll.AsyncClient(secure.url) as other:
+            await other.models()
+
+
 def test_the_client_steps_over_http_and_a_stream(secure: Running, authority: Authority) -> None:
     x = np.zeros(3, np.float32)
     with unroll.Client(secure.url, tls=authority.context()) as client:

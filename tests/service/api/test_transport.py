@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import orjson
 import pytest
-from raw_http import STEP, Answer, Wire, request
+from raw_http import STEP, UPGRADE, Answer, Wire, request
 from serving import RAW, Running
 from waiting import until
 
@@ -208,6 +208,36 @@ def test_long_bodies_are_parsed_and_read_in_separate_turns(server: Running, monk
             head, _, body = request(path, json.dumps(bodies[path]).encode()).partition(b"\r\n\r\n")
             wire.send(head.replace(b"octet-stream", b"json") + b"\r\n\r\n" + body)
         assert [wire.answer()[0] for wire, _ in wires] == [200] * 6
+        opening = request("/v1/models/lstm/sessions", json.dumps({"state": [0.5] * LONG_BYTES}).encode())
+        wires[0][0].send(opening.replace(b"octet-stream", b"json"))
+        assert wires[0][0].answer()[0] == 422, "it has too many values, and its text was parsed by pydantic alone"
     assert sorted(name for name, _ in ran_in) == ["loads"] * 6 + ["read_inputs"] * 3 + ["sequences_from_json"] * 3
     assert len({turn for _, turn in ran_in}) == 12, ran_in
     assert [name == "loads" for name, _ in ran_in] == [True, False] * 6, "there is one document at a time"
+
+
+_LONG = 2_000_000
+#: The most that asyncio and uvloop read at once.
+_SEGMENT = 2**18
+
+
+@pytest.mark.parametrize("kind", ["requests", "messages"])
+def test_one_turn_reads_one_segment_of_a_connection(server: Running, wire: Wire, kind: str) -> None:
+    """uvloop alone would read up to 32 segments of each connection before anything else runs."""
+    sizes, loop = [0], server.uvicorn.loop
+
+    def look() -> None:
+        sizes.append(server.server.held.by_kind[kind])
+        if sizes[-1] < _LONG:
+            loop.call_soon(look)
+
+    begun = request("/v1/models/lstm/sequences", bytes(2 * _LONG))[: -2 * _LONG]
+    if kind == "messages":
+        begun = b"\x82\xff" + (2 * _LONG).to_bytes(8) + bytes(4)
+        wire.send(UPGRADE)
+        assert wire.head()[0] == 101
+    with server.in_one_turn():
+        wire.send(begun, bytes(_LONG))
+        loop.call_soon_threadsafe(look)
+    until(lambda: sizes[-1] >= _LONG, "the arrival of the body")
+    assert max(after - before for before, after in itertools.pairwise(sizes)) <= _SEGMENT

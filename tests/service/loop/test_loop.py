@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,16 @@ from waiting import PATIENCE, turns
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.clock import ManualClock
-from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
+from unroll.service.core.errors import DeadlineExceeded, SessionClosed, SessionContended, UnrollError
 from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
 from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.joined_steps import StepListener
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.store.interface import Commit
-from unroll.service.store.record import Origin
+from unroll.service.store.record import Origin, Record
 
 NUMBER = TensorSpec("x", "float32", (), True)
 
@@ -58,6 +60,22 @@ class GatedEngine:
     def write(self, slot: int, row: np.ndarray) -> None: ...
 
     def copy(self, source: int, target: int) -> None: ...
+
+
+class Listener:
+    """Of a joined step."""
+
+    def __init__(self) -> None:
+        self.position: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def write(self, outputs: Tensors) -> Sequence[Any]:
+        return outputs[0]
+
+    def complete(self, written: Any, position: int) -> None:
+        self.position.set_result(position)
+
+    def fail(self, error: UnrollError) -> None:
+        self.position.set_exception(error)
 
 
 class LaunchingEngine(GatedEngine):
@@ -174,6 +192,41 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
         store.gate.set()
         assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
         assert loop.scheduler.sessions.find_detached("a", 0).position == 2
+
+
+async def test_copy_of_a_session_that_moves_often_is_compared_with_the_store_before_a_step_runs():
+    async with running() as (loop, store, _, engine):
+        engine.gate.set()
+        store.gate.set()
+        loop.scheduler.open("a", 0, origin=ORIGIN)
+        await steps(loop, "a", X, 10)
+
+        async def step_elsewhere(position: int) -> None:
+            record = await store.load(("m", "a"))
+            assert isinstance(record, Record)
+            new = replace(record, position=position, kept=()).packed()
+            assert await store.commit([Commit(("m", "a"), record.token, b"%016d" % position, new)]) == [None]
+
+        await step_elsewhere(5)
+        with pytest.raises(SessionContended):
+            await steps(loop, "a", X, 10)
+        session, one = loop.scheduler.sessions.find_detached("a", 0), X[0][:1]
+
+        async def joined(join: Callable[[StepListener], bool]) -> int:
+            listener = Listener()
+            assert join(listener)
+            return await listener.position
+
+        for run in (
+            lambda: joined(lambda listener: loop.join(session, None, one.tobytes(), 10, listener)),
+            lambda: joined(lambda listener: loop.join_chunk(Chunk((one,), session), 10, listener)),
+        ):
+            before = session.position
+            await step_elsewhere(before + 10)
+            assert await run() == before + 11
+        await step_elsewhere(40)
+        assert (await steps(loop, "a", X, 10)).position == 42
+        assert len(engine.batches) == 5, "one of them was refused"
 
 
 async def test_work_that_arrives_during_a_batch_forms_the_next():

@@ -20,7 +20,8 @@ from unroll.service.core.errors import (
 from unroll.service.core.session_ids import owned
 from unroll.service.scheduler.closed_sessions import ClosedSessions
 from unroll.service.scheduler.limits import SessionLimits
-from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
+from unroll.service.scheduler.reply import payload_digest
+from unroll.service.store.record import Kept
 
 
 def test_start_opens_and_final_closes_and_their_retries_are_answered(s, engine):
@@ -94,14 +95,14 @@ def test_opening_request_opens_a_new_session_once_the_tombstone_expires(s, engin
 def test_tenant_that_closes_many_sessions_does_not_evict_tombstones_of_other_tenants():
     closed = ClosedSessions(SessionLimits(tombstones=20, closing_reply_bytes=1000))
     outputs = (np.zeros(100, np.uint8),)
-    last = AppliedChunk(0, payload_digest(outputs), Reply(outputs, 1))
+    last = Kept(0, 1, payload_digest(outputs), outputs[0].tobytes())
     calm = [owned("calm", f"{i}") for i in range(5)]
     for i in range(100):
         if i < 5:
             closed.add(calm[i], SessionClosed, 0, b"", last)
         closed.add(owned("busy", f"{i}"), SessionClosed, 0, b"", last)
     assert len(closed) == 20
-    assert all(closed.get(session_id, 1) and closed.reply_to(session_id, 0, outputs, 1) for session_id in calm)
+    assert all(closed.get(session_id, 1) and closed.closing_chunk(session_id, 0, outputs, 1) for session_id in calm)
     assert owned("busy", "99") in closed
     closed.add(owned("busy", "100"), SessionClosed, 4000, b"")
     assert len(closed) == 1, "what is old is forgotten, whoever's it is"
@@ -111,9 +112,9 @@ def test_the_replies_of_closing_chunks_are_bounded_in_bytes():
     closed = ClosedSessions(SessionLimits(closing_reply_bytes=100))
 
     def known() -> str:
-        return "".join(name for name in "abcd" if closed.reply_to(name, 0, inputs(1), 0) is not None)
+        return "".join(name for name in "abcd" if closed.closing_chunk(name, 0, inputs(1), 0) is not None)
 
-    last = AppliedChunk(0, payload_digest(inputs(1)), Reply((np.zeros(5),), 5))
+    last = Kept(0, 5, payload_digest(inputs(1)), bytes(40))
     for name in "abc":
         closed.add(name, SessionClosed, 0, b"", last)
     assert known() == "bc"

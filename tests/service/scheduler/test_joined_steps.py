@@ -20,9 +20,9 @@ from fold import (
     turn,
 )
 
-from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionContended, SessionExpired
+from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionClosed, SessionContended, SessionExpired
 from unroll.service.core.session_ids import owned
-from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Durable
@@ -262,6 +262,100 @@ def test_the_first_step_of_a_session_joins_and_its_retry_is_answered(s, engine):
     assert join(s, session, 2, log.of("new"), position=1)
     run_until_idle(s, engine)
     assert log == {"new": fold([1, 2])[-1:]}
+
+
+def start(
+    s: Scheduler, name: str, log: Log, step: int = 1, position: int | None = None, listener: Joiner | None = None
+):
+    """Join the step that opens a session. Returns the session."""
+    chunk = Chunk(inputs(step), None, position, opening=Opening(name))
+    assert s.join(chunk, 0, 50, listener or log.of(name))
+    return chunk.session
+
+
+def end(s: Scheduler, name: str, log: Log, step: int = 2, position: int | None = None) -> bool:
+    return s.join(Chunk(inputs(step), find(s, name), position, final=True), 0, 50, log.of(name))
+
+
+def test_steps_that_open_or_end_their_session_join(settled, engine):
+    log = Log()
+    settled.close(find(settled, "d"), 0)
+    assert joined(settled, "a", log) == [True]
+    assert end(settled, "b", log)
+    opened = start(settled, "new", log)
+    assert turn(settled, engine).rows == 3
+    assert log == dict.fromkeys("ab", fold([1, 2])[-1:]) | {"new": fold([1])}
+    assert (opened.position, find(settled, "new"), find(settled, "a").position) == (1, opened, 2)
+    with pytest.raises(SessionClosed):
+        find(settled, "b")
+    assert start(settled, "b", log).position == 0
+    run_until_idle(settled, engine)
+    assert log["b"] == fold([1])
+
+
+@pytest.mark.parametrize("how", ["engine", "cancel", "refuse", "late"])
+def test_session_whose_first_step_fails_is_closed_and_may_be_opened_again(s, engine, how):
+    log, listener = Log(), Log().of("new")
+    session = start(s, "new", log, 13, 0, listener if how == "cancel" else None)
+    behind = submit(s, "new", inputs(3), 0, LATER)
+    if how == "cancel":
+        s.joined.cancel(session, listener, 0)
+    elif how == "refuse":
+        s.joined.refuse(session, SessionExpired("as asked"), 0)
+    engine.failing = {13}
+    run_until_idle(s, engine, now=51 if how == "late" else 0)
+    assert failure(behind) == "session_closed"
+    assert "new" not in s.sessions
+    engine.failing = set()
+    assert start(s, "new", log, 13, 0).position == 0  # not refused as a late duplicate
+    run_until_idle(s, engine)
+    assert log == {"new": fold([13])}
+
+
+def test_session_whose_last_step_fails_stays_open(settled, engine):
+    log, listener = Log(), Log().of("b")
+    engine.failing = {13}
+    assert end(settled, "a", log, 13)
+    assert settled.join(Chunk(inputs(2), find(settled, "b"), final=True), 0, 50, listener)
+    settled.joined.cancel(find(settled, "b"), listener, 0)
+    assert joined(settled, "b", log) == [True]  # the same group, and not the last step
+    run_until_idle(settled, engine)
+    assert log == {"a": "engine_failed", "b": fold([1, 2])[-1:]}
+    assert [find(settled, name).position for name in "ab"] == [1, 2]
+
+
+def test_work_behind_the_last_step_fails(settled, engine):
+    log = Log()
+    assert end(settled, "a", log)
+    behind = submit(settled, "a", inputs(3), 0, LATER)
+    run_until_idle(settled, engine)
+    assert (log["a"], failure(behind)) == (fold([1, 2])[-1:], "session_closed")
+
+
+def test_retries_of_joined_first_and_last_steps(settled, engine):
+    log = Log()
+    settled.close(find(settled, "d"), 0)
+    start(settled, "new", log, position=0)
+    first = submit(settled, "new", inputs(1), 0, LATER, position=0)
+    assert not end(settled, "a", log, position=1)  # its reply is kept after the end
+    assert end(settled, "b", log)
+    with pytest.raises(PayloadMismatch):
+        submit(settled, "b", inputs(2), 0, LATER, position=1)
+    last = submit(settled, "b", inputs(2), 0, LATER, position=1, final=True)
+    run_until_idle(settled, engine)
+    assert (answer(first), answer(last)) == (fold([1]), fold([1, 2])[-1:])
+    assert log == {"new": fold([1]), "b": fold([1, 2])[-1:]}
+    with pytest.raises(SessionClosed):
+        find(settled, "b")
+
+
+def test_valid_step_behind_an_invalid_first_one_finds_the_session_closed(s, engine):
+    log = Log()
+    start(s, "new", log, INVALID)
+    with pytest.raises(SessionClosed):
+        submit(s, "new", inputs(3), 0, LATER, position=0)
+    assert log == {"new": "non_finite_input"}
+    run_until_idle(s, engine)
 
 
 def test_joined_step_keeps_its_own_deadline(settled, engine):

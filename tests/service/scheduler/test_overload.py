@@ -228,6 +228,32 @@ def test_flooding_tenant_does_not_delay_other_tenants(length: int, overload_wait
     assert max(client.p99(0.2) for client in calm) <= 2.5 * (4e-3 + 256 * length * 8e-5)
 
 
+def test_clients_of_a_calm_tenant_wait_for_two_batches_beside_a_flood() -> None:
+    """Two batches, the running one and their own, are the least: a batch that runs cannot be interrupted.
+
+    Clients whose steps ran together send the next ones together, so the tenant needs several rows at once.
+    """
+    machine, calm, chance = (
+        Machine(2e-2, 1e-6, max_batch=4),
+        [Client(tenant="calm") for _ in range(20)],
+        random.Random(7),
+    )
+    for client in calm:
+
+        def step(client: Client = client) -> None:
+            machine.at(machine.now + chance.uniform(0.99, 1.01), lambda: machine.send(client))
+
+        client.on_answer = client.on_refused = lambda _, step=step: step()  # type: ignore[misc]
+        machine.at(chance.random(), lambda client=client: machine.send(client))  # type: ignore[misc]
+    flood = Client(tenant="flood")
+    for number in range(10_000):
+        machine.at(number // 10 / 100, lambda: machine.send(flood))
+    machine.run(10.0)
+    waited = [each for client in calm for each in client.waited]
+    assert Client(waited=waited).p99() <= 2 * 2.1e-2
+    assert sum(len(client.refused) for client in calm) <= len(waited) / 100
+
+
 def test_queue_is_bounded_even_if_many_tenants_share_it() -> None:
     machine = Machine(1e-3, 1e-3, max_queue=400, overload_wait=0.0)
     for number in range(50):

@@ -4,15 +4,15 @@ import os
 
 import hypothesis.strategies as st
 import numpy as np
-from fold import INVALID, START, FoldEngine, Joiner, find, fold, inputs, join, scheduler, submit, submit_sequence
+from fold import INVALID, START, FoldEngine, Joiner, find, fold, inputs, scheduler, submit, submit_sequence
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from unroll.service.core.errors import EngineFailed, UnrollError
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Chunk, GroupReply
+from unroll.service.scheduler.chunk import Chunk, GroupReply, Opening
 from unroll.service.scheduler.reply import Outcome, Reply
-from unroll.service.scheduler.session import Cohort, Session
+from unroll.service.scheduler.session import OPEN, Cohort, Session
 
 #: `make machine-test` runs more examples.
 EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "25"))
@@ -130,20 +130,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         step=st.sampled_from([0, 1, 2, 3, BAD, INVALID]),
         ahead=st.sampled_from([None, 0, 0, 1]),
         patience=st.sampled_from([5.0, 50.0]),
+        final=st.booleans(),
     )
-    def join(self, session_id: str, step: int, ahead: int | None, patience: float) -> None:
-        """Submit a step that joins a group if nothing waits."""
-        if session_id not in self.scheduler.sessions:
-            return
-        session = self.scheduler.sessions.find_detached(session_id, self.now)
-        position = None if ahead is None else session.position + ahead
+    def join(self, session_id: str, step: int, ahead: int | None, patience: float, final: bool) -> None:
+        """Submit a step that joins a group if nothing waits. It opens its session if there is none."""
+        session = self.scheduler.sessions.get_detached(session_id, self.now)
+        position = None if ahead is None else (session.position if session else 0) + ahead
         deadline = self.now + patience
+        chunk = Chunk(inputs(step), session, position, final=final)
+        if session is None:
+            if ahead == 1 or step == INVALID:  # refused before the session is opened
+                return
+            chunk.opening = Opening(session_id)
 
         def then(outcome: list[int] | UnrollError) -> None:
             self.leave(joiner)
             history = self.histories[session]
             if not isinstance(outcome, UnrollError):
                 assert self.begun < deadline
+                assert not final or session.life is not OPEN
                 history.append(step)
                 assert outcome == fold(history)[-1:]
             elif outcome.code == "deadline_exceeded":
@@ -151,13 +156,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 code = {BAD: "engine_failed", INVALID: "non_finite_input"}.get(step)
                 assert outcome.code in (code, "session_closed")
+                assert chunk.opening is None or session.life is not OPEN
 
         joiner = Joiner(then)
-        if join(self.scheduler, session, step, joiner, self.now, position, patience):
+        try:
+            joins = self.scheduler.join(chunk, self.now, deadline, joiner)
+        except UnrollError as error:
+            assert error.code in {"capacity_exhausted", "queue_full", "session_closed"}
+            return
+        session = chunk.session
+        assert session is not None
+        self.histories.setdefault(session, [])
+        if joins:
             assert ahead != 1
             self.joined[joiner] = session
             self.accepted += 1
             self.grouped += 1
+        elif chunk.opening is not None:
+            self.accept(self.scheduler.submit(chunk, self.now, deadline), [step])
 
     def leave(self, joiner: Joiner) -> None:
         del self.joined[joiner]

@@ -1,5 +1,7 @@
 """A snapshot round-trips exactly or is refused."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -45,3 +47,10 @@ def test_another_model_is_refused():
 def test_a_row_that_does_not_fit_is_refused(row):
     with pytest.raises(SnapshotInvalid):
         read(Snapshot(DIGEST, 1, row.astype(np.float32)).to_bytes())
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"\0" * 3, b"\0" * 4])
+def test_bytes_beyond_the_row_are_refused_even_with_a_valid_checksum(extra: bytes):
+    content = RELEASE_0_1[:-16] + extra
+    with pytest.raises(SnapshotInvalid):
+        read(content + hashlib.blake2b(content, digest_size=16).digest())

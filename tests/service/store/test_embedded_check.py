@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def checked(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
-    status = cli.main(["store", "check", f"file://{folder}", "--json", *options])
+    status = cli.main(["store", "check", "--store", f"file://{folder}", "--json", *options])
     return status, json.loads(capsys.readouterr().out)
 
 
@@ -64,8 +64,8 @@ async def test_damaged_entries_are_named_and_removed_while_a_server_uses_the_sto
     assert checked(tmp_path, capsys, "--repair")[1]["removed"] == 2
     assert [await store.load(("lstm", session)) for session in ("s3", "s9")] == [None, None]
     assert isinstance(await store.load(("lstm", "s2")), Record)
-    assert cli.main(["store", "check", f"file://{tmp_path}"]) == 0
-    assert "3 sessions, 1 closed, 0 expired, 0 damaged" in capsys.readouterr().out
+    assert cli.main(["store", "check", "--store", f"file://{tmp_path}"]) == 0
+    assert "sessions: 3 open, 1 closed, 0 expired, 0 damaged" in capsys.readouterr().out
     await store.stop()
 
 

@@ -5,7 +5,9 @@ import math
 import random
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -114,6 +116,7 @@ async def test_a_damaged_session_is_not_used_and_can_be_closed(tmp_path: Path, t
     store._folder.write(damage)
     store._look_after()
     assert (await store.page("", 9)).damaged == [KEY]
+    assert store.newer(KEY, b"another token...") is None
     with pytest.raises(SnapshotInvalid, match="not a session of the store" if cut else "damaged"):
         await store.load(KEY)
     with pytest.raises(SnapshotInvalid, match="it is removed"):
@@ -128,6 +131,18 @@ async def test_a_session_id_may_be_long(tmp_path: Path, tokens: Tokens) -> None:
     assert await put(store, *[commit(tokens.next(), key=key) for key in keys]) == [None, None]
     assert [await store.close(key) for key in keys] == [2, 2]
     await store.stop()
+
+
+def test_servers_of_two_formats_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = LmdbFolder(tmp_path, "never")
+    monkeypatch.setattr(lmdb_folder, "FORMAT", 3)
+    with pytest.raises(StoreUnavailable, match="a server of another version has it open"):
+        LmdbFolder(tmp_path, "never")
+    folder.close()
+    LmdbFolder(tmp_path, "never").close()
+    monkeypatch.undo()
+    with pytest.raises(StoreUnavailable, match="has format 3; this server reads formats 1 and 2"):
+        LmdbFolder(tmp_path, "never")
 
 
 def test_unusable_store_folder_is_refused(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +168,26 @@ def test_unusable_store_folder_is_refused(tmp_path: Path, machine: Machine, monk
         LmdbFolder(tmp_path / "other", "everysec")
 
 
-def test_it_grows(tmp_path: Path) -> None:
-    folder = LmdbFolder(tmp_path, "everysec", map_bytes=2**20)
-    for i in range(40):
-        folder.write(lambda transaction, i=i: transaction.put(b"%d" % i, bytes(200_000)))
-        folder.mark()
-    with folder.read() as transaction:
-        assert all(len(transaction.get(b"%d" % i)) == 200_000 for i in range(40))
-    folder.close()
+def test_it_grows_while_another_thread_reads(tmp_path: Path) -> None:
+    folder, closed = LmdbFolder(tmp_path, "everysec", map_bytes=2**20), threading.Event()
+
+    def read() -> set[bytes | None]:
+        found = set()
+        while not closed.is_set():
+            found.add(folder.get_at_once(b"0"))
+        return found
+
+    with ThreadPoolExecutor(1) as executor:
+        reading = executor.submit(read)
+        for i in range(40):
+            folder.write(lambda transaction, i=i: transaction.put(b"%d" % i, bytes(200_000)))
+            folder.mark()
+        with folder.read() as transaction:
+            assert all(len(transaction.get(b"%d" % i)) == 200_000 for i in range(40))
+        folder.close()
+        closed.set()
+    assert bytes(200_000) in reading.result() <= {None, bytes(200_000)}
+    assert folder.get_at_once(b"0") is None
 
 
 def changed(chance: random.Random, folder: LmdbFolder) -> None:

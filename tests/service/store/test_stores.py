@@ -109,6 +109,17 @@ async def test_refused_commit_returns_the_stored_record(store: Store, tokens: To
         assert refused.record is None
 
 
+async def test_a_newer_record_is_returned_at_once_or_not_at_all(store: Store, tokens: Tokens):
+    first, second = tokens.next(), tokens.next()
+    await put(store, commit(first), commit(second, first, 3))
+    found = store.newer(KEY, first)
+    assert found == (None if isinstance(store, RedisStore) else Record(ORIGIN, 3, b"3" * 8, KEPT, 1, second))
+    assert store.newer(KEY, second) is None
+    await store.close(KEY)
+    assert store.newer(KEY, first) is None
+    assert store.newer(("lstm", "never"), first) is None
+
+
 async def test_many_are_looked_up_at_once_each_for_itself(store: Store, tokens: Tokens):
     keys = [("lstm", name) for name in "abc"]
     await put(store, *(replace(commit(tokens.next(), position=2 + n), key=key) for n, key in enumerate(keys)))
@@ -145,7 +156,8 @@ async def test_a_session_may_begin_and_end_in_one_commit(store: Store, tokens: T
 async def test_closing(store: Store, tokens: Tokens):
     assert await store.close(KEY) is None
     await put(store, commit(tokens.next()))
-    assert await store.close(KEY) == 2
+    assert await store.close(KEY, Origin("ab" * 32, "stored", b"c" * 16).to_bytes()) is None, "another session"
+    assert await store.close(KEY, ORIGIN.to_bytes()) == 2
     assert await store.load(KEY) == Gone("session_closed", ORIGIN)
     assert await store.close(KEY) is None
 
@@ -266,6 +278,30 @@ async def test_record_is_taken_once_if_the_answer_is_lost(redis_server: RedisSer
         assert not await store.take(KEY, first)
         assert await store.load(KEY) is None
         assert await put(store, commit(tokens.next())) == [None]
+        await store.stop()
+
+
+async def test_a_close_that_is_sent_again_spares_the_session_opened_since(redis_server: RedisServer, tokens: Tokens):
+    """Redis closes the session, the connection breaks, and another session gets the id before the retry."""
+    calls, opened = (
+        itertools.count(),
+        tokens.next() + pack(Origin("ab" * 32, "stored", b"c" * 16).to_bytes(), 7, b"", b""),
+    )
+
+    def draw() -> Fault:
+        if next(calls) == 0:
+            return Fault.LOSE_REPLY
+        redis_server.client.set("unroll:{lstm/a}", opened)
+        redis_server.client.delete("unroll:{lstm/a}:gone")
+        return Fault.NONE
+
+    async with FaultProxy(redis_server.port) as proxy:
+        store = RedisStore(RedisStoreConfig(f"redis://127.0.0.1:{proxy.port}/0", timeout=5.0))
+        await put(store, commit(tokens.next()))
+        proxy.draw = draw
+        with pytest.raises(StoreUnavailable):
+            await store.close(KEY, ORIGIN.to_bytes())
+        assert redis_server.client.get("unroll:{lstm/a}") == opened
         await store.stop()
 
 

@@ -15,6 +15,7 @@ from streams import Client, Dial, Plain, frame, last_messages, replies
 from waiting import PATIENCE, reached
 from websockets.exceptions import ConnectionClosed
 
+from unroll.service.api.stream.connection import GOODBYES
 from unroll.service.api.stream.control import SLICE
 from unroll.service.settings import Settings
 
@@ -30,13 +31,13 @@ def goodbyes_of(client: Client) -> dict[int, dict]:
     for message in last_messages(client):
         text = json.loads(message)
         assert text["op"] == "closing"
-        assert 1 <= len(text["sessions"]) <= SLICE
+        assert 1 <= len(text["sessions"]) <= GOODBYES
         goodbyes |= {item["handle"]: item for item in text["sessions"]}
     return goodbyes
 
 
 def test_goodbyes_describe_every_session(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
-    number = 2 * SLICE + 1
+    number = 2 * GOODBYES + 1
     x = rng.standard_normal((number, 9, 3)).astype("<f4")
     client = dial(running=any_server)
     ids = client.bind(*range(number))
@@ -108,8 +109,8 @@ def test_goodbyes_name_the_error_of_a_closed_session(serve: Serve, dial: Dial):
 
 
 async def test_a_drain_waits_for_running_chunks(wire: Wire):
-    await wire.bind(SLICE + 1)
-    wire.frame(range(SLICE + 1))
+    await wire.bind(GOODBYES + 1)
+    wire.frame(range(GOODBYES + 1))
     await reached(wire.engine.reached.is_set)
     wire.connection.drain()
     wire.connection.drain()
@@ -117,10 +118,10 @@ async def test_a_drain_waits_for_running_chunks(wire: Wire):
     assert not wire.sent
     wire.engine.release()
     await reached(lambda: {"op": "hung up", "code": 1012} in wire.sent)
-    assert len(wire.answered()) == SLICE + 1
+    assert len(wire.answered()) == GOODBYES + 1
     texts = [message for message in wire.sent if isinstance(message, dict)]
     assert [text["op"] for text in texts] == ["closing", "closing", "hung up"]
-    assert [item["position"] for text in texts[:-1] for item in text["sessions"]] == [1] * (SLICE + 1)
+    assert [item["position"] for text in texts[:-1] for item in text["sessions"]] == [1] * (GOODBYES + 1)
     wire.frame(range(1))  # it was in flight
     wire.connection.on_text(b"{}")
     assert wire.sent[-1] == texts[-1]
