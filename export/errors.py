@@ -138,4 +138,10 @@ def attempt(what: str, run: Callable[[], Any]) -> Any:
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError("forward_failed", f"forward fails on {what}: {first_line(error)}") from error
+        advice = ""
+        if torch.get_default_dtype() == torch.float64 and "does not match weight dtype" in str(error):
+            advice = (
+                ". Export also runs forward in float64, and this layer stayed float32, because it is not a part of the "
+                "module; assign it to an attribute, not to a global variable, a closure or a default argument"
+            )
+        raise ExportError("forward_failed", f"forward fails on {what}: {first_line(error)}{advice}") from error

@@ -123,15 +123,16 @@ class Running:
             assert model.scheduler.in_flight == 0, model
             model.scheduler.check_invariants()
 
+    def connection_of(self, client: socket.socket) -> Any:
+        """Return the protocol of this client's connection, which is already in use."""
+        address = client.getsockname()
+        (found,) = [one for one in [*self.uvicorn.server_state.connections] if one.client == address]
+        return found
+
     def keep_little_for(self, client: socket.socket) -> None:
         """Shrink the kernel's buffers for data sent to this client, on a connection already in use."""
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        address = client.getsockname()
-        (sends,) = [
-            connection.transport.get_extra_info("socket")
-            for connection in [*self.uvicorn.server_state.connections]
-            if connection.client == address
-        ]
+        sends = self.connection_of(client).transport.get_extra_info("socket")
         with socket.fromfd(sends.fileno(), socket.AF_INET, socket.SOCK_STREAM) as copy:
             copy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 

@@ -108,10 +108,11 @@ def _fill(copied: Any, value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _register(module: nn.Module) -> None:
-    """Make modules in plain lists and helpers parts of `module`, so that a change of all parts changes them, too."""
+    """Make modules in plain lists, helpers and attributes parts of `module`, so that changes reach all of them."""
     for path, value in [*held_objects(module)]:
         if issubclass(type(value), nn.Module) and value not in {*module.modules()} and module not in {*value.modules()}:
-            module.add_module(path.replace(".", "/"), value)
+            name = path.replace(".", "/")
+            module.add_module(f"{name}/" if hasattr(module, name) else name, value)
 
 
 class _Detach(TorchFunctionMode):

@@ -86,6 +86,8 @@ def _check(model: onnx.ModelProto, program: ExportedProgram) -> None:
     except BundleError as error:
         place = place_of(program, _divides_integers) if "of integers" in error.message else ""
         how = ": compute in floats, as torch.floor(n.float() / m).long()" if place else ""
+        if program is not None and not place and (place := place_of(program, _rolls)):
+            how = ": shift as with torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]"
         raise ExportError(
             "not_exportable", f"a server refuses what forward computes: {error.message}{place}{how}"
         ) from error
@@ -96,6 +98,10 @@ def _divides_integers(node: fx.Node) -> bool:
     made = node.meta.get("val")
     whole = isinstance(made, torch.SymInt) or (isinstance(made, torch.Tensor) and not made.is_floating_point())
     return name in _DIVISIONS and whole and isinstance(node.args[1], fx.Node)
+
+
+def _rolls(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.roll.default
 
 
 @contextmanager

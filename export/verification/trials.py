@@ -80,7 +80,7 @@ PADDED_START_SEED = 53
 #: Do cuts, batch size or neighbours change any bit? BITS_MOST and BITS_LEAST bound the repetitions of small batches,
 #: which are fewer for large states.
 BITS_TIME, BITS_INPUT_SEED, BITS_ROW_SEED = 24, 62, 63
-BITS_MOST, BITS_LEAST = 8, 2
+BITS_MOST, BITS_LEAST = 24, 2
 
 #: Golden vectors: the first trial that fits into the file is used.
 GOLDEN = tuple(Trial(batch, time, 71, 72) for batch, time in ((3, 24), (3, 16), (2, 16), (2, 12), (2, 8)))

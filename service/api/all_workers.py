@@ -47,18 +47,19 @@ class AllWorkers:
         """Forward a request. Equal requests that only read share the answers, since workers limit connections."""
         request = await read_request(http.scope, http.receive, MOST_BYTES)
         headers = [b"%b: %b\r\n" % (name, request.headers[name]) for name in _FORWARDED if name in request.headers]
-        head = b"%b %b HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n%bContent-Length: %d\r\n\r\n" % (
+        sent = b"%b %b HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n%bContent-Length: %d\r\n\r\n%b" % (
             http.method.encode(),
             http.scope["raw_path"],
             b"".join(headers),
             len(request.body),
+            request.body,
         )
         if http.method != "GET":
-            return await self._ask(head + request.body, _PATIENCE_OF_OPERATORS)
-        reading = self._reading.get(head)
+            return await self._ask(sent, _PATIENCE_OF_OPERATORS)
+        reading = self._reading.get(sent)
         if reading is None:
-            reading = self._reading[head] = self._ask(head, _PATIENCE)
-            reading.add_done_callback(lambda _: self._reading.pop(head))
+            reading = self._reading[sent] = self._ask(sent, _PATIENCE)
+            reading.add_done_callback(lambda _: self._reading.pop(sent))
         return await asyncio.shield(reading)
 
     def _ask(self, request: bytes, patience: float) -> asyncio.Future[list[WorkerAnswer | None]]:

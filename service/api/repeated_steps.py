@@ -43,6 +43,7 @@ class RepeatedStep:
 
     failure = staticmethod(problem)
     write: Callable[[Tensors], Sequence[Any]]
+    _session: Session  # known from `submit` on
 
     def __init__(
         self,
@@ -54,7 +55,6 @@ class RepeatedStep:
     ) -> None:
         self._app = app
         self._served = served
-        self._session: Session
         self._tenant = request.tenant
         self._timeout = timeout
         self._left = 1

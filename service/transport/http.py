@@ -97,7 +97,6 @@ class HttpProtocol(LimitedProtocol):
         self._misses = 0  # consecutive requests with a new head
         self._data = b""  # the segment being parsed, if no request was open before it
         self._other_body_bytes = 0  # body size of a request that uvicorn answers
-        self._takes_offer = False
         self._long_body = LongBody(
             self.unroll.turns, self.unroll.limits, self._is_lost, self._hold, self._handle, self._fail
         )
@@ -124,7 +123,7 @@ class HttpProtocol(LimitedProtocol):
             else:
                 head = without_offer(self.parser.get_method(), self._version(), self.url, self.headers)
                 self._new_parser()
-                self.data_received(head + rest)
+                self._feed(head + rest)
         except httptools.HttpParserError as error:
             self._refuse(refusal_of(error))
         self._data = b""
@@ -149,7 +148,7 @@ class HttpProtocol(LimitedProtocol):
         self.headers = []
         self._in_head = True
         self._known = None
-        self._held_bytes = self._received = 0
+        self._held_bytes = self._received = self._left = 0
         self._since = None
 
     def on_headers_complete(self) -> None:
@@ -164,6 +163,8 @@ class HttpProtocol(LimitedProtocol):
             self._consider_offer(version, headers)
             return
         self._is_chunked = b"transfer-encoding" in headers
+        length = headers.get(b"content-length", b"0")
+        self._left = 0 if self._is_chunked or len(length) > _MOST_DIGITS else int(length)
         route = self._find_route()
         if route is None:
             self._begin_for_uvicorn()
@@ -185,6 +186,7 @@ class HttpProtocol(LimitedProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._held_bytes = 0
+        self._left = max(0, self._left - len(body))
         exchange = self._exchange
         if self.cycle is not exchange:
             self._other_body_bytes += len(body)
@@ -360,10 +362,12 @@ class HttpProtocol(LimitedProtocol):
             return
         self.server_state.total_requests += 1
         self._since = None
-        if self.flow.read_paused and not self.transport.is_closing() and not self.flow.write_paused:
-            self.flow.resume_reading()
-        if self.pipeline and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+        if (self.flow.read_paused or self.flow.waits) and not (self.pipeline or self.flow.write_paused):
+            self.flow.resume_reading()
 
     def _free_parts(self) -> None:
         if self._parts:
@@ -393,6 +397,8 @@ class OperatorProtocol(HttpProtocol):
 
 
 _NO_HEADERS: Headers = {}
+#: Longer lengths of bodies are refused, or start with zeros.
+_MOST_DIGITS = 18
 #: After this many misses, a connection's heads are no longer kept, because its requests do not repeat.
 _MOST_MISSES = 8
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import socket
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from unroll.service.access.held_bytes import ANSWERS, REQUESTS, Holding
+from unroll.service.access.held_bytes import ANSWERS, REQUESTS, SMALL, Holding
 from unroll.service.api.app_state import AppState
 from unroll.service.api.request import TENANT, Request
 from unroll.service.core.errors import TooManyConnections
@@ -24,8 +26,40 @@ MAX_FRAMING_FACTOR = 8
 _PROBE_SECONDS = 0.1
 #: How long a refused client may take to stop sending.
 _LINGER_SECONDS = 2.0
-#: Bytes of a chunked body that are parsed per turn of the event loop.
+#: Bytes of a chunked body, or of a segment with many requests, that are parsed per turn of the event loop.
 _TURN_BYTES = 4096
+#: Segments up to this size are parsed at once: a small request with any head that may be repeated.
+_WHOLE_BYTES = SMALL + 4096
+
+
+class _Flow(FlowControl):
+    """Reads while neither uvicorn has paused it nor received bytes wait for their turn."""
+
+    def __init__(self, transport: asyncio.Transport, line_up: Callable[[], None]) -> None:
+        """line_up: called when uvicorn resumes while bytes wait."""
+        super().__init__(transport)
+        self._line_up = line_up
+        self.waits = False
+
+    def pause_reading(self) -> None:
+        self.read_paused = True
+        self._apply()
+
+    def resume_reading(self) -> None:
+        self.read_paused = False
+        if self.waits:
+            self._line_up()
+        else:
+            self._apply()
+
+    def wait(self, waits: bool) -> None:
+        self.waits = waits
+        self._apply()
+
+    def _apply(self) -> None:
+        reads = not (self.read_paused or self.waits)
+        if self._transport.is_reading() != reads and not self._transport.is_closing():
+            (self._transport.resume_reading if reads else self._transport.pause_reading)()
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -35,6 +69,7 @@ class LimitedProtocol(HttpToolsProtocol):
     limits: ConnectionLimits
     all_connections: Connections
     cycle: Any
+    flow: _Flow
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,7 +79,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._held_bytes = 0  # size of an open head or trailer, as far as known
         self._received = 0  # bytes of an open request, after its first segment
         self._is_chunked = False
-        self._rest = b""  # unparsed rest of a chunked body
+        self._left = 0  # bytes of the body that are still to come, if its length is known
+        self._rest = b""  # received and not yet parsed
+        self._lined_up = False  # has requested a turn
+        self._takes_offer = False  # becomes a stream
         self._runs: Any = None  # the request that is being answered, or was last; others may be pipelined
         self._last_words = b""  # the last answer, after which the connection is closed
         self._sends_no_more = False
@@ -78,6 +116,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        self.flow = _Flow(transport, self._line_up)
         limit = self.all_connections.enter(self, self.client[0] if self.client else "")
         if limit is not None:
             self.on_headers_complete = partial(self._answer_probes_only, limit)  # type: ignore[method-assign]
@@ -97,7 +136,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def is_idle(self) -> bool:
-        return not (self._in_head or self._in_body or self._busy() or self._last_words)
+        return not (self._in_head or self._in_body or self._busy() or self._takes_offer or self._last_words)
 
     def close_for_another(self) -> None:
         self.transport.close()
@@ -105,6 +144,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         if self.transport.is_closing():
             return
+        self._rest = b""
+        self.flow.wait(False)
         self.flow.resume_reading()
         super().handle_websocket_upgrade()
         stream: Any = self.transport.get_protocol()
@@ -174,29 +215,42 @@ class LimitedProtocol(HttpToolsProtocol):
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
+        is_chunked = self._is_chunked and self._in_body  # tiny chunks are expensive to parse
         if self._rest:
             self._rest += data
-            return
-        if self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # tiny chunks are expensive to parse
-            self._rest = data
-        else:
+        elif len(data) <= (_TURN_BYTES if is_chunked else _WHOLE_BYTES):
             self._feed(data)
-            if len(data) <= LONG_BYTES or self.flow.read_paused:
-                return
-        self.flow.pause_reading()
-        self.unroll.turns.call(self._take_turn)
+        else:
+            self._rest = data
+            self._feed_slice()
+            if self._left:
+                self._feed_slice()
+            if self._rest or len(data) > LONG_BYTES:  # uvloop reads up to 8 MB of each connection at once
+                self.flow.wait(True)
+                self._line_up()
+
+    def _feed_slice(self) -> None:
+        size = max(_TURN_BYTES, self._left)
+        data, self._rest = self._rest[:size], self._rest[size:]
+        self._feed(data)
+
+    def _line_up(self) -> None:
+        if not self._lined_up:
+            self._lined_up = True
+            self.unroll.turns.call(self._take_turn)
 
     def _take_turn(self) -> None:
-        """Parse a slice of a chunked body, or read again: uvloop reads up to 8 MB of each connection at once."""
-        if self._rest:
-            data, self._rest = self._rest[:_TURN_BYTES], self._rest[_TURN_BYTES:]
-            self._feed(data)
+        """Parse a slice of the rest, unless earlier requests or answers come first, or read again."""
+        self._lined_up = False
+        if self._takes_offer:
+            return
         if self._last_words or self.transport.is_closing():
             self._rest = b""
-        if self._rest:
-            self.unroll.turns.call(self._take_turn)
-        elif not self.pipeline and not self.flow.write_paused:
-            self.flow.resume_reading()
+        if not self._rest:
+            self.flow.wait(False)
+        elif not (self.pipeline or self.flow.read_paused or self.flow.write_paused):
+            self._feed_slice()
+            self._line_up()
 
     def on_url(self, url: bytes) -> None:
         self.url += url

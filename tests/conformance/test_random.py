@@ -10,7 +10,7 @@ from conformance import children, fuzz
 from conformance.children import Died
 from conformance.fuzz import BAD, Store, Verdict, draw, judge, parse
 from conformance.strategies import trees
-from conformance.trees import Along, Conv, Dense, Elementwise, Frames, Loop, Recurrent, Residual, Tree
+from conformance.trees import Along, Both, Conv, Dense, Elementwise, Frames, Loop, Recurrent, Residual, Tree
 
 
 @pytest.mark.long
@@ -47,6 +47,26 @@ def test_random_models_are_never_silently_wrong(tree: Tree) -> None:
                     (Frames(3, 3), Loop("minimal", 3, 3, memory="debounce", holds="object")),
                     "steps",
                     mask="booleans",
+                ),
+                "streams",
+                "",
+            ),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(  # its last bits depend on the size of a call, but rarely
+            *(
+                Tree(
+                    "floats",
+                    5,
+                    (
+                        Both(Elementwise("clamp", 5), Conv(5, 5, 1, 1, True, "none")),
+                        Elementwise("elu", 10),
+                        Recurrent("GRU", 10, 5, 2),
+                    ),
+                    "steps",
+                    time_first=True,
+                    mask="left out",
+                    seed=4,
                 ),
                 "streams",
                 "",

@@ -326,6 +326,38 @@ def test_a_helper_that_copies_itself_keeps_its_values(kind: type[Drops]) -> None
     torch.testing.assert_close(again(x.double()), module(x).double())
 
 
+def test_a_module_that_is_hidden_from_its_parent_is_converted() -> None:
+    module = nn.Sequential(nn.Linear(3, 2))
+    module.__dict__["hidden"] = nn.Linear(3, 2)
+    again = converted(detached_copy(module), torch.float64)
+    assert again.hidden.weight.dtype == torch.float64
+
+
+LAYER = nn.GRU(4, 3, batch_first=True).eval()
+
+
+class Elsewhere(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return LAYER(x)[0]
+
+
+class Rolled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.roll(self.rnn(x)[0], 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"), [(Elsewhere(), "not a part of the module"), (Rolled(), r"torch.roll.*: shift as with")]
+)
+def test_a_refusal_says_what_to_write_instead(few_steps: None, tmp_path: Path, module: nn.Module, says: str) -> None:
+    with pytest.raises(ExportError, match=says):
+        export(module, {"x": torch.randn(2, 6, 4)}, name="m", repository=tmp_path)
+
+
 class Ones(list[float]):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ones":
         return Ones([1.0])

@@ -319,4 +319,4 @@ def _check_depth(session: Session, position: int | None) -> None:
     if position is None or position == session.expected:
         chunks = sum(not isinstance(work, Action) for work in session.own_progress.queue())
         if chunks >= session.depth:
-            raise QueueFull(f"{chunks} chunks of the session are unanswered; its depth is {session.depth}", 0.0)
+            raise QueueFull(f"unanswered chunks of the session: {chunks}; its depth is {session.depth}", 0.0)

@@ -8,8 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 from processes import Launched, Process, StartProcess
-from raw_http import Wire, request
+from raw_http import UPGRADE, Wire, request
 from serving import Running, Serve, metric
+from waiting import until
 
 HALF_A_REQUEST = b"GET /livez HTTP/1.1\r\nX: "
 #: `unroll serve` with few descriptors.
@@ -96,9 +97,7 @@ def test_oldest_idle_connections_make_room_first(serve: Serve, dial: Callable[[i
 def test_a_stream_counts_as_a_connection_until_it_ends(serve: Serve, dial: Callable[[int], Wire]) -> None:
     running = serve(max_connections=1)
     stream = dial(running.port)
-    lines = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
-    lines += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: unroll.v1", "", ""]
-    stream.send(get("/v1/models/lstm/stream")[:-2] + "\r\n".join(lines).encode())
+    stream.send(UPGRADE)
     assert stream.head()[0] == 101
     other = dial(running.port)
     other.send(get("/v1/models"))
@@ -110,6 +109,22 @@ def test_a_stream_counts_as_a_connection_until_it_ends(serve: Serve, dial: Calla
     last = dial(running.port)
     last.send(get("/v1/models"))
     assert last.answer()[0] == 200
+
+
+def test_handshake_that_waits_for_its_turn_makes_no_room(
+    serve: Serve, dial: Callable[[int], Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = serve(max_connections=1)
+    stream, turns = dial(running.port), list[Callable[[], None]]()
+    with monkeypatch.context() as patch:
+        patch.setattr(running.server.turns, "call", turns.append)
+        stream.send(UPGRADE)
+        until(lambda: bool(turns), "the handshake")
+        other = dial(running.port)
+        other.send(get("/v1/models"))
+        assert other.answer()[0] == 503
+    running.uvicorn.loop.call_soon_threadsafe(turns.pop())
+    assert stream.head()[0] == 101
 
 
 def test_one_address_may_have_fewer_than_all(serve: Serve, dial: Callable[[int], Wire]) -> None:

@@ -5,8 +5,10 @@ import itertools
 import json
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import httpx
 import numpy as np
@@ -241,3 +243,55 @@ def test_one_turn_reads_one_segment_of_a_connection(server: Running, wire: Wire,
         loop.call_soon_threadsafe(look)
     until(lambda: sizes[-1] >= _LONG, "the arrival of the body")
     assert max(after - before for before, after in itertools.pairwise(sizes)) <= _SEGMENT
+
+
+def _tiny_chunks(body: bytes) -> bytes:
+    return b"".join(b"2\r\n%b\r\n" % body[i : i + 2] for i in range(0, len(body), 2)) + b"0\r\n\r\n"
+
+
+def test_pipelined_requests_of_one_segment_keep_their_order(server: Running, wire: Wire, path: str) -> None:
+    """A chunked body takes many turns, and an offer of another protocol is parsed twice."""
+    x = np.random.default_rng(1).standard_normal((4000, 3)).astype("<f4")
+    chunked = request(path, _tiny_chunks(x.tobytes()), "Transfer-Encoding: chunked", steps=len(x))
+    offer = request(path, STEP.tobytes(), "Upgrade: h2c", "Connection: Upgrade")
+    with server.in_one_turn():
+        threading.Thread(target=wire.send, args=((chunked + offer + request(path) * 200) * 2,)).start()
+    reaches = [4000, *range(4001, 4202), 8201, *range(8202, 8403)]
+    assert [reached(wire.answer()) for _ in reaches] == reaches
+
+
+@contextmanager
+def _watched(server: Running, wire: Wire, measure: Callable[[Any], int]) -> Iterator[list[int]]:
+    """Measure the wire's connection in each turn of the event loop."""
+    wire.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert wire.answer()[0] == 200
+    connection, sizes, ends = server.connection_of(wire.socket), list[int](), threading.Event()
+
+    def look() -> None:
+        sizes.append(measure(connection))
+        if not ends.is_set():
+            server.uvicorn.loop.call_soon(look)
+
+    server.uvicorn.loop.call_soon_threadsafe(look)
+    yield sizes
+    ends.set()
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_a_segment_of_many_requests_is_parsed_in_many_turns(server: Running, wire: Wire, method: str) -> None:
+    count = 3000
+    sent = f"{method} /v1/models/lstm/sessions/none HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * count
+    with _watched(server, wire, lambda connection: len(connection.pipeline)) as waiting:
+        threading.Thread(target=wire.send, args=(sent,)).start()
+        assert {wire.answer()[0] for _ in range(count)} == {404}
+    assert max(waiting) < count // 5
+
+
+def test_an_answer_amid_a_segment_does_not_let_the_next_segment_in(server: Running, wire: Wire) -> None:
+    count = 60
+    body = _tiny_chunks(bytes(10_000))
+    sent = request("/v1/models/none/sequences", body, "Transfer-Encoding: chunked") * count
+    with _watched(server, wire, lambda connection: len(connection._rest)) as sizes:
+        threading.Thread(target=wire.send, args=(sent,)).start()
+        assert {wire.answer()[0] for _ in range(count)} == {404}
+    assert max(sizes) <= _SEGMENT
