@@ -20,6 +20,10 @@ def translation_table() -> dict[Callable, Callable]:
         torch.ops.aten.mean.dim: _mean,
         torch.ops.aten.sum.dim_IntList: _sum,
         torch.ops.aten.atan2.default: _atan2,
+        torch.ops.aten.signbit.default: _signbit,
+        torch.ops.aten.copysign.Tensor: _copysign,
+        torch.ops.aten.log_sigmoid_forward.default: lambda x: (_log_sigmoid(x), x),
+        torch.ops.aten.log_sigmoid.default: _log_sigmoid,
     }
 
 
@@ -62,6 +66,23 @@ def _atan2(y: Any, x: Any) -> Any:
     angle = op.Where(at_zero, zero, op.Atan(op.Div(op.Abs(y), op.Abs(x))))
     angle = op.Where(_is_negative(x, zero), op.Sub(pi, angle), angle)
     return op.Where(_is_negative(y, zero), op.Neg(angle), angle)
+
+
+def _signbit(x: Any) -> Any:
+    """PyTorch's translation takes a negative zero for a positive one."""
+    number: Any = op.Constant(value_float=0.0)
+    zero = op.CastLike(number, x)
+    return _is_negative(x, zero) if x.dtype.is_floating_point() else op.Less(x, zero)
+
+
+def _log_sigmoid(x: Any) -> Any:
+    """PyTorch's translation is -inf below -18."""
+    return op.Neg(op.Softplus(op.Neg(x)))
+
+
+def _copysign(x: Any, y: Any) -> Any:
+    size = op.Abs(x)
+    return op.Where(_signbit(y), op.Neg(size), size)
 
 
 def _is_negative(x: Any, zero: Any) -> Any:

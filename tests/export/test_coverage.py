@@ -401,15 +401,26 @@ class Turned(nn.Module):
         super().__init__()
         self.rnn = nn.GRU(2, 3, batch_first=True)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rnn(x)[0], torch.atan2(x[..., 0], x[..., 1])
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, x = x.unbind(-1)
+        return (
+            self.rnn(torch.stack([y, x], -1))[0],
+            torch.atan2(y, x),
+            torch.signbit(y),
+            torch.copysign(x, y),
+            functional.logsigmoid(y * 50),
+        )
 
 
-def test_an_angle_depends_on_the_signs_of_zeros(repository: Path, few_steps: None) -> None:
+def test_zeros_have_signs(repository: Path, few_steps: None) -> None:
     export(Turned().eval(), {"x": torch.randn(2, 8, 2)}, name="turned", repository=repository)
     x = torch.cartesian_prod(*[torch.tensor([0.0, -0.0, 1.0, -2.0])] * 2)
-    (_, angle), _ = Oracle(repository, "turned").all(x.numpy())
-    torch.testing.assert_close(torch.from_numpy(angle), torch.atan2(*x.unbind(-1)))
+    (_, angle, negative, copied, log), _ = Oracle(repository, "turned").all(x.numpy())
+    y, other = x.unbind(-1)
+    torch.testing.assert_close(torch.from_numpy(angle), torch.atan2(y, other))
+    torch.testing.assert_close(torch.from_numpy(log), functional.logsigmoid(y * 50))
+    assert torch.equal(torch.from_numpy(negative), y.signbit())
+    assert torch.equal(torch.from_numpy(copied), torch.copysign(other, y))
 
 
 class Fading(nn.Module):
