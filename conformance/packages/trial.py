@@ -8,13 +8,12 @@ import importlib.metadata
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 from bench.servers import running_server
 from conformance.packages.entries import ENTRIES
 from conformance.packages.entry import Entry
+from conformance.packages.step_cost import step_cost
 from unroll import bundle
 from unroll.client import Client
 from unroll.export.lifting.float64 import converted, double_precision
@@ -46,8 +46,8 @@ class Result:
     Attributes:
         outcome: streams, whole only, refused, wrong (answers differ from the module's), or failed (without a code).
         says: the code and the reason.
-        seconds: duration of the export.
-        step: median duration of a step over HTTP, in milliseconds.
+        seconds: processor time of the export.
+        served_us, package_us: processor time of a step in onnxruntime, and in the package's own code.
         error: the largest difference from the module's answer for the whole sequence, relative to the largest output.
         own: the same against the package's streaming call.
         steps: time steps per session.
@@ -57,7 +57,8 @@ class Result:
     outcome: str = "failed"
     says: str = ""
     seconds: float = 0.0
-    step: float | None = None
+    served_us: float | None = None
+    package_us: float | None = None
     error: float | None = None
     own: float | None = None
     steps: int | None = None
@@ -67,9 +68,9 @@ def measure(entry: Entry) -> Result:
     result = Result(importlib.metadata.version(entry.package))
     with tempfile.TemporaryDirectory() as name:
         repository = Path(name)
-        begin = monotonic()
         exported = _unroll("export", *_arguments(entry, repository))
-        result.seconds = monotonic() - begin
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result.seconds = spent.ru_utime + spent.ru_stime
         line = next((x for x in exported.stderr.splitlines() if x.startswith("unroll export: ")), "")
         if exported.returncode:
             result.outcome = "refused" if line else "failed"
@@ -103,6 +104,8 @@ def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: 
     """Fills in the errors; returns what they may be."""
     rng, result.steps = np.random.default_rng(5), _STEPS
     given = {spec.name: _drawn(spec, rng) for spec in manifest.inputs}
+    if manifest.streamable:
+        result.served_us, result.package_us = step_cost(entry, repository / "m" / "1", given)
     with torch.no_grad():
         model = entry.build()
         whole = [] if entry.step else _leaves(model(**{name: torch.from_numpy(a) for name, a in given.items()}))
@@ -112,8 +115,7 @@ def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: 
         Client(f"http://127.0.0.1:{server.port}") as client,
     ):
         if manifest.streamable:
-            served, seconds = _sessions(client, given, rng, {spec.name for spec in manifest.outputs if spec.time})
-            result.step = 1e3 * median(seconds)
+            served = _sessions(client, given, rng, {spec.name for spec in manifest.outputs if spec.time})
         else:
             rows = [{name: array[row] for name, array in given.items()} for row in range(_SESSIONS)]
             served = [_by_name(answer) for answer in client.sequences("m", rows)]
@@ -140,31 +142,26 @@ def _drawn(spec: bundle.TensorSpec, rng: np.random.Generator) -> Any:
     return rng.integers(0, spec.limit or 2, shape).astype(spec.numpy)
 
 
-def _sessions(
-    client: Client, given: dict[str, Any], rng: np.random.Generator, timed: set[str]
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """Run three interleaved sessions in random chunks; returns their outputs, and the durations of single steps.
+def _sessions(client: Client, given: dict[str, Any], rng: np.random.Generator, timed: set[str]) -> list[dict[str, Any]]:
+    """Run three interleaved sessions in random chunks; returns their outputs.
 
     For outputs not in `timed`, which have no value per step, the last value counts.
     """
     sessions = [client.session("m") for _ in range(_SESSIONS)]
-    at, pieces, seconds = [0] * _SESSIONS, [[] for _ in sessions], []  # type: ignore[var-annotated]
+    at, pieces = [0] * _SESSIONS, [[] for _ in sessions]  # type: ignore[var-annotated]
     while min(at) < _STEPS:
         row = int(rng.choice([row for row in range(_SESSIONS) if at[row] < _STEPS]))
         end = min(_STEPS, at[row] + int(rng.choice(_CHUNKS)))
-        begin = monotonic()
-        answer = _by_name(sessions[row].steps({name: array[row, at[row] : end] for name, array in given.items()}))
-        if end == at[row] + 1:
-            seconds.append(monotonic() - begin)
-        pieces[row].append(answer)
+        pieces[row].append(
+            _by_name(sessions[row].steps({name: array[row, at[row] : end] for name, array in given.items()}))
+        )
         at[row] = end
     for session in sessions:
         session.close()
-    answers = [
+    return [
         {name: np.concatenate([p[name] for p in row]) if name in timed else last for name, last in row[-1].items()}
         for row in pieces
     ]
-    return answers, seconds or [np.nan]
 
 
 def _by_name(answer: Any) -> dict[str, Any]:

@@ -6,13 +6,15 @@ weights. Comparing answers tells whether the result equals the model.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._library.custom_ops import OPDEFS, CustomOpDef
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -26,6 +28,9 @@ _LAYERS: dict[Any, tuple[Any, dict[str, Any]]] = {
     torch.ops.aten.rnn_tanh.input: (nn.RNN, {"nonlinearity": "tanh"}),
     torch.ops.aten.rnn_relu.input: (nn.RNN, {"nonlinearity": "relu"}),
 }
+
+#: Operators of PyTorch's own that it defines with custom_op, and ours.
+_LIBRARIES = {"prims", "rngprims", "debug_mode_ops", "unroll"}
 
 _OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
@@ -113,18 +118,41 @@ def without_scripts(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def functions_in_python() -> Iterator[None]:
-    """Run functions of torch.jit.script as the Python functions that they were compiled from."""
+def in_python() -> Iterator[None]:
+    """Run scripted functions and the operators of torch.library.custom_op as their Python functions.
+
+    Some packages make an operator when they first need it.
+    """
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, "_torchdynamo_inline", partial(compiled, self))(*args, **kwargs)
 
+    def define(self: CustomOpDef, *args: Any, **kwargs: Any) -> None:
+        defined(self, *args, **kwargs)
+        replace(self)
+
+    def replace(definition: CustomOpDef) -> None:
+        if definition._namespace in _LIBRARIES:
+            return
+        for called in (definition._opoverload, definition._opoverload.overloadpacket):
+            changes.enter_context(mock.patch.object(called, "_op", partial(_on_cpu, definition)))
+
     compiled: Any = torch.jit.ScriptFunction.__call__
-    torch.jit.ScriptFunction.__call__ = run  # type: ignore[method-assign]
-    try:
+    defined: Any = CustomOpDef.__init__
+    with ExitStack() as changes:
+        changes.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", run))
+        changes.enter_context(mock.patch.object(CustomOpDef, "__init__", define))
+        for definition in list(OPDEFS.values()):
+            replace(definition)
         yield
-    finally:
-        torch.jit.ScriptFunction.__call__ = compiled  # type: ignore[method-assign]
+
+
+def _on_cpu(operator: CustomOpDef, *args: Any, **kwargs: Any) -> Any:
+    """Call an operator's own function, or the one that was registered for CPUs."""
+    kernels = operator._backend_fns
+    if "cpu" not in kernels and f"{operator._qualname.replace('::', '/')}/CPU" in torch.library._impls:
+        return operator._opoverload._op_dk(torch.DispatchKey.CPU, *args, **kwargs)
+    return kernels.get("cpu", operator._init_fn)(*args, **kwargs)
 
 
 def _rebuilt(model: nn.Module, kind: Any) -> nn.Module:

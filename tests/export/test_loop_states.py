@@ -191,6 +191,16 @@ def in_a_scripted_function(s: Any, x: Tensor) -> Tensor:
     return scripted(s.head(x), s.r)
 
 
+@torch.library.custom_op("tests::recurrence", mutates_args=())
+def operator(x: Tensor, r: Tensor) -> Tensor:
+    return recurrence(x, r)
+
+
+def in_a_custom_operator(s: Any, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.tests.recurrence(s.head(x), s.r)
+    return y
+
+
 def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
     h, states, outs = torch.zeros(1, x.shape[0], 4), torch.zeros(2, x.shape[0], 4), []
     for step in x.unbind(1):
@@ -207,8 +217,8 @@ def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
 
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
-    *(two_loops, many_names, changed_in_place, in_a_scripted_function, layers_over_lists, from_the_first),
-    *(row_after_row, count_of_all_rows, running, viewed, changed_through_a_view, dilated),
+    *(two_loops, many_names, changed_in_place, in_a_scripted_function, in_a_custom_operator, layers_over_lists),
+    *(from_the_first, row_after_row, count_of_all_rows, running, viewed, changed_through_a_view, dilated),
 ]
 
 

@@ -1,13 +1,18 @@
 """Packages of recurrent layers that loop over time with their own cells."""
 
 import importlib
+import warnings
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from conformance.packages.entries.sequences import First, TimeFirst, with_state
-from conformance.packages.entry import entry
+from conformance.packages.entry import bare, entry
 
-_LAYERS = "IndRNN LEM LiGRU MCLSTM MUT1 PeepholeLSTM SCRN"
+_LAYERS = """
+    BR CFN IndRNN JANET LEM LiGRU MCLSTM MGU MUT1 MinimalRNN MultiplicativeLSTM NAS PeepholeLSTM SCRN UGRNN coRNN
+"""
 
 
 def _register(name: str) -> None:
@@ -172,3 +177,118 @@ def aru() -> nn.Module:
             return y
 
     return Layer()
+
+
+@entry("brc", "RNNModel of NBRC cells, in TorchScript", "x:float32:4", alone=True)
+def brc_model() -> nn.Module:
+    from brc_pytorch.modules import NBRC, RNNModel
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = RNNModel(4, 8, 3, 2, NBRC)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.model(x.transpose(0, 1), self.model.init_hidden(x.shape[0]))[0]
+            return y.transpose(0, 1)
+
+    return Model()
+
+
+@entry("light-recurrent-unit-pytorch", "LightRecurrentUnit, 2 layers", "x:float32:8", own=with_state)
+def light_recurrent_unit() -> nn.Module:
+    from light_recurrent_unit_pytorch import LightRecurrentUnit
+
+    return First(LightRecurrentUnit(8, depth=2))
+
+
+@entry("light-recurrent-unit-pytorch", "LightRecurrentUnitBlock with a gate and a feed-forward part", "x:float32:8")
+def light_recurrent_block() -> nn.Module:
+    from light_recurrent_unit_pytorch import LightRecurrentUnitBlock
+
+    block: nn.Module = LightRecurrentUnitBlock(8, depth=2, has_ff_block=True)
+    return block
+
+
+@entry("liquidnn", "LiquidNeuralNetwork, 2 layers", "x:float32:4", alone=True)
+def liquid_network() -> nn.Module:
+    from liquidnn import LiquidNeuralNetwork
+
+    network: nn.Module = LiquidNeuralNetwork(4, 8, num_layers=2)
+    return network
+
+
+@entry("torchdyno", "Reservoir of an echo state network", "x:float32:4", alone=True)
+def torchdyno_reservoir() -> nn.Module:
+    bare("torchdyno", "torchdyno.models")
+    from torchdyno.models.esn.reservoir import Reservoir
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reservoir = Reservoir(4, 8, leakage=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.reservoir(x.transpose(0, 1), x.new_zeros(x.shape[0], 8))
+            return y.transpose(0, 1)
+
+    return Layer()
+
+
+@entry("resdag", "ESNLayer, which keeps its state", "x:float32:4", alone=True, needs=("pytorch-symbolic",))
+def resdag_esn() -> nn.Module:
+    from resdag.layers import ESNLayer
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reservoir = ESNLayer(8, 4, spectral_radius=0.9, leak_rate=0.5, seed=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.reservoir(x)
+            return y
+
+    return Layer()
+
+
+@entry("neural-ssm", "LRU with complex states, in a loop", "x:float32:4", alone=True)
+def neural_ssm_lru() -> nn.Module:
+    bare("neural_ssm", "neural_ssm.ssm")
+    from neural_ssm.ssm.cells.lti.lru import LRU
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lru = LRU(4, 3, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.lru(x, mode="loop")[0]
+            return y
+
+    return Layer()
+
+
+@entry("neural-ssm", "REN, a recurrent equilibrium network", "u:float32:3", alone=True)
+def neural_ssm_ren() -> nn.Module:
+    bare("neural_ssm")
+    from neural_ssm.rens.ren import REN
+
+    network: nn.Module = REN(3, 2, 6, 4)
+    return network
+
+
+def _gated_delta_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    state, outputs = None, []
+    for step in inputs["x"].unbind(1):
+        y, state = model(step.unsqueeze(1), state, return_state=True)
+        outputs.append(y.squeeze(1))
+    return torch.cat(outputs)
+
+
+@entry("opengdn", "GatedDeltaMixer, its reference", "x:float32:16", own=_gated_delta_steps, alone=True)
+def opengdn_mixer() -> nn.Module:
+    with warnings.catch_warnings(action="ignore"):  # of its speed
+        from opengdn import GatedDeltaMixer
+
+        mixer: nn.Module = GatedDeltaMixer(16, 2, backend="reference")
+    return mixer

@@ -1,9 +1,12 @@
 """Layers from toolkits for speech and sound."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from conformance.packages.entries.sequences import First, with_state
+from conformance.packages.entries.sequences import First, TimeFirst, with_state
 from conformance.packages.entry import bare, entry
 
 _ASTEROID = "asteroid-filterbanks", "tqdm"
@@ -63,7 +66,14 @@ def df_grouped() -> nn.Module:
     return First(GroupedGRU(16, 16, num_layers=2, groups=2, add_outputs=True))
 
 
-@entry("resemblyzer", "VoiceEncoder", "mels:float32:40", trained=True, alone=True, needs=("librosa", "webrtcvad"))
+@entry(
+    "resemblyzer",
+    "VoiceEncoder",
+    "mels:float32:40",
+    trained=True,
+    alone=True,
+    needs=("librosa", "webrtcvad", "setuptools<81"),
+)
 def voice_encoder() -> nn.Module:
     bare("resemblyzer")
     from resemblyzer.voice_encoder import VoiceEncoder
@@ -93,3 +103,34 @@ def speechbrain_qrnn() -> nn.Module:
             return y
 
     return Layers()
+
+
+@entry("pytorch-cqrn", "CQRN, 2 layers, for frames of 5 bands", "x:float32:1x5", alone=True)
+def cqrn() -> nn.Module:
+    from torchcqrn import CQRN
+
+    return TimeFirst(CQRN(1, 4, 2, window=2, kernel_size=[2, 3]))
+
+
+def _wavenet_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    x = inputs["x"]
+    return model.network.incremental_forward(
+        torch.zeros(1, 1, 12), test_inputs=x, T=x.shape[1], softmax=False, quantize=False
+    )[0].t()
+
+
+@entry("wavenet-vocoder", "WaveNet, 4 layers", "x:float32:12", own=_wavenet_steps, alone=True)
+def wavenet() -> nn.Module:
+    from wavenet_vocoder import WaveNet
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {"residual_channels": 8, "gate_channels": 8, "skip_out_channels": 8}
+            self.network = WaveNet(out_channels=12, layers=4, stacks=2, weight_normalization=False, **sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.network(x.transpose(1, 2))
+            return y.transpose(1, 2)
+
+    return Network()

@@ -81,3 +81,22 @@ def rockpool_lif() -> nn.Module:
     from rockpool.nn.modules import LIFTorch
 
     return First(LIFTorch((6, 6), has_rec=True))
+
+
+@entry("spikingtorch", "SpikingNet with two layers of LIF", "x:float32:4", alone=True)
+def spikingtorch_net() -> nn.Module:
+    from spikingtorch import LIF, SpikingNet
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.neurons = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 3)]), nn.ModuleList([LIF(), LIF()])
+
+        def forward(self, x: Tensor, init: bool) -> Tensor:
+            x = x.squeeze(1)
+            for layer, neuron in zip(self.layers, self.neurons, strict=True):
+                x = neuron(layer(x), init)
+            return x
+
+    net: nn.Module = SpikingNet(Network(), (3,))
+    return net
