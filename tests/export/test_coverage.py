@@ -408,7 +408,7 @@ class Turned(nn.Module):
             torch.atan2(y, x),
             torch.signbit(y),
             torch.copysign(x, y),
-            functional.logsigmoid(y * 50),
+            functional.logsigmoid(y * 50) + torch.logaddexp(y * 99, x * 99),
         )
 
 
@@ -418,7 +418,9 @@ def test_zeros_have_signs(repository: Path, few_steps: None) -> None:
     (_, angle, negative, copied, log), _ = Oracle(repository, "turned").all(x.numpy())
     y, other = x.unbind(-1)
     torch.testing.assert_close(torch.from_numpy(angle), torch.atan2(y, other))
-    torch.testing.assert_close(torch.from_numpy(log), functional.logsigmoid(y * 50))
+    torch.testing.assert_close(
+        torch.from_numpy(log), functional.logsigmoid(y * 50) + torch.logaddexp(y * 99, other * 99)
+    )
     assert torch.equal(torch.from_numpy(negative), y.signbit())
     assert torch.equal(torch.from_numpy(copied), torch.copysign(other, y))
 
