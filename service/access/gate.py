@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -31,6 +31,13 @@ _MOST_REMEMBERED = 4096
 _MOST_SECONDS = 3600.0
 
 
+class Admission(NamedTuple):
+    """An admitted request: its tenant, and the `Gate.edition` in which another with the same headers is admitted."""
+
+    tenant: str
+    edition: object
+
+
 class Gate:
     """Authenticates and authorises requests. Without keys, every request to an allowed host is admitted.
 
@@ -45,6 +52,9 @@ class Gate:
 
     Raises:
         KeysRefused: A file cannot be used, or JWTs cannot be verified here.
+
+    Attributes:
+        edition: Replaced when keys change.
     """
 
     def __init__(
@@ -63,6 +73,7 @@ class Gate:
         self._good_origins = {origin.encode() for origin in origins}
         self._good_hosts: set[bytes] = set()
         self._good_keys: dict[tuple[bytes, bytes], Key] = {}  # by header name and value
+        self.edition = object()
         self._asked = asyncio.Event()
         self._tickets = Tickets(ticket_secret)
         self._watches: set[KeyWatch] = set()
@@ -105,6 +116,7 @@ class Gate:
     def _look_again(self) -> None:
         """Discard remembered keys, and recheck the watched ones, after a change."""
         self._good_keys.clear()
+        self.edition = object()
         for watch in [*self._watches]:
             watch.check()
 
@@ -152,6 +164,12 @@ class Gate:
             origin = headers[b"origin"].decode("latin-1")
             raise OriginRefused(f"pages of {origin} may not use this server; see --allowed-origins")
         return "" if self._ring is None else self._permitted(self.key_of(headers), scope)
+
+    def admit_head(self, headers: Headers, scope: Scope) -> Admission:
+        """`admit` a request that may change something and whose connection may repeat its headers."""
+        tenant = self.admit(headers, scope, changes=True)
+        expires = self._ring is not None and self.key_of(headers).expires is not None
+        return Admission(tenant, None if expires else self.edition)
 
     def admit_ticket(self, ticket: str, scope: Scope) -> Key | None:
         """The key of a ticket. Check the host first. Raises Unauthenticated, Forbidden."""

@@ -228,18 +228,20 @@ class HttpProtocol(LimitedProtocol):
                 self._handle()
 
     def _begin_known(self, known: KnownHead, body: bytes) -> None:
-        """Handle a complete request with a known head. Only its key is checked again, since permissions may change."""
+        """Handle a complete request with a known head. Only its key is checked again, if keys have changed since."""
         exchange, route = self._exchange, self._route
         assert route is not None
         exchange.begin(route, 0, not self.unroll.draining)
         self._misses = 0
         self.cycle = self._runs = exchange
-        try:
-            exchange.tenant = self.unroll.gate.admit(known.headers, INFER, changes=True)
-        except UnrollError as error:
-            self._fail(error)
-            return
-        exchange.headers, exchange.body = known.headers, body
+        gate, admission = self.unroll.gate, known.admission
+        if admission is None or admission.edition is not gate.edition:
+            try:
+                admission = known.admission = gate.admit_head(known.headers, INFER)
+            except UnrollError as error:
+                self._fail(error)
+                return
+        exchange.tenant, exchange.headers, exchange.body = admission.tenant, known.headers, body
         self._handle()
 
     def _handle(self) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Self
 
+from unroll.service.access.gate import Admission
 from unroll.service.access.held_bytes import SMALL
 from unroll.service.api.parameters import POSITION
 from unroll.service.api.request import CONTENT_ENCODING, HEADER_LENGTH, Headers, has_fixed_length
@@ -18,14 +19,17 @@ _MOST_BYTES = 4096
 class KnownHead:
     """A received head where only the digits of a position and of lengths may vary.
 
-    headers: the headers of the last request that matched it.
+    Attributes:
+        headers: The headers of the last request that matched it.
+        admission: How that request was admitted; None before the first.
     """
 
-    __slots__ = ("_body_bytes", "_numbers", "_rest", "headers")
+    __slots__ = ("_body_bytes", "_numbers", "_rest", "admission", "headers")
 
     def __init__(self, head: bytes, numbers: list[tuple[slice, bytes]], headers: Headers, body_bytes: int) -> None:
         """numbers: places of digits, with their header names, in order. body_bytes: of each body; 0 if it varies."""
         self.headers = headers
+        self.admission: Admission | None = None
         self._body_bytes = body_bytes
         self._numbers: list[tuple[bytes, int, bytes]] = []  # text before the digits, its size, and the header's name
         end = 0

@@ -71,6 +71,17 @@ def test_invalid_key_is_refused(tmp_path: Path, headers: dict[bytes, bytes]) -> 
     assert "secret" not in refused.value.message
 
 
+async def test_a_head_is_admitted_once_until_the_keys_change_unless_its_key_expires(tmp_path: Path) -> None:
+    path, later = written(tmp_path, ENTRY.format(DIGEST)), (NOW + timedelta(hours=1)).isoformat()
+    gate = Gate(path)
+    assert gate.admit_head(bearer("secret"), "infer").edition is gate.edition
+    path.write_text(ENTRY.format(DIGEST) + f"expires = {later}\n")
+    before = gate.edition
+    await gate.reload()
+    assert gate.edition is not before
+    assert gate.admit_head(bearer("secret"), "infer").edition is None
+
+
 def test_a_key_expires(tmp_path: Path) -> None:
     later = (NOW + timedelta(hours=1)).isoformat()
     before = (NOW - timedelta(seconds=1)).isoformat()
