@@ -234,14 +234,12 @@ class HttpProtocol(LimitedProtocol):
         exchange.begin(route, 0, not self.unroll.draining)
         self._misses = 0
         self.cycle = self._runs = exchange
-        gate, admission = self.unroll.gate, known.admission
-        if admission is None or admission.edition is not gate.edition:
-            try:
-                admission = known.admission = gate.admit_head(known.headers, INFER)
-            except UnrollError as error:
-                self._fail(error)
-                return
-        exchange.tenant, exchange.headers, exchange.body = admission.tenant, known.headers, body
+        try:
+            exchange.tenant = known.admit(self.unroll.gate)
+        except UnrollError as error:
+            self._fail(error)
+            return
+        exchange.headers, exchange.body = known.headers, body
         self._handle()
 
     def _handle(self) -> None:

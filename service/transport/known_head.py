@@ -2,8 +2,9 @@
 
 from typing import Self
 
-from unroll.service.access.gate import Admission
+from unroll.service.access.gate import Admission, Gate
 from unroll.service.access.held_bytes import SMALL
+from unroll.service.access.keys import INFER
 from unroll.service.api.parameters import POSITION
 from unroll.service.api.request import CONTENT_ENCODING, HEADER_LENGTH, Headers, has_fixed_length
 
@@ -19,17 +20,15 @@ _MOST_BYTES = 4096
 class KnownHead:
     """A received head where only the digits of a position and of lengths may vary.
 
-    Attributes:
-        headers: The headers of the last request that matched it.
-        admission: How that request was admitted; None before the first.
+    headers: the headers of the last request that matched it.
     """
 
-    __slots__ = ("_body_bytes", "_numbers", "_rest", "admission", "headers")
+    __slots__ = ("_admission", "_body_bytes", "_numbers", "_rest", "headers")
 
     def __init__(self, head: bytes, numbers: list[tuple[slice, bytes]], headers: Headers, body_bytes: int) -> None:
         """numbers: places of digits, with their header names, in order. body_bytes: of each body; 0 if it varies."""
         self.headers = headers
-        self.admission: Admission | None = None
+        self._admission: Admission | None = None
         self._body_bytes = body_bytes
         self._numbers: list[tuple[bytes, int, bytes]] = []  # text before the digits, its size, and the header's name
         end = 0
@@ -77,3 +76,10 @@ class KnownHead:
             return None
         body = data[end + len(self._rest) :]
         return body if len(body) == (self._body_bytes or int(headers[_LENGTH])) <= SMALL else None
+
+    def admit(self, gate: Gate) -> str:
+        """Admit a request with this head, as `Gate.admit`, which is asked again once keys have changed."""
+        admission = self._admission
+        if admission is None or admission.edition is not gate.edition:
+            admission = self._admission = gate.admit_head(self.headers, INFER)
+        return admission.tenant
