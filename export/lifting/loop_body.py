@@ -218,7 +218,7 @@ def _differing_number(operations: list[fx.Node], size: int) -> str:
 def _number_first(operations: list[fx.Node], size: int) -> str:
     """Explain that the first step computes with a number where the next has a state; empty if it does not."""
     for one, two in zip(operations[:size], operations[size : 2 * size], strict=True):
-        if len(operands(one)) < len(operands(two)):
+        if len(operands(one)) < len(operands(two)) and len(_numbers(one)) > len(_numbers(two)):
             sizes = ", ".join(map(str, two.meta["val"].shape[1:]))
             return f"starts a state from a number; start it from a tensor, as x.new_zeros(x.shape[0], {sizes})"
     return ""
