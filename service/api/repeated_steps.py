@@ -42,6 +42,7 @@ class RepeatedStep:
     )
 
     failure = staticmethod(problem)
+    patient = False
     write: Callable[[Tensors], Sequence[Any]]
     _session: Session  # known from `submit` on
 

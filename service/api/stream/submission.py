@@ -61,7 +61,7 @@ class RecurringFrames:
 
 @dataclass(slots=True, eq=False)
 class RecurringStep:
-    """Single steps of a session in separate frames; they join the open group.
+    """Single steps of a session in separate frames, which run with those of others.
 
     Attributes:
         position, values: Position and inputs of the last step, as sent by the client.
@@ -74,6 +74,7 @@ class RecurringStep:
     position: int | None = None
     values: bytes = b""
 
+    patient = True  # flow control limits the client
     write = staticmethod(Codec.rows_to_raw)
 
     def complete(self, outputs: bytes, position: int) -> None:
