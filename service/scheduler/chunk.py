@@ -146,8 +146,6 @@ class Step(Chunk):
 
     length = 1
     pinned = False
-    final = False
-    followers: tuple[Chunk, ...] = ()
 
     def __init__(
         self,
@@ -156,12 +154,18 @@ class Step(Chunk):
         now: float,
         deadline: float,
         listener: StepListener,
+        opening: Opening | None,
+        final: bool,
     ) -> None:
         self.session: Session = session
         self.values = values
         self.ready_at = now
         self.deadline = deadline
         self.listener = listener
+        self.opening = opening
+        self.final = final
+        self.followers: tuple[Chunk, ...] = ()
+        self.outcome: Outcome | None = None  # not left to the class, because it is read for every step
 
     @property
     def may_be_shed(self) -> bool:

@@ -66,12 +66,8 @@ class JoinedSteps:
             self._sessions.expire(now)
         if session.life is not OPEN or not self._admission.take(1, now, deadline):
             return False
-        step = progress.active = Step(session, values, now, deadline, listener)
+        step = progress.active = Step(session, values, now, deadline, listener, opening, ends)
         progress.expected = progress.position + 1
-        if opening is not None:
-            step.opening = opening
-        if ends:
-            step.final = True
         self._lanes.put_step(step)
         return True
 

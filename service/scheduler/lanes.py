@@ -136,23 +136,25 @@ class Lanes:
         return 1 << (steps - 1).bit_length() if self._traits.ragged else steps
 
     def _fill(self, lane: _Lane, length: int, now: float) -> Batch:
-        most = self.most_rows(length)
+        most = room = self.most_rows(length)
         batch = Batch()
         steps: list[Step] = []
         while lane:
-            work, rows = lane[0], batch.rows + len(steps)
+            work = lane[0]
             if isinstance(work, Step):
-                if rows == most:
+                if not room:
                     break
                 lane.popleft()
                 if (work.outcome is None and now < work.deadline) or not self._drop(work, now):
                     steps.append(work)
+                    room -= 1
                 continue
-            if rows and rows + work.row_count > most:
+            if work.row_count > room and room < most:
                 break
             lane.popleft()
             if self._drop(work, now) or not self._has_room(work, batch):
                 continue
+            room -= work.row_count
             if isinstance(work, Group):
                 batch.add(work, work.inputs, work.length, *_rows_of(work))
             elif isinstance(work, Rollout):

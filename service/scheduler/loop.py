@@ -162,7 +162,8 @@ class Loop:
         ends: bool = False,
     ) -> bool:
         """Queue the next step of a session, see `JoinedSteps.join`."""
-        self._refresh(session)
+        if session.durable is not None:
+            self._refresh(session)
         now = self.clock.now()
         if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, ends=ends):
             return False

@@ -15,7 +15,7 @@ A transition that is not in the table raises and changes nothing.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from unroll.service.core.errors import (
@@ -202,16 +202,16 @@ class SessionTable:
                 self._leaving.remove(session)
                 self.slots.give_back(session.slot)
 
-    def rest(self, session: Session, now: float) -> None:
-        """Make the session idle: its idle time begins, and it becomes the most recently used."""
-        progress = session.progress
-        assert progress is not None
-        progress.active = None
-        progress.last_used = now
-        if session.life is OPEN:
-            self._recency.touch(session)
-        else:
-            self.advance(session, "rest")
+    def rest(self, sessions: Sequence[Session], now: float) -> None:
+        """Make the sessions idle: their idle time begins, and they become the most recently used."""
+        self._recency.touch(*[session for session in sessions if session.life is OPEN])
+        for session in sessions:
+            progress = session.progress
+            assert progress is not None
+            progress.active = None
+            progress.last_used = now
+            if session.life is not OPEN:
+                self.advance(session, "rest")
 
     # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 

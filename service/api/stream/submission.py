@@ -139,7 +139,7 @@ class FrameSubmitter:
         self._recurring.clear()
 
     def join(self, handle: int, position: int | None, values: bytes) -> bool:
-        """Join a frame of one step to the open group; False if it must be submitted as an ordinary frame."""
+        """Join a frame of one step to the steps that wait; False if it must be submitted as an ordinary frame."""
         if self._replies.closed:
             return False
         step = self._recurring.steps.get(handle)
