@@ -134,7 +134,9 @@ def protocol() -> Iterator[Part]:
     )
     answer = {"model_name": "micro", "model_version": "1"}
     batched = x[np.newaxis]
-    yield Part("protocol: write infer, binary", 1, lambda: open_inference.encode(answer, [(_SPEC_OUT, batched, True)]))
+    yield Part(
+        "protocol: write infer, binary", 1, lambda: open_inference.describe(answer, [(_SPEC_OUT, batched, True)])
+    )
 
     frames = FrameCodec((_SPEC_IN,), 65_536)
     for entries in (1, 64, 256):
