@@ -144,12 +144,14 @@ class LimitedProtocol(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         if self.transport.is_closing():
             return
-        self._rest = b""
+        early, self._rest = self._rest, b""
         self.flow.wait(False)
         self.flow.resume_reading()
         super().handle_websocket_upgrade()
         stream: Any = self.transport.get_protocol()
         stream.on_lost = self.all_connections.becomes_stream(self)
+        if early:
+            stream.data_received(early)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.all_connections.leave(self)
@@ -216,7 +218,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         is_chunked = self._is_chunked and self._in_body  # tiny chunks are expensive to parse
-        if self._rest:
+        if self._rest or self._takes_offer:
             self._rest += data
         elif len(data) <= (_TURN_BYTES if is_chunked else _WHOLE_BYTES):
             self._feed(data)
