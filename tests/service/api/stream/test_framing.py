@@ -13,7 +13,6 @@ from raw_http import UPGRADE, Wire
 from serving import Oracle, Running
 from streams import Reply, frame, replies
 
-
 OPEN = masked(TEXT, json.dumps({"op": "open", "sessions": [{"handle": 0, "depth": 16}]}).encode())
 
 
