@@ -39,7 +39,7 @@ async def test_flooding_tenant_is_refused_and_calm_tenant_waits_few_batches(tmp_
         "60 bodies of 16 MiB half sent",
         "60 messages of 16 MiB half sent",
         "frames of unbound handles, 8 streams",
-        "opens of 1.8 MB",
+        "opens of 8192 sessions",
     ],
 )
 async def test_probes_wait_for_short_turns_under_attack(tmp_path: Path, attack: str) -> None:
