@@ -6,6 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 from unroll.service.api.request import JSON, Answer
+from unroll.service.api.schemas import TEXT, object_of
 from unroll.service.core import errors as e
 from unroll.service.protocol import json
 
@@ -113,8 +114,7 @@ def _fields(error: e.UnrollError) -> bytes:
 
 def open_inference_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
     """`problem_responses` in the form of the Open Inference Protocol."""
-    error = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
-    content = {"application/json": {"schema": error}}
+    content = {"application/json": {"schema": object_of(error=TEXT, code=TEXT)}}
     return {status: {"description": meaning, "content": content} for status, meaning in meanings.items()}
 
 
