@@ -6,7 +6,6 @@ from typing import Any
 from unroll.service.access.certificate import Tls
 from unroll.service.transport.limited import LimitedProtocol
 
-
 #: Unsent bytes above which a client counts as not reading, as without TLS; parts of a long answer are smaller.
 _HIGH_WATER, _PART_BYTES = 65_536, 32_768
 
