@@ -18,7 +18,7 @@ from unroll.service.api.infer import infer
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel, read_request
-from unroll.service.api.session_requests import close_session, open_session
+from unroll.service.api.session_operations import close_session, open_session
 from unroll.service.api.steps import sequences, steps
 from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, UnrollError
 from unroll.service.sessions.attempts import Attempts

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from unroll.service.api import inference_routes, session_operations
+from unroll.service.api import inference_routes
 from unroll.service.api.admission import OwnId, tenant_of
 from unroll.service.api.app_state import AppState
 from unroll.service.api.bodies import (
@@ -29,7 +29,9 @@ from unroll.service.api.error_responses import problem_responses
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import RAW, read_request
 from unroll.service.api.rollout import RolloutRequest
+from unroll.service.api.session_operations import describe
 from unroll.service.core.errors import UnsupportedMediaType
+from unroll.service.core.session_ids import new_id
 from unroll.service.models.served_model import ServedModel
 
 _RAW_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
@@ -171,7 +173,9 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         body = parse_body(
             ForkSession, await read_request(http.scope, http.receive, limits.max_body_bytes), limits.max_json_bytes
         )
-        return _info(*await session_operations.fork(app, tenant_of(http), model, own_id, body.session_id))
+        app.refuse_if_draining()
+        new = new_id(tenant_of(http), body.session_id)
+        return _info(*await app.sessions.fork(*split_reference(model), own_id, new))
 
 
 def _add_states(api: APIRouter, app: AppState) -> None:
@@ -204,7 +208,7 @@ DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, RolloutRequest, Proble
 
 
 def _info(served: ServedModel, session: Any) -> SessionInfo:
-    return SessionInfo(**session_operations.describe(served, session))
+    return SessionInfo(**describe(served, session))
 
 
 def _describe(app: AppState, served: ServedModel, tenant: str) -> ModelInfo:

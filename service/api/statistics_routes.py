@@ -15,9 +15,6 @@ from unroll.service.api.error_responses import open_inference_responses
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
 
-#: Name of the extension in the server's metadata.
-EXTENSION = "statistics"
-
 _DURATION = {"type": "object", "properties": {"count": {"type": "integer"}, "ns": {"type": "integer"}}}
 _COMPUTE = dict.fromkeys(("compute_input", "compute_infer", "compute_output"), _DURATION)
 _MODEL = {
