@@ -48,16 +48,6 @@ from unroll.service.transport.long_body import LongBody
 class Exchange(Request):
     """A connection's inference request, in place of uvicorn's `RequestResponseCycle`. Reused for all its requests."""
 
-    __slots__ = (
-        "disconnected",
-        "keep_alive",
-        "more_body",
-        "response_complete",
-        "room",
-        "route",
-        "started",
-    )
-
     def __init__(self) -> None:
         super().__init__({}, b"")
         self.response_complete = True
