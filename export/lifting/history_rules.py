@@ -167,7 +167,7 @@ def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
             if any(pads):
                 return None
             return Memory(input, input.narrow(time, 0, 1).repeat_interleave(frames, time), lambda joined: joined)
-        before = _full(input, time, frames, value or 0.0)
+        before = _full(input, time, frames, min(max(value or 0.0, _LEAST), -_LEAST))
         return Memory(input, before, lambda joined: functional.pad(joined, pads, mode, value))
 
     return call(*args, **kwargs)

@@ -21,23 +21,26 @@ Layers = list[tuple[Tensor, ...]]
 Native = Callable[..., tuple[Tensor, Any]]
 
 
-class LiftedLSTM(nn.LSTM):
+class _Lifted(nn.RNNBase):
     unroll_tape: Tape
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Ignore weights that forward assigns in a trace, as when it drops some: the graph has those of eval."""
+        if not (torch.compiler.is_exporting() and name in self._parameters and type(value) is not nn.Parameter):
+            super().__setattr__(name, value)
+
+
+class LiftedLSTM(_Lifted, nn.LSTM):
     def forward(self, input: Any, hx: Any = None) -> Any:
         return _play(self, super().forward, input, hx)
 
 
-class LiftedGRU(nn.GRU):
-    unroll_tape: Tape
-
+class LiftedGRU(_Lifted, nn.GRU):
     def forward(self, input: Any, hx: Any = None) -> Any:
         return _play(self, super().forward, input, hx)
 
 
-class LiftedRNN(nn.RNN):
-    unroll_tape: Tape
-
+class LiftedRNN(_Lifted, nn.RNN):
     def forward(self, input: Any, hx: Any = None) -> Any:
         return _play(self, super().forward, input, hx)
 

@@ -82,6 +82,22 @@ def window(s: Any, x: Tensor) -> Tensor:
     return torch.stack(outs, 1)
 
 
+class Helper:
+    """No module; without `__dict__`."""
+
+    __slots__ = ("steps",)
+
+
+def window_in_a_helper(s: Any, x: Tensor) -> Tensor:
+    s.helper.steps = deque([zeros(x)] * 3, maxlen=3)
+    total, outs = zeros(x).double(), []
+    for t in range(x.shape[1]):
+        s.helper.steps.append(s.head(x[:, t]))
+        total = 0.5 * total + sum(s.helper.steps).double()
+        outs.append(total.float())
+    return torch.stack(outs, 1)
+
+
 def window_of_states(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     h, states, outs = zeros(x), [zeros(x)] * 3, []
     for t in range(x.shape[1]):
@@ -217,6 +233,7 @@ def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
 
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
+    window_in_a_helper,
     *(two_loops, many_names, changed_in_place, in_a_scripted_function, in_a_custom_operator, layers_over_lists),
     *(from_the_first, row_after_row, count_of_all_rows, running, viewed, changed_through_a_view, dilated),
 ]
@@ -226,7 +243,7 @@ OTHERS: list[Forward] = [
 def test_loop_may_carry_its_inputs_and_results(few_steps: None, tmp_path: Path, forward: Forward) -> None:
     layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
     answers_step_by_step(
-        made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4), layers=layers), tmp_path
+        made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4), layers=layers, helper=Helper()), tmp_path
     )
 
 
