@@ -170,15 +170,4 @@ DELAYS = [
         ),
         bit_exact=False,
     ),
-    Kind(
-        "causal max pooling",
-        lambda: made(
-            lambda s, x: s.rnn(
-                functional.max_pool1d(
-                    functional.pad(x.transpose(1, 2), (2, 0), value=-torch.inf), 3, stride=1
-                ).transpose(1, 2)
-            )[0],
-            rnn=gru(),
-        ),
-    ),
 ]

@@ -85,12 +85,6 @@ def two_results(s: Any, x: Tensor) -> dict[str, Tensor]:
     return {"steps": s.head(y), "last": s.head(h[-1]), "choice": s.head(y).argmax(-1)}
 
 
-def weights_dropped(s: Any, x: Tensor) -> Tensor:
-    """In eval mode, dropout returns the parameter itself."""
-    s.rnn.weight_hh_l0 = nn.functional.dropout(s.raw, 0.3, s.training)
-    return s.rnn(x)[0]
-
-
 def state_dropped(s: Any, x: Tensor, hc: Any = None) -> Any:
     y, hc = s.rnn(x, hc)
     return s.head(y), hc
@@ -128,7 +122,6 @@ LAYERS = [
     Kind("only the state itself", lambda: made(lambda s, x: s.rnn(x)[1], rnn=gru(layers=2))),
     Kind("zeros passed", lambda: made(zeros_passed, rnn=lstm(layers=2), head=head())),
     Kind("learned initial state", lambda: made(learned, rnn=gru(), h0=nn.Parameter(torch.randn(1, 1, 6)))),
-    Kind("dropped weights", lambda: made(weights_dropped, rnn=gru(), raw=nn.Parameter(torch.randn(18, 6)))),
     Kind("state left out", lambda: made(state_dropped, rnn=lstm(layers=2), head=head())),
     Kind(
         "state given",

@@ -26,7 +26,8 @@ class _Lifted(nn.RNNBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Ignore weights that forward assigns in a trace, as when it drops some: the graph has those of eval."""
-        if not (torch.compiler.is_exporting() and name in self._parameters and type(value) is not nn.Parameter):
+        is_weight = name in vars(self).get("_parameters", ()) and not isinstance(value, nn.Parameter)
+        if not (is_weight and torch.compiler.is_exporting()):
             super().__setattr__(name, value)
 
 

@@ -77,6 +77,10 @@ def test_random_models_are_never_silently_wrong(tree: Tree) -> None:
             *(Tree("tokens", 2, (Recurrent("GRU", 2, 3), Recurrent("GRU", 3, 3)), "kept"), "refused", "keeps_state"),
             marks=pytest.mark.long,
         ),
+        pytest.param(
+            *(Tree("missing", 1, (Recurrent("GRU", 1, 1, 2),), "step", mask="booleans", seed=6), "streams", ""),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import Oracle
 from torch import Tensor, nn
+from torch.nn import functional
 
 from conformance.kinds.kind import Forward, made
 from unroll.export import ExportError, export
@@ -245,6 +246,25 @@ def test_loop_may_carry_its_inputs_and_results(few_steps: None, tmp_path: Path, 
     answers_step_by_step(
         made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4), layers=layers, helper=Helper()), tmp_path
     )
+
+
+def greatest_of_three(s: Any, x: Tensor) -> Tensor:
+    padded = functional.pad(s.rnn(x)[0].mT, (2, 0), value=-torch.inf)
+    return functional.max_pool1d(padded, 3, stride=1).mT
+
+
+def with_weights_dropped(s: Any, x: Tensor) -> Tensor:
+    """In eval mode, dropout returns the parameter itself."""
+    s.rnn.weight_hh_l0 = functional.dropout(s.raw, 0.3, s.training)
+    y: Tensor = s.rnn(x)[0]
+    return y
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("forward", [greatest_of_three, with_weights_dropped])
+def test_pooling_and_assigned_weights_stream(few_steps: None, tmp_path: Path, forward: Forward) -> None:
+    rnn, raw = nn.GRU(4, 6, batch_first=True), nn.Parameter(torch.randn(18, 6))
+    answers_step_by_step(made(forward, rnn=rnn, raw=raw), tmp_path)
 
 
 def answers_step_by_step(module: nn.Module, tmp_path: Path) -> None:
