@@ -22,31 +22,19 @@ Native = Callable[..., tuple[Tensor, Any]]
 
 
 class _Lifted(nn.RNNBase):
-    unroll_tape: Tape
-
     def __setattr__(self, name: str, value: Any) -> None:
         """Ignore weights that forward assigns in a trace, as when it drops some: the graph has those of eval."""
         is_weight = name in vars(self).get("_parameters", ()) and not isinstance(value, nn.Parameter)
         if not (is_weight and torch.compiler.is_exporting()):
             super().__setattr__(name, value)
 
-
-class LiftedLSTM(_Lifted, nn.LSTM):
     def forward(self, input: Any, hx: Any = None) -> Any:
         return _play(self, super().forward, input, hx)
 
 
-class LiftedGRU(_Lifted, nn.GRU):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _play(self, super().forward, input, hx)
-
-
-class LiftedRNN(_Lifted, nn.RNN):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _play(self, super().forward, input, hx)
-
-
-_LIFTED: dict[type[nn.RNNBase], type[nn.RNNBase]] = {nn.LSTM: LiftedLSTM, nn.GRU: LiftedGRU, nn.RNN: LiftedRNN}
+_LIFTED: dict[type[nn.RNNBase], type[nn.RNNBase]] = {
+    kind: type(f"Lifted{kind.__name__}", (_Lifted, kind), {}) for kind in (nn.LSTM, nn.GRU, nn.RNN)
+}
 
 #: PyTorch's layers that have an ONNX operator.
 LAYERS = tuple(_LIFTED)

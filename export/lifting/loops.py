@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from unroll.export.errors import COMPLEX, ExportError, attempt, untraceable
 from unroll.export.held_objects import undone
 from unroll.export.lifting.cell_matching import Recipe, match_cell
+from unroll.export.lifting.dataflow import hooked
 from unroll.export.lifting.layers import LAYERS
 from unroll.export.lifting.loop_body import (
     LoopBody,
@@ -140,12 +141,8 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Seen]]:
     watched = [(path, module) for path, module in model.named_modules() if not isinstance(module, LAYERS)]
     handles = [module.register_forward_pre_hook(before(path), with_kwargs=True) for path, module in watched]
     handles += [module.register_forward_hook(after) for _, module in watched]
-    try:
-        with Count():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), Count():
+        run()
     return found
 
 
