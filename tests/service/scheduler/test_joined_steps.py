@@ -62,7 +62,7 @@ def test_joined_steps_run_in_one_batch_and_each_gets_its_reply(settled, engine):
 
 
 def test_steps_beyond_a_batch_form_further_groups_in_order_of_arrival(engine):
-    s, log, ids = scheduler(capacity=8), Log(), "hgfedcba"  # a batch holds three rows
+    s, log, ids = scheduler(capacity=8), Log(), "zyxwvuts"  # a batch holds three rows
     engine.rows += [-1] * 8
     for name in ids:
         assert join(s, s.open(name, 0), 1, log.of(name))
@@ -72,7 +72,7 @@ def test_steps_beyond_a_batch_form_further_groups_in_order_of_arrival(engine):
         s.check_invariants()
         (group,) = batch.work
         groups.append("".join(session.id for session in group.sessions))
-    assert groups == ["hgf", "edc", "ba"]
+    assert groups == ["zyx", "wvu", "ts"]
     assert log == dict.fromkeys(ids, fold([1]))
 
 
