@@ -79,6 +79,8 @@ def block(results: dict[str, Result], page: str) -> list[str]:
 def _row(entry: Entry, result: Result) -> list[str]:
     reason = re.sub(r"\.tools/packages/\S+?/site-packages/", "", result.says)
     says = f"{result.outcome}: {reason}" if reason else result.outcome
+    if result.decisions and not reason:
+        says += f", the same {result.decisions:,} decisions"
     cost = [""] * 3
     if result.served_us and result.package_us:
         cost = [f"{result.served_us:.0f}", f"{result.package_us:.0f}", f"{result.served_us / result.package_us:.2f}"]
