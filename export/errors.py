@@ -108,8 +108,7 @@ def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambd
         return ExportError(
             "not_exportable",
             f"{what} computes with one {'batch size' if fixed[1] == 'batch' else 'length'} only: a plain number, as "
-            "from len(x) or int(), or an operation fixes it, as most of torch.linalg; compute with x.shape itself, and "
-            "write the operation with others, as a sum of products",
+            "from len(x) or int(), or a comparison of sizes fixes it; compute with x.shape itself",
         )
     if unknown := _NO_OPERATOR.search(text):
         library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
