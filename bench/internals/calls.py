@@ -16,6 +16,7 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +29,7 @@ from bench.subjects import infer_request
 from bench.websocket_client import handshake, opening_message, steps_frame
 from unroll.service import app
 from unroll.service.access.keys import INFER, new_key
+from unroll.service.core import turns
 from unroll.service.core.clock import ManualClock
 from unroll.service.settings import Settings
 from unroll.service.store import embedded_store
@@ -275,6 +277,7 @@ def measure() -> Figures:
     """Count each path."""
     gc.disable()  # it would run finalizers at random points
     embedded_store.__dict__["DaemonThread"] = NoThread
+    turns.__dict__["_LONG_SECONDS"] = inf  # no slice waits for the clock
     with tempfile.TemporaryDirectory(prefix="calls-") as name:
         folder = Path(name)
         repository, keys = folder / "repository", folder / "keys.toml"
