@@ -98,7 +98,7 @@ class SessionDirectory:
         """
         served, session = self.owner(name, version, session_id)
         if session is None:
-            raise served.scheduler.sessions.closed.error(session_id, self._clock.now())
+            raise served.ended(session_id)
         return served, session
 
     def check_free(self, name: str, session_id: str) -> None:
