@@ -204,6 +204,11 @@ class Loop:
         await self._gather_work()
         if self._crash is not None:
             raise self._crash
+        if self.scheduler.idle and not self._launched:
+            self.scheduler.rest(self.clock.now())
+            self._work.clear()
+            await self._work.wait()
+            return
         if len(self._launched) == MAX_LAUNCHED:
             await self._end(self._launched.popleft())
         actions, batch = self.scheduler.next_turn(self.clock.now())

@@ -232,10 +232,13 @@ class Scheduler:
         if self.joined.group is not None:
             self.joined.close(now)
         batch = self._lanes.take(now)
-        actions = self._queues.take_actions() if self._queues.actions else []
-        if not batch.rows and not actions:
-            self.pace.rest()
-        return actions, batch
+        return self._queues.take_actions() if self._queues.actions else [], batch
+
+    def rest(self, now: float) -> None:
+        """Call this instead of `next_turn` when idle."""
+        self.sessions.expire(now)
+        self.pace.rest()
+
 
     def complete_action(self, action: Action, outcome: object, now: float) -> None:
         """Answer an action that has run, and activate the session's next work."""
@@ -268,7 +271,7 @@ class Scheduler:
         if seconds is not None:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
-        if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
+        if longest == 1 and any([not isinstance(work, Group) or work.cohort is None for work in batch.work]):
             self.replay.write_steps(batch.targets, batch.inputs, outputs, failed)
         take_in, outputs_of = self._completion.take_in, batch.outputs_of
         row = 0
