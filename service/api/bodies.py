@@ -12,7 +12,7 @@ from unroll.service.store.record import current_durability
 #: Beyond this many, the faults of a body are only counted, because listing them costs a thousand times its size.
 _MOST_FAULTS = 100
 
-#: Maximum number of sessions that a message may open, and of columns in a map.
+#: Maximum number of sessions that a message may open, close or detach, and of columns in a map.
 MAX_ITEMS = 8192
 #: Maximum average number of colons, and so of members, per object.
 _MOST_COLONS = 256

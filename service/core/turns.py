@@ -15,6 +15,11 @@ SLICE_SECONDS = 0.0005
 LONG_BYTES = 65_536
 
 
+#: After a slice of more than the first, in seconds, the next one waits for the second: a step that arrived takes turns
+#: of its own.
+_LONG_SECONDS, _PAUSE_SECONDS = 0.002, 0.001
+
+
 class Turns:
     """The queue of waiting slices. Each turn of the event loop runs one."""
 
@@ -25,7 +30,7 @@ class Turns:
     @property
     def busy(self) -> bool:
         """Whether slices are waiting."""
-        return self._scheduled
+        return bool(self._waiting)
 
     def call(self, run: Callable[[], None], *, first: bool = False) -> None:
         """Run a slice in a later turn, after the waiting slices, or before them if `first`."""
@@ -61,8 +66,12 @@ class Turns:
         await turn
 
     def _advance(self) -> None:
-        run = self._waiting.popleft()
-        self._scheduled = bool(self._waiting)
-        if self._scheduled:
-            asyncio.get_running_loop().call_soon(self._advance)
-        run()
+        run, began, loop = self._waiting.popleft(), perf_counter(), asyncio.get_running_loop()
+        try:
+            run()
+        finally:
+            self._scheduled = bool(self._waiting)
+            if self._scheduled and perf_counter() - began > _LONG_SECONDS:
+                loop.call_later(_PAUSE_SECONDS, self._advance)
+            elif self._scheduled:
+                loop.call_soon(self._advance)

@@ -118,8 +118,7 @@ class HttpProtocol(LimitedProtocol):
         except httptools.HttpParserUpgrade as end:
             rest = data[end.args[0] :]
             if self._takes_offer:
-                self.flow.pause_reading()
-                self.unroll.turns.call(self.handle_websocket_upgrade)  # it takes as long as many steps
+                self._upgrade_later(rest)
             else:
                 head = without_offer(self.parser.get_method(), self._version(), self.url, self.headers)
                 self._new_parser()

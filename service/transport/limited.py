@@ -141,15 +141,22 @@ class LimitedProtocol(HttpToolsProtocol):
     def close_for_another(self) -> None:
         self.transport.close()
 
+    def _upgrade_later(self, rest: bytes) -> None:
+        """Become a stream in another turn, because that takes as long as many steps. rest: its first frames."""
+        self._rest = rest + self._rest
+        self.flow.pause_reading()
+        self.unroll.turns.call(self.handle_websocket_upgrade)
+
     def handle_websocket_upgrade(self) -> None:
         if self.transport.is_closing():
             return
-        self._rest = b""
+        frames, self._rest = self._rest, b""
         self.flow.wait(False)
         self.flow.resume_reading()
         super().handle_websocket_upgrade()
         stream: Any = self.transport.get_protocol()
         stream.on_lost = self.all_connections.becomes_stream(self)
+        stream.data_received(frames)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.all_connections.leave(self)
@@ -216,7 +223,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         is_chunked = self._is_chunked and self._in_body  # tiny chunks are expensive to parse
-        if self._rest:
+        if self._rest or self._takes_offer:
             self._rest += data
         elif len(data) <= (_TURN_BYTES if is_chunked else _WHOLE_BYTES):
             self._feed(data)

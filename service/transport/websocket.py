@@ -46,9 +46,9 @@ class DirectLink:
         self.on_writable: OnWritable = lambda writable: None
 
     def attach(self, on_text: OnMessage, on_binary: OnMessage, on_writable: OnWritable) -> None:
-        """Deliver all messages to these callbacks, including earlier ones."""
+        """Deliver all messages to these callbacks, including those that arrived before the handshake was answered."""
         self.on_text, self.on_binary, self.on_writable = on_text, on_binary, on_writable
-        self._protocol.hand_over(on_text, on_binary)
+        self._protocol.hold(False)
 
     def send_binary(self, message: bytes) -> None:
         self._protocol.send_message(message, text=False)
@@ -103,7 +103,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._rest = b""  # received and not yet handled
         self._missing = 0  # outstanding bytes of a partially handled frame
         self._fragments = 0  # frames of an incomplete message
-        self._held = False  # paused by the stream
+        self._held = True  # paused: until the stream is attached, and later by it
         self._reads, self._in_turn = True, False
         self._waits = self._lined_up = False  # needs another turn; has requested one
         self._cut_off = False
@@ -222,28 +222,12 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         direct = self._direct
         sink = direct.on_text if self.curr_msg_data_type == "text" else direct.on_binary
-        if sink is None:
-            super().send_receive_event_to_app()
-            return
         frames, self.frames = self.frames, []
         message = frames[0] if len(frames) == 1 else b"".join(frames)
         if self.curr_msg_data_type == "text" and not _is_utf_8(message):
             self.send_close(1007, "a text message must be UTF-8")
-        if not self.close_sent:
+        if sink is not None and not self.close_sent:
             sink(message)
-
-    def hand_over(self, on_text: OnMessage, on_binary: OnMessage) -> None:
-        """Deliver the messages that were queued for the application to these callbacks."""
-        while not self.queue.empty():
-            event: Any = self.queue.get_nowait()
-            if event["type"] == "websocket.disconnect":
-                self._direct.end()
-            elif (text := event.get("text")) is not None:
-                on_text(text.encode())
-            elif event["type"] == "websocket.receive":
-                on_binary(event["bytes"])
-        self.read_paused = False
-        self._end_turn(self._rest)
 
     def send_message(self, message: bytes, *, text: bool) -> None:
         if self.close_sent or self.disconnected or self.transport.is_closing():
@@ -276,6 +260,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and self.close_sent:
             self.handshake_complete = True  # otherwise uvicorn would report a refusal as a missing response
+        if self.close_sent:
+            self.hold(False)  # for the client's answer to a close
 
     def handle_close(self, event: Frame) -> None:
         super().handle_close(event)

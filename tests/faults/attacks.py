@@ -14,6 +14,9 @@ from functools import partial
 
 from client_frames import BINARY, PING, PONG, TEXT, masked
 
+from unroll.service.api.bodies import MAX_ITEMS
+from unroll.service.protocol.json import MAX_VALUES
+
 Attack = Callable[[int, float], Awaitable[str]]
 
 MODEL, FEATURES = "tiny", 2
@@ -95,6 +98,24 @@ async def half_sent(head: bytes, content: bytes, connections: int, port: int, se
     return ", ".join(f"{count} × {what}" for what, count in got.most_common(3))
 
 
+async def requests(request: bytes, connections: int, port: int, seconds: float) -> str:
+    """Repeat a request on some connections, each as soon as it is answered."""
+    got: Counter[str] = Counter()
+    end = asyncio.get_running_loop().time() + seconds
+
+    async def repeat() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while asyncio.get_running_loop().time() < end:
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
+            got[head.partition(b"\r\n")[0].decode()] += 1
+        writer.close()
+
+    await asyncio.gather(*(repeat() for _ in range(connections)))
+    return ", ".join(f"{count} × {what}" for what, count in got.most_common(3))
+
+
 async def compute(port: int, seconds: float) -> str:
     """Send nothing, and use a core: what the machine costs, to compare the attacks with."""
     end = asyncio.get_running_loop().time() + seconds
@@ -104,9 +125,14 @@ async def compute(port: int, seconds: float) -> str:
     return "nothing"
 
 
-def _head(fields: str) -> bytes:
+def _head(fields: str, media_type: str = "application/octet-stream") -> bytes:
     path = f"POST /v1/models/{MODEL}/sequences HTTP/1.1\r\nHost: localhost\r\n"
-    return f"{path}Content-Type: application/octet-stream\r\n{fields}\r\n\r\n".encode()
+    return f"{path}Content-Type: {media_type}\r\n{fields}\r\n\r\n".encode()
+
+
+def _longest_json() -> bytes:
+    body = b'{"inputs":{"x":[%b]}}' % b",".join([b"[0]"] * (MAX_VALUES // 2 - 4))
+    return _head(f"Content-Length: {len(body)}", "application/json") + body
 
 
 _PAIRS = b"".join(
@@ -126,8 +152,8 @@ _FLOODS = {
     "frames of unbound handles": _BAD_ENTRIES,
     "open and close": _PAIRS,
 }
-_LARGE_OPEN = control("open", sessions=[{"handle": handle} for handle in range(65_536)])
-_LARGE_CLOSE = control("close", handles=[*range(65_536)])
+_LARGE_OPEN = control("open", sessions=[{"handle": handle} for handle in range(MAX_ITEMS)])
+_LARGE_CLOSE = control("close", handles=[*range(MAX_ITEMS)])
 
 
 def _named() -> Iterable[tuple[str, Attack]]:
@@ -135,7 +161,8 @@ def _named() -> Iterable[tuple[str, Attack]]:
     for name, messages in _FLOODS.items():
         for connections in (1, 8):
             yield f"{name}, {connections} streams", partial(floods, messages, connections)
-    yield "opens of 1.8 MB", partial(floods, _LARGE_OPEN + _LARGE_CLOSE, 1)
+    yield "opens of 8192 sessions", partial(floods, _LARGE_OPEN + _LARGE_CLOSE, 1)
+    yield "the longest JSON, 8 connections", partial(requests, _longest_json(), 8)
     size = 16 * 2**20
     yield "60 bodies of 16 MiB half sent", partial(half_sent, _head(f"Content-Length: {size}"), bytes(size - 1), 60)
     yield "60 messages of 16 MiB half sent", partial(half_sent, _UPGRADE, masked(BINARY, bytes(size))[:-1], 60)

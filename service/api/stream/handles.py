@@ -10,7 +10,7 @@ from typing import Any
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.session_operations import start_of_static
-from unroll.service.api.stream.messages import MAX_HANDLES, OpenSpec
+from unroll.service.api.stream.messages import OpenSpec
 from unroll.service.core.errors import (
     CapacityExhausted,
     InvalidRequest,
@@ -22,6 +22,9 @@ from unroll.service.core.errors import (
 from unroll.service.core.session_ids import check_id, new_id, owned, shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Life, Session
+
+#: Maximum number of handles per connection.
+MAX_HANDLES = 65_536
 
 
 class Handles:

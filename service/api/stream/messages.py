@@ -11,9 +11,6 @@ from unroll.service.api.rollout import RolloutSpec
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.store.record import current_durability
 
-#: Maximum number of handles per connection and per message.
-MAX_HANDLES = 65_536
-
 Handle = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -37,7 +34,7 @@ class HandlesRequest(Strict):
     """close: end the sessions. detach: free the handles only."""
 
     op: Literal["close", "detach"]
-    handles: Annotated[list[Handle], Field(min_length=1, max_length=MAX_HANDLES, fail_fast=True)]
+    handles: Annotated[list[Handle], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class StepsRequest(Strict):

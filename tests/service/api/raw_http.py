@@ -52,6 +52,13 @@ class Wire:
         taken, self._received = self._received[:size], self._received[size:]
         return taken
 
+    def frame(self) -> tuple[int, bytes]:
+        """Read the first byte and the payload of the next WebSocket frame."""
+        first, size = self.exactly(2)
+        if size > 125:
+            size = int.from_bytes(self.exactly(2 if size == 126 else 8))
+        return first, self.exactly(size)
+
     def closed(self) -> bool:
         """Return whether the server closed the connection without sending more."""
         return self._received == self.socket.recv(1) == b""

@@ -10,8 +10,9 @@ import httpx
 import numpy as np
 import pytest
 import trustme
+from client_frames import PING, TEXT, masked
 from processes import Launched, Process, StartProcess, spawn
-from raw_http import Wire, request
+from raw_http import UPGRADE, Wire, request
 from serving import Running, Serve
 from waiting import PATIENCE, until
 
@@ -102,6 +103,17 @@ def test_requests_of_one_segment_are_answered_in_order(secure: Running, authorit
     )
     assert [wire.answer()[0] for _ in range(3)] == [200, 200, 501]
     wire.socket.close()
+
+
+def test_frames_of_a_stream_are_handled_in_whatever_record_they_arrive(secure: Running, authority: Authority) -> None:
+    opening = masked(TEXT, b'{"op": "open", "sessions": [{"handle": 0}]}') + masked(PING, b"early")
+    sent = UPGRADE + opening
+    for cut in range(len(UPGRADE) - 8, len(sent), 8):
+        wire = secured(secure, authority.context())
+        wire.send(sent[:cut], sent[cut:])
+        assert wire.head()[0] == 101
+        assert {wire.frame()[1][:5] for _ in range(2)} == {b'{"op"', b"early"}
+        wire.socket.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", b"GET /livez HTTP/1.1\r\n\r\n"], ids=["silent", "half", "http"])

@@ -27,7 +27,6 @@ from websockets.sync.client import ClientConnection, connect
 
 from unroll.service.api.bodies import MAX_ITEMS
 from unroll.service.api.stream.allowance import Allowance
-from unroll.service.api.stream.messages import MAX_HANDLES
 from unroll.service.protocol.frames import MAX_ENTRIES
 from unroll.service.settings import Settings
 
@@ -198,7 +197,7 @@ _IDS = [{"handle": i, "session_id": f"{i:0128}", "mode": "either", "depth": 64} 
 MESSAGES: dict[str, Callable[[], tuple[bool, list[str | bytes], int]]] = {
     "sessions and their ends": lambda: (
         False,
-        [control("open", sessions=_IDS), control("close", handles=[*range(8192)])],
+        [control("open", sessions=_IDS), control("close", handles=[*range(MAX_ITEMS)])],
         2,
     ),
     "sessions that are not there": lambda: (
@@ -206,8 +205,8 @@ MESSAGES: dict[str, Callable[[], tuple[bool, list[str | bytes], int]]] = {
         [control("open", sessions=[{"handle": i, "session_id": "?", "mode": "resume"} for i in range(MAX_ITEMS)])],
         1,
     ),
-    "handles to detach that are unbound": lambda: (False, [control("detach", handles=[*range(MAX_HANDLES)])], 1),
-    "handles to detach": lambda: (True, [control("detach", handles=[*_HANDLES] * 16)], 1),
+    "handles to detach that are unbound": lambda: (False, [control("detach", handles=[*range(MAX_ITEMS)])], 1),
+    "handles to detach": lambda: (True, [control("detach", handles=[*_HANDLES] * 2)], 1),
     "entries of unbound handles": lambda: (False, [entries(_ONE)], MAX_ENTRIES),
     "uneven entries of unbound handles": lambda: (False, [entries(_TWO, uneven=True)], MAX_ENTRIES),
     "entries": lambda: (True, [entries(_ONE)], MAX_ENTRIES),

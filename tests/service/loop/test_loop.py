@@ -14,6 +14,7 @@ from memory_store import MemoryStore
 from waiting import PATIENCE, turns
 
 from unroll.bundle import TensorSpec
+from unroll.service.core import turns as slices
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, SessionContended, UnrollError
 from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
@@ -341,3 +342,27 @@ async def test_a_device_that_fails_ends_the_loop():
         with pytest.raises(DeviceFailed, match="off the bus"):
             await task
         waiting.cancel()
+
+
+@pytest.mark.parametrize(("seconds", "pause"), [(0.001, 0.0), (0.015, 0.001)])
+async def test_after_a_long_slice_the_next_waits_longer(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, pause: float
+) -> None:
+    loop, clock, timers, ran = asyncio.get_running_loop(), [0.0], list[float](), list[str]()
+    monkeypatch.setattr(slices, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loop, "call_later", lambda delay, run: timers.append(delay) or loop.call_soon(run))
+    queue = slices.Turns()
+
+    def first() -> None:
+        clock[0] += seconds
+        ran.append("first")
+        raise ValueError("of a slice")
+
+    failures: list[object] = []
+    loop.set_exception_handler(lambda _, context: failures.append(context["exception"]))
+    queue.call(first)
+    queue.call(lambda: ran.append("second"))
+    await turns(4)
+    assert ran == ["first", "second"]
+    assert timers == ([pause] if pause else [])
+    assert len(failures) == 1, "a slice that fails does not stop the others"

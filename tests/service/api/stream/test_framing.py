@@ -9,24 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 from client_frames import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, masked
-from raw_http import Wire
+from raw_http import UPGRADE, Wire
 from serving import Oracle, Running
 from streams import Reply, frame, replies
+
+OPEN = masked(TEXT, json.dumps({"op": "open", "sessions": [{"handle": 0, "depth": 16}]}).encode())
 
 
 class RawStream:
     """One session on one stream; the client controls how many bytes the server reads at once."""
 
-    def __init__(self, running: Running, oracle: Oracle) -> None:
+    def __init__(self, running: Running, oracle: Oracle, *opening: bytes) -> None:
+        """opening: `UPGRADE` and `OPEN` in segments, and possibly frames."""
         self._manifest = oracle.manifest
         self._wire = Wire(running.port)
         self._other = Wire(running.port)
-        self._wire.send(
-            b"GET /v1/models/lstm/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
+        self.send(*opening or [UPGRADE + OPEN])
         assert self._wire.head()[0] == 101
-        self._wire.send(masked(TEXT, json.dumps({"op": "open", "sessions": [{"handle": 0, "depth": 16}]}).encode()))
         assert self.message()[0] == TEXT
 
     def send(self, first: bytes, *segments: bytes) -> None:
@@ -39,12 +38,7 @@ class RawStream:
 
     def message(self) -> tuple[int, bytes]:
         """Return the first byte and the payload of the server's next message."""
-        first, size = self._wire.exactly(2)
-        if size == 126:
-            (size,) = struct.unpack("!H", self._wire.exactly(2))
-        elif size == 127:
-            (size,) = struct.unpack("!Q", self._wire.exactly(8))
-        return first, self._wire.exactly(size)
+        return self._wire.frame()
 
     def reply(self) -> Reply:
         first, payload = self.message()
@@ -117,6 +111,19 @@ def test_a_conversation_cut_at_every_byte(stream: RawStream, x: np.ndarray) -> N
         assert [payload for first, payload in got if first == PONG] == [b"\x82\x85"]
         (error,) = [json.loads(payload) for first, payload in got if first == TEXT]
         assert error["handle"] == 7
+
+
+def test_frames_that_arrive_with_the_handshake_are_handled(server: Running, oracle: Any, x: np.ndarray) -> None:
+    """The handshake and the first frames in two segments, cut from the end of the handshake on."""
+    ping, steps = masked(PING, b"early"), [masked(BINARY, frame((0, i, x[i : i + 1]))) for i in range(2)]
+    sent = UPGRADE + OPEN + steps[0] + ping + steps[1]
+    for cut in (1, *range(len(UPGRADE) - 4, len(sent), 4), len(sent)):
+        stream = RawStream(server, oracle("lstm"), *filter(None, (sent[:cut], sent[cut:])))
+        got = sorted(stream.message() for _ in range(3))
+        assert got[-1] == (PONG, b"early")
+        ends = [reply.position for _, payload in got[:-1] for reply in replies(oracle("lstm").manifest, payload)]
+        assert ends == [1, 2]
+        stream.close()
 
 
 def test_outputs_do_not_depend_on_the_cuts(stream: RawStream, oracle: Any, x: np.ndarray) -> None:
