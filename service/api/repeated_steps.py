@@ -81,8 +81,9 @@ class RepeatedStep:
         if self._session.durable is not None:
             request.again = self._again
             self._step, self._position, self._left = step, request.position, ATTEMPTS
-        join = self._served.loop.join
-        if not join(self._session, request.position, step, self._timeout, self, ends=self._ends):
+        join, app = self._served.loop.join, self._app
+        clients = 0 if app.streams else len(app.connections.http)
+        if not join(self._session, request.position, step, self._timeout, self, ends=self._ends, clients=clients):
             if not self._is_behind(request.position):
                 return None
             self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)

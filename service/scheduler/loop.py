@@ -161,13 +161,37 @@ class Loop:
         listener: StepListener,
         *,
         ends: bool = False,
+        clients: int = 0,
     ) -> bool:
-        """Add the next step of a session to the open group, see `JoinedSteps.join`."""
+        """Add the next step of a session to the open group, see `JoinedSteps.join`.
+
+        clients: How many can have a step in flight; 0 if not known. Once all have one, none need wait for another turn.
+        """
         self._refresh(session)
         now = self.clock.now()
         if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, ends=ends):
             return False
-        self._work.set()
+        group = self.scheduler.joined.group
+        if group is None or len(group.sessions) != clients or not self._run_joined(clients, now):
+            self._work.set()
+        return True
+
+    def _run_joined(self, rows: int, now: float) -> bool:
+        """Run the open group without a turn of the loop, whose costs a single step feels. False if it must wait."""
+        if self.scheduler.in_flight > rows or self._cost(rows, 1) > LAUNCHED_SECONDS:
+            return False
+        try:
+            actions, batch = self.scheduler.next_turn(now)
+            for action in actions:
+                self._act(action)
+            if batch.rows:
+                failpoints.reach("batched")
+                started = perf_counter()
+                result = self.engine.launch(batch) or partial(self.engine.run, batch)
+                self._complete(batch, started, result())
+        except Exception as error:  # noqa: BLE001 it must end the loop instead of a connection
+            self._crash = error
+            self._work.set()
         return True
 
     def leave_joined(self, session: Session, listener: StepListener) -> None:
@@ -256,17 +280,19 @@ class Loop:
                 return
 
     async def _end(self, begun: "_BegunBatch") -> None:
-        outputs, failed = begun.result() if begun.future is None else await begun.future
+        self._complete(begun.batch, begun.started, begun.result() if begun.future is None else await begun.future)
+
+    def _complete(self, batch: Batch, started: float, result: BatchResult) -> None:
         failpoints.reach("ran")
         ended = perf_counter()
-        seconds, self._ended = ended - max(begun.started, self._ended), ended
-        for chunk in begun.batch.readback:
+        seconds, self._ended = ended - max(started, self._ended), ended
+        for chunk in batch.readback:
             assert chunk.workspace is not None
             chunk.state_row = self.engine.read(chunk.workspace)
-        commits = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
-        self._on_batch(begun.batch, len(failed), seconds)
+        commits = self.scheduler.complete(batch, *result, self.clock.now(), seconds)
+        self._on_batch(batch, len(result[1]), seconds)
         if commits:
-            task = asyncio.create_task(self._commit(commits, begun.batch.rows), name=f"commit {self.name}")
+            task = asyncio.create_task(self._commit(commits, batch.rows), name=f"commit {self.name}")
             self._commits.add(task)
             task.add_done_callback(self._committed)
 

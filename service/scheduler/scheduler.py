@@ -239,7 +239,6 @@ class Scheduler:
         self.sessions.expire(now)
         self.pace.rest()
 
-
     def complete_action(self, action: Action, outcome: object, now: float) -> None:
         """Answer an action that has run, and activate the session's next work."""
         action.answer(outcome)
