@@ -270,7 +270,7 @@ class Scheduler:
         if seconds is not None:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
-        if longest == 1 and any([not isinstance(work, Group) or work.cohort is None for work in batch.work]):
+        if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
             self.replay.write_steps(batch.targets, batch.inputs, outputs, failed)
         take_in, outputs_of = self._completion.take_in, batch.outputs_of
         row = 0
