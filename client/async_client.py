@@ -12,7 +12,7 @@ from yarl import URL
 
 from unroll.client import model_calls
 from unroll.client.async_stream import AsyncStream, as_async
-from unroll.client.errors import ServerError, UnrollError
+from unroll.client.errors import ServerError, UnrollError, quiet_after
 from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish
@@ -157,13 +157,11 @@ class AsyncClient:
         while True:
             try:
                 response = await self._attempt(request)
-                if not response.may_succeed_later:
-                    break
-                pause = retries.pause(response.retry_after)
-                if pause is None:
-                    break
+                pause = retries.pause(response.retry_after) if response.may_succeed_later else None
             except _BROKEN as error:
                 pause = retries.reconnect(error)
+            if pause is None:
+                break
             await asyncio.sleep(pause)
         response.repeated = retries.count > 0
         return response
@@ -214,11 +212,8 @@ class AsyncSession(SessionFacts):
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        with quiet_after(kind):
             await self.close()
-        except Exception:
-            if kind is None:
-                raise
 
     async def step(self, inputs: ArrayLike, *, position: int | None = None) -> Arrays:
         """As `Session.step`."""

@@ -18,7 +18,7 @@ from weakref import WeakSet
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from unroll.client.errors import InvalidInput
+from unroll.client.errors import InvalidInput, quiet_after
 from unroll.client.places import Place, PlaceFacts
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutWish
@@ -88,10 +88,8 @@ class AsyncStream:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            await self.close(list(self._sessions.values()))
-        except Exception:
-            if kind is None:  # otherwise the first error matters more
-                raise
+            with quiet_after(kind):
+                await self.close(list(self._sessions.values()))
         finally:
             await self.disconnect()
 

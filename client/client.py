@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
 
 from unroll.client import model_calls
-from unroll.client.errors import ServerError
+from unroll.client.errors import ServerError, quiet_after
 from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish
@@ -202,13 +202,11 @@ class Client:
         while True:
             try:
                 response = self._attempt(request)
-                if not response.may_succeed_later:
-                    break
-                pause = retries.pause(response.retry_after)
-                if pause is None:
-                    break
+                pause = retries.pause(response.retry_after) if response.may_succeed_later else None
             except _BROKEN as error:
                 pause = retries.reconnect(error)
+            if pause is None:
+                break
             time.sleep(pause)
         response.repeated |= retries.count > 0
         return response
@@ -273,11 +271,8 @@ class Session(SessionFacts):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        with quiet_after(kind):
             self.close()
-        except Exception:
-            if kind is None:
-                raise
 
     def step(self, inputs: ArrayLike, *, position: int | None = None) -> Arrays:
         """Apply one time step.

@@ -12,6 +12,7 @@ UnrollError
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, ClassVar
 
 
@@ -82,6 +83,11 @@ class ServerError(UnrollError):
         """The error of one session, if any, in an answer about several."""
         error = item.get("error")
         return None if error is None else ServerError.of(error["code"], error["detail"], members=error)
+
+
+def quiet_after(kind: type[BaseException] | None) -> AbstractContextManager[None]:
+    """Suppress the errors of a clean-up after an error of this kind, which matters more."""
+    return nullcontext() if kind is None else suppress(Exception)
 
 
 class Unauthenticated(ServerError):

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, SecurityError
 from websockets.sync.client import ClientConnection, connect
 
-from unroll.client.errors import BodyTooLarge, Overloaded, ServerError
+from unroll.client.errors import BodyTooLarge, Overloaded, ServerError, quiet_after
 from unroll.client.exchange import Response
 from unroll.client.places import Place, PlaceFacts
 from unroll.client.retries import Retries, RetryPolicy
@@ -100,10 +100,8 @@ class Stream:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self.close(list(self._sessions.values()))
-        except Exception:
-            if kind is None:  # otherwise the first error matters more
-                raise
+            with quiet_after(kind):
+                self.close(list(self._sessions.values()))
         finally:
             self.disconnect()
 

@@ -39,7 +39,6 @@ from unroll.service.scheduler.chunk import Chunk, GroupReply
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Cohort
-from unroll.service.state.arena import HostArena
 
 _FEATURES = 16
 _ROWS = (1, 16, 64, 256)
@@ -90,22 +89,6 @@ def _run(call: Callable[[], object], calls: int, now: Callable[[], float]) -> fl
     return now() - started
 
 
-# ── state ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def arena() -> Iterator[Part]:
-    """Rows of 1 and 4 KiB, scattered over an arena of 4096."""
-    for size in (256, 1024):
-        arena = HostArena(4096, size)
-        arena.rows[:] = 1.0
-        for rows in _ROWS[1:]:
-            slots = np.random.default_rng(rows).permutation(4096)[:rows]
-            out = np.empty((rows, size), np.float32)
-            where = f"{rows} rows of {size * 4 // 1024} KiB"
-            yield Part(f"arena: gather {where}", rows, partial(arena.gather, slots, out=out))
-            yield Part(f"arena: scatter {where}", rows, partial(arena.scatter, slots, out))
-
-
 # ── protocol ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -151,7 +134,9 @@ def protocol() -> Iterator[Part]:
     )
     answer = {"model_name": "micro", "model_version": "1"}
     batched = x[np.newaxis]
-    yield Part("protocol: write infer, binary", 1, lambda: open_inference.encode(answer, [(_SPEC_OUT, batched, True)]))
+    yield Part(
+        "protocol: write infer, binary", 1, lambda: open_inference.describe(answer, [(_SPEC_OUT, batched, True)])
+    )
 
     frames = FrameCodec((_SPEC_IN,), 65_536)
     for entries in (1, 64, 256):
@@ -268,7 +253,6 @@ def engine(found: Bundle) -> Iterator[Part]:
 
 
 def parts(repository: Path) -> Iterator[Part]:
-    yield from arena()
     yield from protocol()
     yield from scheduler()
     for path in bundle.discover(repository):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unroll.client.conformance.refusals import Refusal
-from unroll.client.conformance.toy_models import ToyModel
+from unroll.client.conformance.toy_models import ToyModel, bytes_of
 from unroll.client.conformance.toy_rollouts import Rolled
 
 _HEADER = struct.Struct("<BBHI")
@@ -37,12 +37,12 @@ def read_steps(model: ToyModel, frame: bytes) -> list[Chunk]:
         raise Refusal("malformed_request", f"a frame of type {kind}, flags {flags}, {count} entries")
     total = sum(steps for _, steps, _ in entries)
     begin = _HEADER.size + _ENTRY.size * count
-    if len(frame) - begin != sum(spec.bytes_of(total) for spec in model.inputs):
+    if len(frame) - begin != sum(bytes_of(spec, total) for spec in model.inputs):
         raise Refusal("malformed_request", f"{count} entries of {total} steps do not fit a frame of {len(frame)} bytes")
     inputs: list[list[np.ndarray]] = [[] for _ in entries]
     for spec in model.inputs:
         for kept, (_, steps, _) in zip(inputs, entries, strict=True):
-            end = begin + spec.bytes_of(steps)
+            end = begin + bytes_of(spec, steps)
             kept.append(np.frombuffer(frame[begin:end], spec.numpy).reshape(steps, *spec.shape))
             begin = end
     return [

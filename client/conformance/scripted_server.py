@@ -186,8 +186,7 @@ class ScriptedServer:
     def _refused(self, rule: Rule, kind: str, request: web.Request) -> Answer:
         if rule.retry_after is not None:
             self.script.asked_to_wait(kind, request.match_info.get("id", ""), rule.retry_after)
-        refusal = Refusal(rule.code, f"the script refuses with {rule.code}")
-        return Answer.refusal(refusal, rule.status, rule.retry_after)
+        return Answer.refusal(Refusal(rule.code, f"the script refuses with {rule.code}"), rule.status, rule.retry_after)
 
     async def _send(
         self, request: web.Request, transport: asyncio.Transport, answer: Answer, rules: Mapping[str, Rule]

@@ -4,7 +4,6 @@ The state is one number: state' = 0.5 state + x0 + 10 x1 + 100 x2 + ..., where x
 of a time step. The outputs are the new state, and numbers derived from it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,25 +11,13 @@ from typing import Any
 import numpy as np
 
 from unroll.client.conformance.refusals import Refusal
+from unroll.client.tensors import Tensor, named
 
 _FLOAT = "float32"
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output; `shape` is that of one time step."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    time: bool = True
-
-    @property
-    def numpy(self) -> np.dtype:
-        return np.dtype(self.dtype).newbyteorder("<")
-
-    def bytes_of(self, steps: int) -> int:
-        return math.prod(self.shape) * self.numpy.itemsize * (steps if self.time else 1)
+def bytes_of(spec: Tensor, steps: int) -> int:
+    return spec.size * spec.numpy.itemsize * (steps if spec.time else 1)
 
 
 @dataclass(frozen=True)
@@ -98,12 +85,12 @@ class ToyModel:
 
     def inputs_of_raw(self, content: bytes | memoryview, steps: int) -> list[np.ndarray]:
         """Decode raw inputs. Raises Refusal."""
-        needed = sum(spec.bytes_of(steps) for spec in self.inputs)
+        needed = sum(bytes_of(spec, steps) for spec in self.inputs)
         if len(content) != needed:
             raise Refusal("invalid_shape", f"{steps} steps have {needed} bytes, not {len(content)}")
         arrays, begin = [], 0
         for spec in self.inputs:
-            end = begin + spec.bytes_of(steps)
+            end = begin + bytes_of(spec, steps)
             arrays.append(np.frombuffer(content[begin:end], spec.numpy).reshape(steps, *spec.shape))
             begin = end
         return _finite(arrays)
@@ -138,8 +125,7 @@ class ToyModel:
 
 def json_of(specs: Sequence[Tensor], arrays: Sequence[np.ndarray]) -> Any:
     """A single value, or {name: value} for several tensors."""
-    lists = {spec.name: array.tolist() for spec, array in zip(specs, arrays, strict=True)}
-    return lists if len(lists) > 1 else next(iter(lists.values()))
+    return named(specs, [array.tolist() for array in arrays])
 
 
 def _finite(arrays: list[np.ndarray]) -> list[np.ndarray]:

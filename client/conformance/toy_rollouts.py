@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from unroll.client.conformance.refusals import Refusal
-from unroll.client.conformance.toy_models import Tensor, ToyModel, json_of
+from unroll.client.conformance.toy_models import ToyModel, json_of
 from unroll.client.conformance.toy_sessions import ToySession
+from unroll.client.tensors import Tensor
 
 _MEMBERS = {"steps", "map", "on", "inputs", "outputs", "position", "steps_per_event", "send"}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from unroll.client.conformance.refusals import Refusal
 from unroll.client.conformance.snapshots import read_snapshot, snapshot_of
-from unroll.client.conformance.toy_models import MODELS, ToyModel
+from unroll.client.conformance.toy_models import MODELS, ToyModel, bytes_of
 
 
 @dataclass
@@ -96,7 +96,7 @@ class ToySession:
         self.moved_to = self.place
 
     def _bytes_of_step(self) -> int:
-        return sum(spec.bytes_of(1) for spec in self.model.inputs)
+        return sum(bytes_of(spec, 1) for spec in self.model.inputs)
 
     def snapshot(self) -> bytes:
         return snapshot_of(self.model.digest, self.position, self.state)

@@ -1,12 +1,13 @@
-"""Tracks which tensors are computed from the values of the inputs, and holds the base of other call observers."""
+"""Tracks which tensors are computed from the values of the inputs, and holds what other observers of calls share."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 #: Functions that read only the shape of their tensors.
 _CREATED = {f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn")} | {
@@ -28,6 +29,15 @@ def without_observers() -> Iterator[None]:
         yield
         return
     with _pop_mode_temporarily(), without_observers():
+        yield
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks at the end."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
         yield
 
 

@@ -5,7 +5,6 @@ nn.LSTM, nn.GRU and nn.RNN call these functions themselves.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unroll.export.errors import ExportError
+from unroll.export.lifting.dataflow import hooked
 from unroll.export.signature.outputs import is_same
 
 #: The layer for each function, and its number of gates.
@@ -149,17 +149,8 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[_Call]]:
 
         return hook
 
-    with _hooks(model, lambda _: lambda *_: stack.append([]), leave), Watch():
+    handles = [module.register_forward_pre_hook(lambda *_: stack.append([])) for module in model.modules()]
+    handles += [module.register_forward_hook(leave(path)) for path, module in model.named_modules()]
+    with hooked(handles), Watch():
         run()
     return found
-
-
-@contextmanager
-def _hooks(model: nn.Module, before: Callable[[str], Any], after: Callable[[str], Any]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(before(path)) for path, module in model.named_modules()]
-    handles += [module.register_forward_hook(after(path)) for path, module in model.named_modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

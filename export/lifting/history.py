@@ -127,21 +127,14 @@ class KeepHistory(Observer):
     def running(self) -> Iterator[None]:
         """Activate the mode, and track which module is running."""
 
+        def enter(module: nn.Module, _: Any) -> None:
+            self._stack.append(self._paths.get(id(vars(module)), ""))
+
         def leave(*_: Any) -> None:
             self._stack.pop()
 
-        handles = (
-            register_module_forward_pre_hook(
-                lambda module, _: self._stack.append(self._paths.get(id(vars(module)), ""))
-            ),
-            register_module_forward_hook(leave),
-        )
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with register_module_forward_pre_hook(enter), register_module_forward_hook(leave), self:
+            yield
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

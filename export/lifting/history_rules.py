@@ -33,8 +33,8 @@ class Memory:
     of_start: bool = False
 
 
-#: From a call's arguments and the time axis to its memory; None if it needs no earlier steps.
-Rule = Callable[[Any, Any, int], Memory | None]
+#: From the time axis and a call's arguments to its memory; None if it needs no earlier steps.
+Rule = Callable[..., Memory | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class HistoryCalls:
             return delay
         if rule := RULES.get(func):
             sequence = args[0] if args else kwargs["input"]
-            return HistoryCall(sequence, lambda time: rule(args, kwargs, time))
+            return HistoryCall(sequence, lambda time: rule(time, *args, **kwargs))
         if func is torch.arange:
             return HistoryCall(None)
         if func is Tensor.__getitem__:
@@ -99,8 +99,7 @@ class HistoryCalls:
             or whole.shape[axis] - cut.shape[axis] != frames.shape[axis]
         ):
             return None
-        memory = Memory(whole, frames, lambda joined: joined.narrow(axis, 0, whole.shape[axis]))
-        return HistoryCall(whole, lambda time: memory if time == axis else None)
+        return _delayed(whole, frames, axis)
 
     def _padded_delay(
         self, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None
@@ -114,9 +113,12 @@ class HistoryCalls:
         (axis,), count = axes, sum(frames)
         if frames[2 * (input.dim() - 1 - axis)] != count or whole.shape[axis] - input.shape[axis] != count:
             return None
-        before = _full(whole, axis, count, value or 0.0)
-        memory = Memory(whole, before, lambda joined: joined.narrow(axis, 0, whole.shape[axis]))
-        return HistoryCall(whole, lambda time: memory if time == axis else None)
+        return _delayed(whole, _full(whole, axis, count, value or 0.0), axis)
+
+
+def _delayed(whole: Tensor, before: Tensor, axis: int) -> HistoryCall:
+    memory = Memory(whole, before, lambda joined: joined.narrow(axis, 0, whole.shape[axis]))
+    return HistoryCall(whole, lambda time: memory if time == axis else None)
 
 
 def _from_the_beginning(index: Any) -> bool:
@@ -154,54 +156,45 @@ def _full(x: Tensor, time: int, frames: int, value: float) -> Tensor:
     return x.new_full([frames if axis == time else size for axis, size in enumerate(x.shape)], value)
 
 
-def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
+def _pad(time: int, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Memory | None:
     """Left padding with constants, or with the first step repeated."""
-
-    def call(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Memory | None:
-        pads = list(pad)
-        first = 2 * (input.dim() - 1 - time)
-        if mode not in {"constant", "replicate"} or first >= len(pads) or pads[first] < 1:
-            return None
-        frames, pads[first] = pads[first], 0
-        if mode == "replicate":
-            if any(pads):
-                return None
-            return Memory(input, input.narrow(time, 0, 1).repeat_interleave(frames, time), lambda joined: joined)
-        before = _full(input, time, frames, value or 0.0)
-        return Memory(input, before, lambda joined: functional.pad(joined, pads, mode, value))
-
-    return call(*args, **kwargs)
+    pads = list(pad)
+    first = 2 * (input.dim() - 1 - time)
+    if mode not in {"constant", "replicate"} or first >= len(pads) or pads[first] < 1:
+        return None
+    frames, pads[first] = pads[first], 0
+    if mode == "replicate":
+        repeated = input.narrow(time, 0, 1).repeat_interleave(frames, time)
+        return None if any(pads) else Memory(input, repeated, lambda joined: joined)
+    before = _full(input, time, frames, value or 0.0)
+    return Memory(input, before, lambda joined: functional.pad(joined, pads, mode, value))
 
 
 def _convolution(function: Any) -> Rule:
     """A convolution's own zero padding. The result keeps its length: all padding moves to the left."""
 
-    def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
-        def call(
-            input: Tensor,
-            weight: Tensor,
-            bias: Any = None,
-            stride: Any = 1,
-            padding: Any = 0,
-            dilation: Any = 1,
-            groups: int = 1,
-        ) -> Memory | None:
-            count, axis = input.dim() - 2, time - 2
-            strides, dilations = _each(stride, count), _each(dilation, count)
-            if axis < 0 or isinstance(padding, str) or strides[axis] != 1:
-                return None
-            pads = _each(padding, count)
-            frames, pads[axis] = pads[axis], 0
-            if frames < 1:
-                return None
-            after = [0, 0] * (count - 1 - axis) + [0, frames]
+    def rule(
+        time: int,
+        input: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Memory | None:
+        count, axis = input.dim() - 2, time - 2
+        strides, dilations = _each(stride, count), _each(dilation, count)
+        if axis < 0 or isinstance(padding, str) or strides[axis] != 1:
+            return None
+        pads = _each(padding, count)
+        frames, pads[axis] = pads[axis], 0
+        after = [0, 0] * (count - 1 - axis) + [0, frames]
 
-            def finish(joined: Tensor) -> Tensor:
-                return function(functional.pad(joined, after), weight, bias, strides, pads, dilations, groups)
+        def finish(joined: Tensor) -> Tensor:
+            return function(functional.pad(joined, after), weight, bias, strides, pads, dilations, groups)
 
-            return Memory(input, _full(input, time, frames, 0.0), finish)
-
-        return call(*args, **kwargs)
+        return Memory(input, _full(input, time, frames, 0.0), finish) if frames > 0 else None
 
     return rule
 
@@ -209,32 +202,28 @@ def _convolution(function: Any) -> Rule:
 def _transposed(function: Any) -> Rule:
     """A transposed convolution: keep the earlier frames that overlap the next outputs, and drop their own outputs."""
 
-    def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
-        def call(
-            input: Tensor,
-            weight: Tensor,
-            bias: Any = None,
-            stride: Any = 1,
-            padding: Any = 0,
-            output_padding: Any = 0,
-            groups: int = 1,
-            dilation: Any = 1,
-        ) -> Memory | None:
-            count, axis = input.dim() - 2, time - 2
-            if axis < 0 or _each(padding, count)[axis]:
-                return None
-            step = _each(stride, count)[axis]
-            frames = _each(dilation, count)[axis] * (weight.shape[time] - 1) // step
-            if frames < 1:
-                return None
+    def rule(
+        time: int,
+        input: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Memory | None:
+        count, axis = input.dim() - 2, time - 2
+        if axis < 0 or _each(padding, count)[axis]:
+            return None
+        step = _each(stride, count)[axis]
+        frames = _each(dilation, count)[axis] * (weight.shape[time] - 1) // step
 
-            def finish(joined: Tensor) -> Tensor:
-                y = function(joined, weight, bias, stride, padding, output_padding, groups, dilation)
-                return y.narrow(time, frames * step, y.shape[time] - frames * step)
+        def finish(joined: Tensor) -> Tensor:
+            y = function(joined, weight, bias, stride, padding, output_padding, groups, dilation)
+            return y.narrow(time, frames * step, y.shape[time] - frames * step)
 
-            return Memory(input, _full(input, time, frames, 0.0), finish)
-
-        return call(*args, **kwargs)
+        return Memory(input, _full(input, time, frames, 0.0), finish) if frames > 0 else None
 
     return rule
 
@@ -243,20 +232,16 @@ def _each(value: Any, count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
 
 
-def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
+def _sum(time: int, input: Tensor, dim: int, **options: Any) -> Memory | None:
     """A running sum. It continues from its last value, so chunking does not change the order of additions."""
+    if dim % input.dim() != time or options.get("dtype") not in {None, input.dtype}:
+        return None
+    input = input if input.is_floating_point() else input.long()
 
-    def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
-        if dim % input.dim() != time or options.get("dtype") not in {None, input.dtype}:
-            return None
-        input = input if input.is_floating_point() else input.long()
+    def finish(joined: Tensor) -> Tensor:
+        return torch.cumsum(joined, dim, **options).narrow(time, 1, joined.shape[time] - 1)
 
-        def finish(joined: Tensor) -> Tensor:
-            return torch.cumsum(joined, dim, **options).narrow(time, 1, joined.shape[time] - 1)
-
-        return Memory(input, _full(input, time, 1, 0.0), finish, of_result=True)
-
-    return call(*args, **kwargs)
+    return Memory(input, _full(input, time, 1, 0.0), finish, of_result=True)
 
 
 def _running(step: Callable[[Tensor, Tensor], Tensor], first: float, returned: Any = None) -> Rule:
@@ -268,33 +253,26 @@ def _running(step: Callable[[Tensor, Tensor], Tensor], first: float, returned: A
         returned: the type of a result that also has indices. These are -1: they would count from the first step.
     """
 
-    def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
-        def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
-            if dim % input.dim() != time or not input.is_floating_point() or options:
-                return None
+    def rule(time: int, input: Tensor, dim: int, **options: Any) -> Memory | None:
+        if dim % input.dim() != time or not input.is_floating_point() or options:
+            return None
 
-            def finish(joined: Tensor) -> Any:
-                values = accumulate(step, joined, time)
-                return returned((values, torch.full_like(values, -1, dtype=torch.int64))) if returned else values
+        def finish(joined: Tensor) -> Any:
+            values = accumulate(step, joined, time)
+            return returned((values, torch.full_like(values, -1, dtype=torch.int64))) if returned else values
 
-            return Memory(input, _full(input, time, 1, first), finish, of_result=True)
-
-        return call(*args, **kwargs)
+        return Memory(input, _full(input, time, 1, first), finish, of_result=True)
 
     return rule
 
 
-def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
+def _difference(
+    time: int, input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+) -> Memory | None:
     """`torch.diff`, with `prepend` as the steps before the first."""
-
-    def call(
-        input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
-    ) -> Memory | None:
-        if prepend is None or append is not None or n != prepend.shape[time] or dim % input.dim() != time:
-            return None
-        return Memory(input, prepend, lambda joined: torch.diff(joined, n, dim))
-
-    return call(*args, **kwargs)
+    if prepend is None or append is not None or n != prepend.shape[time] or dim % input.dim() != time:
+        return None
+    return Memory(input, prepend, lambda joined: torch.diff(joined, n, dim))
 
 
 def _logaddexp(one: Tensor, other: Tensor) -> Tensor:
@@ -305,26 +283,19 @@ def _logaddexp(one: Tensor, other: Tensor) -> Tensor:
 #: The lowest finite float32: a state must not hold infinity.
 _LEAST = torch.finfo(torch.float32).min
 
-_CUMMAX = _running(torch.maximum, _LEAST, torch.return_types.cummax)
-_CUMMIN = _running(torch.minimum, -_LEAST, torch.return_types.cummin)
-_CUMPROD, _LOGCUMSUMEXP = _running(torch.mul, 1.0), _running(_logaddexp, _LEAST)
-
 RULES: dict[Any, Rule] = {
     functional.pad: _pad,
     torch.conv1d: _convolution(torch.conv1d),
     torch.conv2d: _convolution(torch.conv2d),
     torch.conv_transpose1d: _transposed(torch.conv_transpose1d),
     torch.conv_transpose2d: _transposed(torch.conv_transpose2d),
-    torch.diff: _difference,
-    Tensor.diff: _difference,
-    torch.cumsum: _sum,
-    Tensor.cumsum: _sum,
-    torch.cummax: _CUMMAX,
-    Tensor.cummax: _CUMMAX,
-    torch.cummin: _CUMMIN,
-    Tensor.cummin: _CUMMIN,
-    torch.cumprod: _CUMPROD,
-    Tensor.cumprod: _CUMPROD,
-    torch.logcumsumexp: _LOGCUMSUMEXP,
-    Tensor.logcumsumexp: _LOGCUMSUMEXP,
 }
+for _name, _rule in {
+    "diff": _difference,
+    "cumsum": _sum,
+    "cummax": _running(torch.maximum, _LEAST, torch.return_types.cummax),
+    "cummin": _running(torch.minimum, -_LEAST, torch.return_types.cummin),
+    "cumprod": _running(torch.mul, 1.0),
+    "logcumsumexp": _running(_logaddexp, _LEAST),
+}.items():
+    RULES |= dict.fromkeys((getattr(torch, _name), getattr(Tensor, _name)), _rule)

@@ -21,28 +21,14 @@ Layers = list[tuple[Tensor, ...]]
 Native = Callable[..., tuple[Tensor, Any]]
 
 
-class LiftedLSTM(nn.LSTM):
-    unroll_tape: Tape
-
+class _Lifted(nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         return _play(self, super().forward, input, hx)
 
 
-class LiftedGRU(nn.GRU):
-    unroll_tape: Tape
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _play(self, super().forward, input, hx)
-
-
-class LiftedRNN(nn.RNN):
-    unroll_tape: Tape
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _play(self, super().forward, input, hx)
-
-
-_LIFTED: dict[type[nn.RNNBase], type[nn.RNNBase]] = {nn.LSTM: LiftedLSTM, nn.GRU: LiftedGRU, nn.RNN: LiftedRNN}
+_LIFTED: dict[type[nn.RNNBase], type[nn.RNNBase]] = {
+    kind: type(f"Lifted{kind.__name__}", (_Lifted, kind), {}) for kind in (nn.LSTM, nn.GRU, nn.RNN)
+}
 
 #: PyTorch's layers that have an ONNX operator.
 LAYERS = tuple(_LIFTED)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.errors import COMPLEX, ExportError, attempt, untraceable
 from unroll.export.lifting.cell_matching import Recipe, match_cell
+from unroll.export.lifting.dataflow import hooked
 from unroll.export.lifting.layers import LAYERS
 from unroll.export.lifting.loop_body import (
     LoopBody,
@@ -138,12 +139,8 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Seen]]:
     watched = [(path, module) for path, module in model.named_modules() if not isinstance(module, LAYERS)]
     handles = [module.register_forward_pre_hook(before(path), with_kwargs=True) for path, module in watched]
     handles += [module.register_forward_hook(after) for _, module in watched]
-    try:
-        with Count():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), Count():
+        run()
     return found
 
 
@@ -308,10 +305,7 @@ def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) 
     fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
     after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
     if any(tensor.is_complex() for tensor in after[0]):
-        raise ExportError(
-            "dtype",
-            f"the loop of {name!r} carries complex numbers; {COMPLEX}",
-        )
+        raise ExportError("dtype", f"the loop of {name!r} carries complex numbers; {COMPLEX}")
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
     return None if None in axes else [_with_batch(each) for each in axes if each]
 

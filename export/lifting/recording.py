@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from unroll.export.lifting.dataflow import hooked
+
 #: Calls that create a tensor from sizes only. A program repeats such a call wherever its result is used.
 CREATORS = {
     *("tensor", "zeros", "ones", "full", "empty", "arange"),
@@ -113,12 +115,8 @@ class Recorder(TorchFunctionMode):
         layers = [(path, self._module.get_submodule(path)) for path in self._paths]
         handles = [layer.register_forward_pre_hook(self._enter) for _, layer in layers]
         handles += [layer.register_forward_hook(self._leave(path), with_kwargs=True) for path, layer in layers]
-        try:
-            with torch.no_grad(), self:
-                returned = self._module.forward(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), torch.no_grad(), self:
+            returned = self._module.forward(*args, **kwargs)
         return [self._reference(leaf) for leaf in pytree.tree_leaves(returned)]
 
     def value(self, reference: Any) -> Any:

@@ -30,16 +30,18 @@ def layer_weights(module: nn.RNNBase, kind: str, layer: int) -> dict[str, Tensor
     suffixes = ["", "_reverse"] if module.bidirectional else [""]
     order = GATE_ORDER[kind]
 
-    def in_order(name: str) -> Tensor:
+    def gates(name: str) -> list[Tensor]:
         weight = named.get(name)
         if weight is None:
-            return torch.zeros(len(order) * module.hidden_size, dtype=torch.float64)
-        gates = weight.detach().double().chunk(len(order))
-        return torch.cat([gates[index] for index in order])
+            return [torch.zeros(len(order) * module.hidden_size)]
+        found = weight.detach().chunk(len(order))
+        return [found[index] for index in order]
 
     names = {"w": ["weight_ih"], "r": ["weight_hh"], "b": ["bias_ih", "bias_hh"]}
     found = {
-        short: torch.stack([torch.cat([in_order(f"{name}_l{layer}{end}") for name in long]) for end in suffixes])
+        short: torch.cat([gate for end in suffixes for name in long for gate in gates(f"{name}_l{layer}{end}")])
+        .double()
+        .unflatten(0, (len(suffixes), -1))
         for short, long in names.items()
     }
     if module.proj_size:

@@ -25,8 +25,7 @@ class WatchSqueezes(Observer):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _FUNCTIONS and len(args) + len(kwargs) == 1:
-            tensor = args[0] if args else kwargs["input"]
+        if (tensor := _squeezed(func, args, kwargs)) is not None:
             self.seen.append(tuple(axis for axis, size in enumerate(tensor.shape) if size == 1))
         return func(*args, **kwargs)
 
@@ -39,12 +38,17 @@ class KeepSqueezes(Observer):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _FUNCTIONS and len(args) + len(kwargs) == 1:
-            tensor = args[0] if args else kwargs["input"]
-            axes = next(self._left, None)
-            if axes is not None:
-                return torch.squeeze(tensor, axes)
+        tensor = _squeezed(func, args, kwargs)
+        if tensor is not None and (axes := next(self._left, None)) is not None:
+            return torch.squeeze(tensor, axes)
         return func(*args, **kwargs)
+
+
+def _squeezed(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """The tensor, if the call is a squeeze of all axes of size 1."""
+    if func not in _FUNCTIONS or len(args) + len(kwargs) != 1:
+        return None
+    return args[0] if args else kwargs["input"]
 
 
 def common(seen: list[Squeezes]) -> Squeezes:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unroll.bundle.golden import Arrays
+from unroll.export.lifting.dataflow import hooked
 from unroll.export.lifting.streaming import StreamingModule, torch_runner
 
 #: Each leaf module that ran, in order: its path, its input tensors and its output tensors.
@@ -43,20 +44,15 @@ def _trace(module: StreamingModule, inputs: Arrays, rows: np.ndarray, chunks: Se
         return lambda _, args, output: trace.append((path, _tensors(args[:1]), _tensors(output)[:1]))
 
     leaves = [(path, leaf) for path, leaf in module.model.named_modules() if path and not any(leaf.children())]
-    handles = [leaf.register_forward_hook(hook(path)) for path, leaf in leaves]
     run = torch_runner(module, double=True)
-    traces = []
-    try:
-        start, state = 0, rows.astype(np.float64)
+    traces, start, state = [], 0, rows.astype(np.float64)
+    with hooked([leaf.register_forward_hook(hook(path)) for path, leaf in leaves]):
         for length in chunks:
             piece = {name: array[:, start : start + length] for name, array in inputs.items()}
             _, state = run(piece, state, np.full(len(state), length, np.int32))
             traces.append(list(trace))
             trace.clear()
             start += length
-    finally:
-        for handle in handles:
-            handle.remove()
     return traces
 
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from unroll.export.lifting.dataflow import hooked
+
 #: An operation: everything that must be equal in all iterations, and its integers.
 Operation = tuple[tuple[Any, ...], tuple[int, ...]]
 
@@ -86,12 +88,8 @@ class OperationLog(TorchFunctionMode):
         modules = [(path, self._model.get_submodule(path)) for path in self._paths]
         handles = [module.register_forward_pre_hook(self._begin(path)) for path, module in modules]
         handles += [module.register_forward_hook(self._end) for _, module in modules]
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), self:
+            yield
 
     def _begin(self, path: str) -> Any:
         def hook(module: nn.Module, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP status and response of every error. `_MEANING` in `native_routes.py` has the statuses for OpenAPI."""
+"""The HTTP status and response of every error, also for the OpenAPI document."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 from unroll.service.api.request import JSON, Answer
+from unroll.service.api.schemas import TEXT, object_of
 from unroll.service.core import errors as e
 from unroll.service.protocol import json
 
@@ -52,6 +53,15 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.EngineFailed: 500,
 }
 
+#: What follows for the client.
+_CONSEQUENCES = {
+    **dict.fromkeys((409, 422, 500), "; the state is unchanged"),
+    410: "; the state is lost",
+    429: "; retry after Retry-After seconds",
+    503: "; if there is a Retry-After, retry after that many seconds",
+    504: "; nothing was run",
+}
+
 _PROBLEM = b"application/problem+json"
 
 
@@ -66,6 +76,12 @@ def problem_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, 
     """A route's problem responses by status, for the OpenAPI document."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": meaning, "content": content} for status, meaning in meanings.items()}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`problem_responses` that list the codes of each status."""
+    codes = {status: ", ".join(error.code for error, of in STATUS.items() if of == status) for status in statuses}
+    return problem_responses({status: codes[status] + _CONSEQUENCES.get(status, "") for status in statuses})
 
 
 def problem_of(status: int, code: str, detail: str, members: dict | None = None, fields: bytes = b"") -> Answer:
@@ -98,8 +114,7 @@ def _fields(error: e.UnrollError) -> bytes:
 
 def open_inference_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
     """`problem_responses` in the form of the Open Inference Protocol."""
-    error = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
-    content = {"application/json": {"schema": error}}
+    content = {"application/json": {"schema": object_of(error=TEXT, code=TEXT)}}
     return {status: {"description": meaning, "content": content} for status, meaning in meanings.items()}
 
 

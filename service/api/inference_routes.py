@@ -18,7 +18,7 @@ from unroll.service.api.infer import infer
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel, read_request
-from unroll.service.api.session_requests import close_session, open_session
+from unroll.service.api.session_operations import close_session, open_session
 from unroll.service.api.steps import sequences, steps
 from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, UnrollError
 from unroll.service.sessions.attempts import Attempts
@@ -35,23 +35,23 @@ class Route:
 
     Attributes:
         name: Its name in metrics and logs.
-        parts: Number of segments in its paths.
-        fixed: The constant segments, by index.
+        pattern: The segments of its paths; `*` is any that is not empty.
         begin: Starts the work on a request; may raise UnrollError.
         failure: Converts an error to an answer.
         takes_document: Whether it takes long JSON as a document; otherwise it parses the text itself.
     """
 
     name: str
-    parts: int
-    fixed: dict[int, str]
+    pattern: Path
     begin: Callable[[AppState, Path, Request, Respond], Cancel]
     failure: Callable[[UnrollError], Answer]
     method: str = "POST"
     takes_document: bool = True
 
     def matches(self, path: Path) -> bool:
-        return len(path) == self.parts and all(path[1:]) and all(path[i] == part for i, part in self.fixed.items())
+        return all(
+            segment == part or (part == "*" and segment) for segment, part in zip(path, self.pattern, strict=True)
+        )
 
     def handle(self, app: AppState, path: Path, request: Request, respond: Respond) -> None:
         """Start the work; `request.cancel` cancels it. `respond` is always called exactly once.
@@ -85,8 +85,6 @@ class Route:
 
 class _DurableCall(Request):
     """A request that is handled again, after a store lookup or because another replica updated its session."""
-
-    __slots__ = ("_app", "_begun", "_original", "_over", "_path", "_respond", "_route")
 
     def __init__(self, route: Route, app: AppState, path: Path, request: Request, respond: Respond) -> None:
         super().__init__(request.headers, request.body, request.tenant)
@@ -149,62 +147,50 @@ def _finish(route: Route, answer: Coroutine[Any, Any, Answer], respond: Respond)
 
 _STEPS = Route(
     "v1/steps",
-    7,
-    {1: "v1", 2: "models", 4: "sessions"},
+    split("/v1/models/*/sessions/*/steps"),
     lambda app, path, request, respond: steps(app, path[3], path[5], request, respond),
     problem,
 )
 _SEQUENCES = Route(
     "v1/sequences",
-    5,
-    {1: "v1", 2: "models"},
+    split("/v1/models/*/sequences"),
     lambda app, path, request, respond: sequences(app, path[3], request, respond),
     problem,
 )
 _OPEN: Route = Route(
     "v1/sessions",
-    5,
-    {1: "v1", 2: "models"},
+    split("/v1/models/*/sessions"),
     lambda app, path, request, respond: _finish(_OPEN, open_session(app, path[3], request), respond),
     problem,
     takes_document=False,
 )
 _CLOSE: Route = Route(
     "v1/sessions",
-    6,
-    {1: "v1", 2: "models", 4: "sessions"},
+    split("/v1/models/*/sessions/*"),
     lambda app, path, request, respond: _finish(_CLOSE, close_session(app, path[3], request.own(path[5])), respond),
     problem,
     "DELETE",
 )
 _INFER = Route(
     "v2/infer",
-    5,
-    {1: "v2", 2: "models"},
+    split("/v2/models/*/infer"),
     lambda app, path, request, respond: infer(app, path[3], None, request, respond),
     open_inference_error,
 )
 _INFER_VERSION = Route(
     "v2/infer",
-    7,
-    {1: "v2", 2: "models", 4: "versions"},
+    split("/v2/models/*/versions/*/infer"),
     lambda app, path, request, respond: infer(app, path[3], path[5], request, respond),
     open_inference_error,
 )
 
-#: Routes by the last segment of the path.
-_ROUTES = {
-    "steps": (_STEPS,),
-    "sequences": (_SEQUENCES,),
-    "sessions": (_OPEN,),
-    "infer": (_INFER, _INFER_VERSION),
-}
+_ROUTES = (_STEPS, _SEQUENCES, _OPEN, _CLOSE, _INFER, _INFER_VERSION)
 
 
 def find(method: str, path: Path) -> Route | None:
     """The inference route of a request, if it is for one."""
-    for route in (_CLOSE,) if method == _CLOSE.method else _ROUTES.get(path[-1], ()):
-        if route.method == method and route.matches(path):
+    for route in _ROUTES:
+        if route.method == method and len(route.pattern) == len(path) and route.matches(path):
             return route
     return None
 

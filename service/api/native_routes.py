@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from unroll.service.api import inference_routes, session_operations
+from unroll.service.api import inference_routes
 from unroll.service.api.admission import OwnId, tenant_of
 from unroll.service.api.app_state import AppState
 from unroll.service.api.bodies import (
@@ -25,38 +25,16 @@ from unroll.service.api.bodies import (
     Tensor,
     parse_body,
 )
-from unroll.service.api.error_responses import problem_responses
+from unroll.service.api.error_responses import problems
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import RAW, read_request
 from unroll.service.api.rollout import RolloutRequest
+from unroll.service.api.session_operations import describe
 from unroll.service.core.errors import UnsupportedMediaType
+from unroll.service.core.session_ids import new_id
 from unroll.service.models.served_model import ServedModel
 
 _RAW_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The error answers of a route, for the OpenAPI document."""
-    return problem_responses({status: _MEANING[status] for status in statuses})
-
-
-_MEANING = {
-    400: "malformed_request",
-    404: "model_unknown or session_unknown",
-    409: "session_exists, position_gap, position_too_old, payload_mismatch or model_changed; the state is unchanged",
-    410: "session_closed, session_expired or session_evicted: the state is lost",
-    413: "body_too_large",
-    415: "unsupported_media_type",
-    422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid, "
-    "map_invalid, durability_unavailable or not_streamable; the state is unchanged",
-    429: "quota_exceeded: retry after Retry-After seconds",
-    500: "engine_failed; the state is unchanged",
-    503: "model_unavailable: its bundle is refused; or queue_full, deadline_unreachable, capacity_exhausted, "
-    "too_many_connections, "
-    "keys_unavailable, version_unavailable, store_unavailable, session_contended or draining: retry after "
-    "Retry-After seconds",
-    504: "deadline_exceeded: nothing was run",
-}
 
 
 def _bodies(json_model: str | None) -> dict[str, Any]:
@@ -171,7 +149,9 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         body = parse_body(
             ForkSession, await read_request(http.scope, http.receive, limits.max_body_bytes), limits.max_json_bytes
         )
-        return _info(*await session_operations.fork(app, tenant_of(http), model, own_id, body.session_id))
+        app.refuse_if_draining()
+        new = new_id(tenant_of(http), body.session_id)
+        return _info(*await app.sessions.fork(*split_reference(model), own_id, new))
 
 
 def _add_states(api: APIRouter, app: AppState) -> None:
@@ -204,7 +184,7 @@ DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, RolloutRequest, Proble
 
 
 def _info(served: ServedModel, session: Any) -> SessionInfo:
-    return SessionInfo(**session_operations.describe(served, session))
+    return SessionInfo(**describe(served, session))
 
 
 def _describe(app: AppState, served: ServedModel, tenant: str) -> ModelInfo:

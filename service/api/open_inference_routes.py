@@ -10,6 +10,7 @@ from unroll.service.api import inference_routes
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_responses
 from unroll.service.api.http_methods import add_probe
+from unroll.service.api.schemas import FLAG, TEXT, WHOLE, list_of, object_of
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.open_inference import DATATYPES
 
@@ -30,53 +31,24 @@ _ERRORS = open_inference_responses(
     }
 )
 
-_TENSOR = {
-    "type": "object",
-    "required": ["name", "shape", "datatype"],
-    "properties": {
-        "name": {"type": "string"},
-        "shape": {"type": "array", "items": {"type": "integer"}, "description": "[batch, time, features...]"},
-        "datatype": {"type": "string", "enum": sorted(DATATYPES.values())},
-        "parameters": {"type": "object", "properties": {"binary_data_size": {"type": "integer"}}},
-        "data": {"type": "array", "items": {}, "description": "nested or flat, row-major"},
-    },
-}
-_PARAMETERS = {
-    "type": "object",
-    "properties": {
-        "sequence_id": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
-        "sequence_start": {"type": "boolean"},
-        "sequence_end": {"type": "boolean"},
-        "sequence_position": {"type": "integer", "description": "the sequence's position as the client expects it"},
-        "binary_data_output": {"type": "boolean"},
-        "timeout": {"type": "integer", "description": "microseconds within which the work must start"},
-    },
-}
-_OUTPUT = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
-}
-_REQUEST = {
-    "type": "object",
-    "required": ["inputs"],
-    "properties": {
-        "id": {"type": "string"},
-        "parameters": _PARAMETERS,
-        "inputs": {"type": "array", "items": _TENSOR},
-        "outputs": {"type": "array", "items": _OUTPUT},
-    },
-}
-_ANSWER = {
-    "type": "object",
-    "properties": {
-        "model_name": {"type": "string"},
-        "model_version": {"type": "string"},
-        "id": {"type": "string"},
-        "parameters": _PARAMETERS,
-        "outputs": {"type": "array", "items": _TENSOR},
-    },
-}
+_TENSOR = object_of(
+    name=TEXT,
+    shape=list_of(WHOLE) | {"description": "[batch, time, features...]"},
+    datatype=TEXT | {"enum": sorted(DATATYPES.values())},
+    parameters=object_of(binary_data_size=WHOLE),
+    data=list_of({}) | {"description": "nested or flat, row-major"},
+) | {"required": ["name", "shape", "datatype"]}
+_PARAMETERS = object_of(
+    sequence_id={"anyOf": [WHOLE, TEXT]},
+    sequence_start=FLAG,
+    sequence_end=FLAG,
+    sequence_position=WHOLE | {"description": "the sequence's position as the client expects it"},
+    binary_data_output=FLAG,
+    timeout=WHOLE | {"description": "microseconds within which the work must start"},
+)
+_OUTPUT = object_of(name=TEXT, parameters={"type": "object"}) | {"required": ["name"]}
+_REQUEST = object_of(id=TEXT, parameters=_PARAMETERS, inputs=list_of(_TENSOR), outputs=list_of(_OUTPUT))
+_ANSWER = object_of(model_name=TEXT, model_version=TEXT, id=TEXT, parameters=_PARAMETERS, outputs=list_of(_TENSOR))
 _INFER: dict[str, Any] = {
     "responses": {
         200: {
@@ -88,14 +60,17 @@ _INFER: dict[str, Any] = {
     "openapi_extra": {
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": _REQUEST}, "application/octet-stream": {}},
+            "content": {
+                "application/json": {"schema": _REQUEST | {"required": ["inputs"]}},
+                "application/octet-stream": {},
+            },
         },
         "parameters": [
             {
                 "name": "Inference-Header-Content-Length",
                 "in": "header",
                 "required": False,
-                "schema": {"type": "integer", "minimum": 0},
+                "schema": WHOLE | {"minimum": 0},
                 "description": "length of the JSON when tensors follow it",
             }
         ],

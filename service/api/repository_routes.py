@@ -8,6 +8,7 @@ from unroll.bundle import TensorSpec
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_responses
 from unroll.service.api.request import read_request
+from unroll.service.api.schemas import FLAG, object_of
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
@@ -16,11 +17,7 @@ from unroll.service.protocol.open_inference import DATATYPES
 _TYPES = {datatype: f"TYPE_{datatype}" for datatype in DATATYPES.values()}
 
 _NOT_FOUND = open_inference_responses({404: "no such model", 503: "the model's bundle is refused"})
-_INDEX_BODY = {
-    "requestBody": {
-        "content": {"application/json": {"schema": {"type": "object", "properties": {"ready": {"type": "boolean"}}}}}
-    }
-}
+_INDEX_BODY = {"requestBody": {"content": {"application/json": {"schema": object_of(ready=FLAG)}}}}
 
 
 def router(app: AppState) -> APIRouter:

@@ -19,8 +19,10 @@ from unroll.service.core.errors import (
 )
 from unroll.service.core.session_ids import owned
 from unroll.service.core.turns import SLICE_SECONDS
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol import json
 from unroll.service.protocol.open_inference import RepeatedText
+from unroll.service.protocol.tensors import Codec
 
 _log = structlog.get_logger(__name__)
 
@@ -43,7 +45,7 @@ LONG_BODIES = "unroll.long_bodies"
 #: Header of a reply that was too large to keep, so that a retry of its chunk is refused.
 NOT_KEPT = b"unroll-reply-kept: false\r\n"
 
-#: Larger JSON answers are encoded over several turns of the event loop.
+#: Answers with more values are encoded in turns of the event loop of their own.
 _MOST_AT_ONCE = 32_768
 
 #: Maximum digits of a number in a header; every such number fits in 64 bits.
@@ -113,7 +115,7 @@ class Answer:
     Attributes:
         fields: Further header lines, each ending in CR LF. They never contain client data.
         error: The error, if this is one, for the log.
-        pieces: JSON that is not encoded yet; it precedes `body`.
+        pieces: Content that is not encoded yet; it precedes `body`.
     """
 
     status: int
@@ -155,6 +157,13 @@ def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tens
     else:
         answer.put_first(json.dump(document))
     return answer
+
+
+def raw_answer(codec: Codec, outputs: Tensors, fields: bytes = b"") -> Answer:
+    """An answer of raw bytes."""
+    if sum([array.size for array in outputs]) > _MOST_AT_ONCE:
+        return Answer(200, RAW, b"", fields, pieces=iter(map(codec.to_raw, [outputs])))
+    return Answer(200, RAW, codec.to_raw(outputs), fields)
 
 
 #: Called once with the answer to a request.

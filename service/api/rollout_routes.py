@@ -12,8 +12,8 @@ from unroll.service.access.held_bytes import EVENTS, Holding
 from unroll.service.api.admission import OwnId, tenant_of
 from unroll.service.api.app_state import AppState
 from unroll.service.api.bodies import parse_body
-from unroll.service.api.error_responses import STATUS, problem
-from unroll.service.api.native_routes import POSITION_HEADER, TIMEOUT_HEADER, problems
+from unroll.service.api.error_responses import STATUS, problem, problems
+from unroll.service.api.native_routes import POSITION_HEADER, TIMEOUT_HEADER
 from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
 from unroll.service.api.request import Receive, read_request
 from unroll.service.api.rollout import RolloutCall, RolloutRequest, Send, step_members

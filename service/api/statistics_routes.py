@@ -12,43 +12,26 @@ from fastapi import APIRouter, Response
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_responses
+from unroll.service.api.schemas import TEXT, WHOLE, list_of, object_of
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
 
-#: Name of the extension in the server's metadata.
-EXTENSION = "statistics"
-
-_DURATION = {"type": "object", "properties": {"count": {"type": "integer"}, "ns": {"type": "integer"}}}
+_DURATION = object_of(count=WHOLE, ns=WHOLE)
 _COMPUTE = dict.fromkeys(("compute_input", "compute_infer", "compute_output"), _DURATION)
-_MODEL = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string"},
-        "version": {"type": "string"},
-        "last_inference": {"type": "integer", "description": "milliseconds since 1970; 0 if there was none"},
-        "inference_count": {"type": "integer", "description": "chunks and whole sequences answered"},
-        "execution_count": {"type": "integer", "description": "calls of the model"},
-        "inference_stats": {
-            "type": "object",
-            "properties": {**dict.fromkeys(("success", "fail", "queue"), _DURATION), **_COMPUTE},
-        },
-        "batch_stats": {
-            "type": "array",
-            "items": {"type": "object", "properties": {"batch_size": {"type": "integer"}, **_COMPUTE}},
-        },
-        "step_count": {"type": "integer", "description": "time steps run"},
-        "warm_up": {
-            "type": "array",
-            "description": "calls of the model that were measured at load",
-            "items": {
-                "type": "object",
-                "properties": {name: {"type": "integer"} for name in ("rows", "steps", "ns")},
-            },
-        },
-        "best_batch_size": {"type": "integer", "description": "batch size with the lowest cost per single step"},
-    },
-}
-_SCHEMA = {"type": "object", "properties": {"model_stats": {"type": "array", "items": _MODEL}}}
+_MODEL = object_of(
+    name=TEXT,
+    version=TEXT,
+    last_inference=WHOLE | {"description": "milliseconds since 1970; 0 if there was none"},
+    inference_count=WHOLE | {"description": "chunks and whole sequences answered"},
+    execution_count=WHOLE | {"description": "calls of the model"},
+    inference_stats=object_of(success=_DURATION, fail=_DURATION, queue=_DURATION, **_COMPUTE),
+    batch_stats=list_of(object_of(batch_size=WHOLE, **_COMPUTE)),
+    step_count=WHOLE | {"description": "time steps run"},
+    warm_up=list_of(object_of(rows=WHOLE, steps=WHOLE, ns=WHOLE))
+    | {"description": "calls of the model that were measured at load"},
+    best_batch_size=WHOLE | {"description": "batch size with the lowest cost per single step"},
+)
+_SCHEMA = object_of(model_stats=list_of(_MODEL))
 _OK: dict[int | str, dict[str, Any]] = {
     200: {"description": "Counts since each version was loaded.", "content": {"application/json": {"schema": _SCHEMA}}}
 }

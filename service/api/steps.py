@@ -22,6 +22,7 @@ from unroll.service.api.request import (
     Respond,
     has_fixed_length,
     json_answer,
+    raw_answer,
 )
 from unroll.service.api.sealed_steps import LENGTH, sealed_steps
 from unroll.service.protocol.tensors import Codec
@@ -61,7 +62,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
 
 
 def _raw_steps(codec: Codec, reply: Reply) -> Answer:
-    return Answer(200, RAW, codec.to_raw(reply.outputs), _fields(reply))
+    return raw_answer(codec, reply.outputs, _fields(reply))
 
 
 def _json_steps(codec: Codec, reply: Reply) -> Answer:
@@ -92,7 +93,7 @@ def sequences(app: AppState, model: str, request: Request, respond: Respond) -> 
 
 
 def _raw_sequence(codec: Codec, replies: list[Reply]) -> Answer:
-    return Answer(200, RAW, codec.to_raw(replies[0].outputs))
+    return raw_answer(codec, replies[0].outputs)
 
 
 def _json_sequences(codec: Codec, replies: list[Reply]) -> Answer:

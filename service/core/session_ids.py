@@ -32,21 +32,17 @@ def mark(tenant: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NewId:
-    """The internal id of a session to open. is_random: it was generated, and so is unique."""
+    """The internal id of a session to open. requested: the same; None for a generated one, which is unique."""
 
     id: str
-    is_random: bool
-
-    @property
-    def requested(self) -> str | None:
-        return None if self.is_random else self.id
+    requested: str | None
 
 
 def new_id(tenant: str, requested: str | None) -> NewId:
     """The internal id for a requested id, or a random one. Raises InvalidRequest."""
     own = owned(tenant, secrets.token_urlsafe(_ID_BYTES) if requested is None else requested)
     check_id(own)
-    return NewId(own, requested is None)
+    return NewId(own, None if requested is None else own)
 
 
 def check_id(session_id: str) -> None:

@@ -1,6 +1,6 @@
 """The engine that keeps the state rows in host memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ from unroll.service.engine.engine import BatchResult, Rows, Tensors
 from unroll.service.engine.rows import all_finite, non_finite, one_by_one
 from unroll.service.engine.runner import Runner
 from unroll.service.engine.tensor_ref import TensorRef
-from unroll.service.state.arena import HostArena
 from unroll.service.state.slots import INITIAL
 
 #: Largest call on bound memory. In larger calls the cost of passing arrays does not matter.
@@ -25,12 +24,8 @@ class HostEngine:
         self._runner = runner
         self._manifest = manifest
         self._buffers = StepBuffers(runner, manifest, _BOUND_ROWS)
-        self._arena = HostArena(rows, manifest.state_size)
-        self._arena.write(INITIAL, manifest.blank_row())
-        self.read = self._arena.read
-        self.read_rows = self._arena.gather
-        self.write = self._arena.write
-        self.copy = self._arena.copy
+        self._states = np.zeros((rows, manifest.state_size), np.float32)  # a row takes memory once it is written
+        self.write(INITIAL, manifest.blank_row())
 
     def run(self, rows: Rows) -> BatchResult:
         return one_by_one(self._manifest, self._run, rows)
@@ -41,12 +36,25 @@ class HostEngine:
     def close(self) -> None:
         """Do nothing: Python frees the memory."""
 
+    def read(self, slot: int) -> np.ndarray:
+        return self._states[slot].copy()
+
+    def read_rows(self, slots: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return copies of state rows, in `out` if it is given."""
+        return self._states.take(slots, axis=0, out=out, mode="clip")  # "raise" would copy twice
+
+    def write(self, slot: int, row: np.ndarray) -> None:
+        self._states[slot] = row
+
+    def copy(self, source: int, target: int) -> None:
+        self._states[target] = self._states[source]
+
     def _run(self, rows: Rows) -> BatchResult:
         if rows.inputs[0].shape[1] == 1 and len(rows.lens) <= _BOUND_ROWS:
             outputs, state_out = self._run_steps(rows)
         else:
             inputs = {spec.name: array for spec, array in zip(self._manifest.inputs, rows.inputs, strict=True)}
-            state, lens = self._arena.gather(rows.sources), np.array(rows.lens, np.int32)
+            state, lens = self.read_rows(rows.sources), np.array(rows.lens, np.int32)
             by_name, state_out = self._runner(inputs, state, lens)
             outputs = tuple(by_name[spec.name] for spec in self._manifest.outputs)
         failed: dict[int, UnrollError] = {}
@@ -54,9 +62,9 @@ class HostEngine:
             failed = non_finite(self._manifest, outputs, rows.lens, state_out)
         if failed:
             good = [i for i in range(len(rows.lens)) if i not in failed]
-            self._arena.scatter([rows.targets[i] for i in good], state_out[good])
+            self._states[[rows.targets[i] for i in good]] = state_out[good]
         else:
-            self._arena.scatter(rows.targets, state_out)
+            self._states[rows.targets] = state_out
         return outputs, failed
 
     def _run_steps(self, rows: Rows) -> tuple[Tensors, np.ndarray]:
@@ -64,7 +72,7 @@ class HostEngine:
         call = self._buffers.call(len(rows.lens))
         for bound, array in zip(call.inputs, rows.inputs, strict=True):
             bound[...] = array
-        self._arena.gather(rows.sources, out=call.state)
+        self.read_rows(rows.sources, out=call.state)
         call.run()
         return tuple([array.copy() for array in call.outputs]), call.state_out
 

@@ -223,13 +223,6 @@ def read_step(request: InferRequest, specs: Sequence[TensorSpec]) -> bytes | Non
     return pack(specs[0], request.inputs[0]["data"])
 
 
-def encode(head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]) -> tuple[bytes, int | None]:
-    """Encode a response. Returns the body, and the JSON's length if tensors follow. outputs: as for `describe`."""
-    document, binary = describe(head, outputs)
-    text = json.dump(document)
-    return (text + binary, len(text)) if binary else (text, None)
-
-
 def describe(
     head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]
 ) -> tuple[dict[str, Any], bytes]:

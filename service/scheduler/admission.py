@@ -1,5 +1,6 @@
 """Admission control: counts the work in flight, estimates its pace, and refuses work that would wait too long."""
 
+import math
 from collections.abc import Callable
 
 from unroll.service.core.errors import DeadlineUnreachable, QueueFull
@@ -9,10 +10,10 @@ from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.overload import Overload
 from unroll.service.scheduler.session import Owner
 
-#: A piece of long work may take as long as all other work since the previous piece, within these bounds.
-_LEAST_SECONDS, _MOST_SECONDS = 0.001, 0.01
-#: Duration of a piece when there is no other work. New arrivals wait for the piece to finish.
-_ALONE_SECONDS = 0.005
+#: While other work runs, a piece of long work takes this share of the time since the previous piece.
+_SHARE = 0.5
+#: Duration of a piece. New arrivals wait for the piece to finish.
+_LEAST_SECONDS, _MOST_SECONDS = 0.00025, 0.005
 
 
 class Pace:
@@ -26,7 +27,7 @@ class Pace:
         self.seconds_per_step = seconds_per_step
         self._in_pieces = 0.0  # seconds per step of long work
         self._last_piece: float | None = None  # when the last piece ended; None after an idle period
-        self._shared = False  # whether other work has run since then
+        self._last_other = -math.inf  # when other work last ended
 
     def observe(self, steps: int, seconds: float, now: float, *, long: bool) -> None:
         """Record a batch of `steps` steps that ran in `seconds`."""
@@ -35,7 +36,8 @@ class Pace:
         if long:
             self._in_pieces += (seconds / steps - self._in_pieces) * (0.2 if self._in_pieces else 1.0)
             self._last_piece = now
-        self._shared = not long
+        else:
+            self._last_other = now
 
     def rest(self) -> None:
         """Record that there is nothing to do."""
@@ -45,9 +47,11 @@ class Pace:
         """How many time steps of each of `rows` long chunks to run next."""
         if not self._in_pieces:
             return self._limits.piece_steps
-        seconds = _ALONE_SECONDS
-        if self._shared and self._last_piece is not None:
-            seconds = min(max(now - self._last_piece, _LEAST_SECONDS), _MOST_SECONDS)
+        if self._last_piece is not None and self._last_other > self._last_piece:
+            seconds = (now - self._last_piece) * _SHARE
+        else:  # the longer there was no other work, the less likely is it to arrive during the piece
+            seconds = now - self._last_other
+        seconds = min(max(seconds, _LEAST_SECONDS), _MOST_SECONDS)
         most = max(1, self._limits.max_batch_steps // rows)
         return min(max(1, int(seconds / (self._in_pieces * rows))), most)
 

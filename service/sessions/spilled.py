@@ -4,10 +4,11 @@ A session is in one place at a time, because taking a record removes it. If ther
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import structlog
 
@@ -26,10 +27,14 @@ from unroll.service.models.versions import ModelVersions
 from unroll.service.scheduler.session import Session
 from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.record import Record
-from unroll.service.store.spill import Spill
 from unroll.service.store.state_file import StateFile
 
 _log = structlog.get_logger(__name__)
+
+#: Approximate overhead of a record, besides its row and its replies.
+_RECORD_BYTES = 512
+#: Maximum number of records to examine for one of a tenant.
+_MOST_LOOKED_AT = 1000
 
 
 class SpilledSessions:
@@ -40,39 +45,55 @@ class SpilledSessions:
         idle_timeout: Seconds until an idle session expires; None for never.
         versions: The versions that sessions come from and return to.
         store: Receives the sessions beyond the limit. Without one, they are evicted.
+
+    Attributes:
+        of_tenants: Number of sessions in host memory, by tenant.
     """
 
     def __init__(
         self, limit: int, idle_timeout: float | None, clock: Clock, versions: ModelVersions, store: Store | None
     ) -> None:
+        self._limit = limit
         self._idle_timeout = idle_timeout
         self._clock = clock
         self._versions = versions
         self._store = store
-        self._spill = Spill(limit)
+        self._records: OrderedDict[Key, tuple[Record, float]] = OrderedDict()  # with the time of last use, oldest first
+        self._bytes = 0
+        self.of_tenants: Counter[str] = Counter()
         self._parking: dict[Key, tuple[Record, float]] = {}  # on their way to the store
         self._tokens = Tokens()
         self._tasks: dict[Key, asyncio.Task[None]] = {}  # the latest of each session
         self._finishing = False
 
     def __len__(self) -> int:
-        return len(self._spill) + len(self._parking)
-
-    @property
-    def of_tenants(self) -> Counter[str]:
-        return self._spill.of_tenants
+        return len(self._records) + len(self._parking)
 
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
         """Yields key, record, and time of last use."""
-        yield from self._spill
-        yield from ((key, record, used) for key, (record, used) in self._parking.items())
+        for records in (self._records, self._parking):
+            yield from ((key, record, used) for key, (record, used) in records.items())
 
     def keys(self) -> list[Key]:
-        return [*self._spill.keys(), *self._parking]
+        return [*self._records, *self._parking]
 
     def get(self, key: Key) -> tuple[Record, float] | None:
         """The record and its time of last use, without side effects; None if it is not here."""
-        return self._spill.get(key) or self._parking.get(key)
+        return self._records.get(key) or self._parking.get(key)
+
+    def _put(self, key: Key, record: Record, used: float) -> None:
+        self._take(key)
+        self._records[key] = record, used
+        self._bytes += _size(record)
+        self.of_tenants[tenant_of(key[1])] += 1
+
+    def _take(self, key: Key) -> tuple[Record, float] | None:
+        """Remove a record from host memory. Returns it and its time of last use."""
+        found = self._records.pop(key, None)
+        if found is not None:
+            self._bytes -= _size(found[0])
+            self.of_tenants -= Counter((tenant_of(key[1]),))
+        return found
 
     def has(self, digest: str) -> bool:
         self.expire()
@@ -89,15 +110,18 @@ class SpilledSessions:
         Returns:
             False if there is no room for it.
         """
-        if self._store is None and not (self._spill.limit if at_cost else self._spill.has_room(model.record(session))):
+        if self._store is None and at_cost and not self._limit:
             return False
-        self._spill.put((model.name, session.id), model.record(session), session.last_used)
+        record = model.record(session)
+        if self._store is None and not at_cost and self._bytes + _size(record) > self._limit:
+            return False
+        self._put((model.name, session.id), record, session.last_used)
         self._make_room(tenant_of(session.id))
         return True
 
     def put(self, key: Key, record: Record) -> None:
         """Keep a session that was taken from the store but found no free row."""
-        self._spill.put(key, replace(record, token=b""), self._clock.now())
+        self._put(key, replace(record, token=b""), self._clock.now())
         self._make_room(tenant_of(key[1]))
 
     def bring_back(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
@@ -109,7 +133,7 @@ class SpilledSessions:
         key = name, session_id
         if self.find_stranded(name, session_id) is not None:
             return None
-        found = self._spill.take(key) or self._parking.pop(key, None)
+        found = self._take(key) or self._parking.pop(key, None)
         if found is None:
             return None
         record, used = found
@@ -121,7 +145,7 @@ class SpilledSessions:
             session = model.adopt(session_id, record)
             model.scheduler.counters.adopted += 1
         except UnrollError:
-            self._spill.put(key, record, used)
+            self._put(key, record, used)
             raise
         return model, session
 
@@ -135,28 +159,33 @@ class SpilledSessions:
     def close_stranded(self, name: str, session_id: str) -> None:
         """Close the session if it is here, regardless of its version."""
         key = name, session_id
-        if (found := self._spill.take(key) or self._parking.pop(key, None)) is not None:
+        if (found := self._take(key) or self._parking.pop(key, None)) is not None:
             self._add_closed(key, found[0], SessionClosed)
 
     # ── limits ───────────────────────────────────────────────────────────────────────────────────
 
     def expire(self) -> None:
-        if self._idle_timeout is None:
-            return
-        while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:
-            self._add_closed(*oldest[:2], SessionExpired)
+        while self._records:
+            key, (record, used) = next(iter(self._records.items()))
+            if not self._is_expired(used):
+                return
+            self._take(key)
+            self._add_closed(key, record, SessionExpired)
 
     def _is_expired(self, used: float) -> bool:
         return self._idle_timeout is not None and self._clock.now() - used >= self._idle_timeout
 
     def _make_room(self, tenant: str) -> None:
         """Move sessions beyond the limit to the store, or evict them. tenant: the tenant that must give up sessions."""
-        while (oldest := self._spill.overflow(tenant)) is not None:
-            key, record, used = oldest
+        while self._bytes > self._limit:
+            own = (key for key in islice(self._records, _MOST_LOOKED_AT) if tenant_of(key[1]) == tenant)
+            key = next(own, next(reversed(self._records)))
+            parked = self._take(key)
+            assert parked is not None
             if self._store is None:
-                self._add_closed(key, record, SessionEvicted)
+                self._add_closed(key, parked[0], SessionEvicted)
                 continue
-            parked = self._parking[key] = record, used
+            self._parking[key] = parked
             park = self._park(self._store, key, parked, self._tasks.get(key))
             task = self._tasks[key] = asyncio.get_running_loop().create_task(park)
             task.add_done_callback(partial(self._parked, key))
@@ -216,7 +245,7 @@ class SpilledSessions:
             for session in model.scheduler.sessions
             if session.durable is None
         ]
-        count = len(self._spill) + len(resident)
+        count = len(self._records) + len(resident)
         try:
             file.write(self._all_records(resident))
         except Exception as error:  # noqa: BLE001 lost sessions must be reported, whatever the reason
@@ -227,7 +256,7 @@ class SpilledSessions:
 
     def _all_records(self, resident: list[tuple[ServedModel, Session]]) -> Iterator[tuple[Key, Record, float]]:
         now = self._clock.now()
-        for key, record, used in self._spill:
+        for key, (record, used) in self._records.items():
             yield key, record, now - used
         for model, session in resident:
             model.scheduler.sessions.detach_from_cohort(session)
@@ -239,7 +268,7 @@ class SpilledSessions:
         unserved = 0
         sessions = file.read()
         for key, record, idle in sessions:
-            self._spill.put(key, record, now - idle)
+            self._put(key, record, now - idle)
             unserved += self._versions.with_digest(key[0], record.origin.model) is None
         if sessions:
             _log.info("sessions read", path=str(file.path), sessions=len(sessions))
@@ -250,3 +279,7 @@ class SpilledSessions:
         self._finishing = True
         while self._tasks:
             await asyncio.wait(self._tasks.values())
+
+
+def _size(record: Record) -> int:
+    return _RECORD_BYTES + len(record.row) + sum(len(kept.outputs) for kept in record.kept)

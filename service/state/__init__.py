@@ -1,1 +1,1 @@
-"""State rows: slots (numbers), the arena and the step table (memory), snapshots (bytes)."""
+"""State rows: slots (numbers), the step table (memory), snapshots (bytes)."""

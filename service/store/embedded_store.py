@@ -42,7 +42,7 @@ from unroll.service.store.embedded_entry import (
     token_of,
 )
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens, refused_commit
+from unroll.service.store.interface import Commit, Key, Listed, Page, Store, Tokens, refused_commit
 from unroll.service.store.lmdb_folder import LmdbFolder
 from unroll.service.store.record import Gone, Record, pack_last, unpack_trace
 
@@ -79,7 +79,7 @@ class EmbeddedStoreConfig:
     tombstone_life: float = 3600.0
 
 
-class EmbeddedStore:
+class EmbeddedStore(Store):
     """Raises StoreUnavailable if the folder cannot be used."""
 
     def __init__(self, config: EmbeddedStoreConfig) -> None:
@@ -120,16 +120,7 @@ class EmbeddedStore:
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         call = _Call(partial(self._commit_all, commits))
-        try:
-            return self._exchanges.counted(await self._exchanges.ask_one(call))
-        except StoreUnavailable as error:
-            return self._exchanges.counted([error] * len(commits))
-
-    async def load(self, key: Key) -> Record | Gone | None:
-        (found,) = await self.load_all([key])
-        if isinstance(found, UnrollError):
-            raise found
-        return found
+        return await self._exchanges.counted(len(commits), self._exchanges.ask_one(call))
 
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         return await self._exchanges.ask_one(_Call(partial(self._load_all, keys), reads=True))

@@ -76,8 +76,12 @@ class Exchanges(Generic[C]):
             raise reply if isinstance(reply, UnrollError) else unavailable(reply)
         return reply
 
-    def counted(self, results: list[UnrollError | None]) -> list[UnrollError | None]:
-        """Count the results of commits, and return them."""
+    async def counted(self, commits: int, answer: Awaitable[list[UnrollError | None]]) -> list[UnrollError | None]:
+        """Await the results of commits, and count them. If the store is unavailable, that is the result of each."""
+        try:
+            results = await answer
+        except StoreUnavailable as error:
+            results = [error] * commits
         counts, stored = self.figures.commits, results.count(None)
         counts["stored"] += stored
         if stored < len(results):

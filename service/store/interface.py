@@ -119,12 +119,18 @@ class Store(Pages, Protocol):
 
     async def load(self, key: Key) -> Record | Gone | None:
         """The record, or how the session ended, or None if it is unknown. Does not extend the session's life."""
+        (found,) = await self.load_all([key])
+        if isinstance(found, UnrollError):
+            raise found
+        return found
 
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         """`load` for many sessions in one exchange. A record that cannot be read is replaced by its error."""
+        raise NotImplementedError
 
     def newer(self, key: Key, token: bytes) -> Record | None:
         """The record, if the store can read it at once and its token is another one. None tells nothing."""
+        return None
 
     async def close(self, key: Key, origin: bytes = b"") -> int | None:
         """Close a session, whatever its token. Returns its position, or None if there is none.

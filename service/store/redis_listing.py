@@ -11,12 +11,10 @@ from redis.asyncio.cluster import RedisCluster
 from unroll.service.core.errors import InvalidRequest, SnapshotInvalid
 from unroll.service.core.session_ids import mark
 from unroll.service.store.interface import Key, Listed, Page
-from unroll.service.store.record import ORIGIN_BYTES, Origin
+from unroll.service.store.record import ORIGIN_BYTES, WHOLE, Origin
 
 _TOKEN = 16
-#: Position, lengths of row and last.
-_WHOLE = struct.Struct("<QII")
-_HEAD = _TOKEN + ORIGIN_BYTES + _WHOLE.size
+_HEAD = _TOKEN + ORIGIN_BYTES + WHOLE.size
 #: Keys examined per SCAN; half of them are traces, not sessions. Constant, because a cursor may serve several pages.
 _COUNT = 500
 
@@ -53,7 +51,7 @@ def _add(page: Page, key: Key, head: bytes, size: int, milliseconds: int) -> Non
         return
     try:
         origin = Origin.from_bytes(head[_TOKEN : _TOKEN + ORIGIN_BYTES])
-        position, row, last = _WHOLE.unpack(head[_TOKEN + ORIGIN_BYTES :])
+        position, row, last = WHOLE.unpack(head[_TOKEN + ORIGIN_BYTES :])
         if size != _HEAD + row + last:
             raise SnapshotInvalid("the lengths in a stored session contradict its size")
     except (SnapshotInvalid, struct.error):

@@ -31,7 +31,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
 
 from unroll.service.core.errors import SessionClosed, SessionExpired, SnapshotInvalid, StoreUnavailable, UnrollError
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens, refused_commit
+from unroll.service.store.interface import Commit, Key, Page, Store, StoreRefused, Tokens, refused_commit
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack_last, unpack_last, unpack_trace
 from unroll.service.store.redis_client import FAILURES, LOST, connect, disconnect, eviction_policy, refusal
 from unroll.service.store.redis_listing import read_page
@@ -141,7 +141,7 @@ class RedisStoreConfig:
     prefix: str = "unroll"
 
 
-class RedisStore:
+class RedisStore(Store):
     """Raises StoreRefused if the URL is invalid."""
 
     def __init__(self, config: RedisStoreConfig) -> None:
@@ -208,18 +208,12 @@ class RedisStore:
         self.figures.evicts = policy is not None
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
-        try:
-            replies = await self._exchanges.ask([self._call_of(commit) for commit in commits])
-        except StoreUnavailable as error:
-            return self._exchanges.counted([error] * len(commits))
-        both = zip(commits, replies, strict=True)
-        return self._exchanges.counted([None if reply == 1 else _verdict(commit, reply) for commit, reply in both])
+        return await self._exchanges.counted(len(commits), self._write(commits))
 
-    async def load(self, key: Key) -> Record | Gone | None:
-        (found,) = await self.load_all([key])
-        if isinstance(found, UnrollError):
-            raise found
-        return found
+    async def _write(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
+        replies = await self._exchanges.ask([self._call_of(commit) for commit in commits])
+        both = zip(commits, replies, strict=True)
+        return [None if reply == 1 else _verdict(commit, reply) for commit, reply in both]
 
     async def load_all(self, keys: Sequence[Key]) -> list[Record | Gone | UnrollError | None]:
         return [self._found(reply) for reply in await self._exchanges.ask([self._call(key, _LOAD) for key in keys])]
@@ -236,9 +230,6 @@ class RedisStore:
             return _read_gone(gone)
         except SnapshotInvalid as error:
             return error
-
-    def newer(self, key: Key, token: bytes) -> Record | None:
-        return None
 
     async def close(self, key: Key, origin: bytes = b"") -> int | None:
         call = self._call(key, _CLOSE, b"", self._tokens.next(), pack_last(1, ()) + origin)

@@ -6,6 +6,31 @@ from typing import Any
 from unroll.service.access.certificate import Tls
 from unroll.service.transport.limited import LimitedProtocol
 
+#: Unsent bytes above which a client counts as not reading, as without TLS; parts of a long answer are smaller.
+_HIGH_WATER, _PART_BYTES = 65_536, 32_768
+
+
+class _InParts:
+    """A TLS transport that writes long answers in parts until the client stops reading.
+
+    TLS passes on at once what it is given while the client reads, and then counts none of it as unsent: a long answer
+    in one piece would be neither held bytes nor timed.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(_HIGH_WATER)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        begin = 0
+        while len(data) - begin > _PART_BYTES and not self._transport.get_write_buffer_size():
+            self._transport.write(data[begin : begin + _PART_BYTES])
+            begin += _PART_BYTES
+        self._transport.write(data[begin:])
+
 
 class Handshake(asyncio.Protocol):
     """A connection until its TLS handshake is complete; then an instance of `protocol` serves it.
@@ -50,7 +75,7 @@ class Handshake(asyncio.Protocol):
         await asyncio.sleep(0)  # and waits for the handshake
         try:
             _feed(self.transport.get_protocol(), self._hello)
-            transport: Any = await shaking
+            transport: Any = _InParts(await shaking)  # type: ignore[arg-type]
         except (OSError, asyncio.CancelledError):
             self.transport.abort()
             return

@@ -36,7 +36,7 @@ class Refused(Exception):
 
 
 @dataclass
-class Told:
+class Tally:
     """The replies to all clients.
 
     Attributes:
@@ -67,7 +67,7 @@ class Client:
         wires: Wires,
         ports: Sequence[int],
         chance: random.Random,
-        told: Told,
+        tally: Tally,
         *,
         ways: Sequence[str] = WAYS,
         follows_gaps: bool = False,
@@ -75,7 +75,7 @@ class Client:
         self.track = track
         self.ways = ways
         self.follows_gaps = follows_gaps
-        self._wires, self._ports, self._chance, self._told = wires, ports, chance, told
+        self._wires, self._ports, self._chance, self._tally = wires, ports, chance, tally
         self._numbers = np.random.default_rng(chance.getrandbits(32))
         self._stream: Stream | None = None
 
@@ -105,7 +105,7 @@ class Client:
         self.track.sent, began = x, time.monotonic()
         await self._until_acknowledged(self.track.position, x)
         now = time.monotonic()
-        self._told.seconds.append((now, now - began))
+        self._tally.seconds.append((now, now - began))
 
     async def repeat(self) -> None:
         """Send the last chunk again, as after a lost reply."""
@@ -192,8 +192,8 @@ class Client:
                 outcome = reply.code or str(reply.status)
             except Broken as broken:
                 outcome = broken.kind
-            self._told.outcomes[outcome] += 1
-            self._told.changed.set()
+            self._tally.outcomes[outcome] += 1
+            self._tally.changed.set()
             if reply is not None and outcome not in RETRY:
                 return reply
             tries += 1

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from faults.client import Client, Told
+from faults.client import Client, Tally
 from faults.history import Track, Verdict, check
 from faults.wires import WAYS, Wires
 from oracle import Oracle
@@ -29,7 +29,7 @@ class Crowd:
         prefix: str = "session",
     ) -> None:
         chance = random.Random(seed)
-        self.told = Told()
+        self.tally = Tally()
         self.tracks = [Track(f"{prefix}-{i}") for i in range(sessions)]
         self._pause = pause
         self._wires = Wires("tiny", ("x", "y"), timeout)
@@ -39,7 +39,7 @@ class Crowd:
                 self._wires,
                 ports,
                 random.Random(chance.getrandbits(32)),
-                self.told,
+                self.tally,
                 ways=ways,
                 follows_gaps=follows_gaps,
             )
@@ -74,14 +74,14 @@ class Crowd:
 
     async def hears(self, code: str) -> None:
         """Wait until any client gets this code."""
-        before = self.told.outcomes[code]
-        await self._until(lambda: self.told.outcomes[code] > before)
+        before = self.tally.outcomes[code]
+        await self._until(lambda: self.tally.outcomes[code] > before)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             assert not self.complaints, self.complaints
-            self.told.changed.clear()
-            await self.told.changed.wait()
+            self.tally.changed.clear()
+            await self.tally.changed.wait()
 
     @property
     def steps(self) -> int:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import uvloop
 from faults import report
-from faults.client import Told
+from faults.client import Tally
 from faults.crowd import Crowd
 from faults.history import Verdict
 from faults.replica import Replica, tiny_repository
@@ -37,14 +37,14 @@ _HARD = ("--piece-steps", "2", "--max-batch", "32")
 class Result:
     kills: int
     verdict: Verdict
-    told: Told
+    tally: Tally
     crashes: list[str]
 
     def __str__(self) -> str:
         return f"{self.kills} kills, {self.verdict}"
 
     def waits(self) -> str:
-        return f"a step took {self.told.percentile(50):.1f} ms at p50, {self.told.percentile(99):.0f} ms at p99"
+        return f"a step took {self.tally.percentile(50):.1f} ms at p50, {self.tally.percentile(99):.0f} ms at p99"
 
 
 async def run(
@@ -87,7 +87,7 @@ async def run(
             replica.kill()
         if redis is not None:
             redis.kill()
-    return Result(killer.done, verdict, crowd.told, [line for replica in cluster for line in _crashes(replica)])
+    return Result(killer.done, verdict, crowd.tally, [line for replica in cluster for line in _crashes(replica)])
 
 
 class _Killer:

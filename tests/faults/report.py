@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from faults.client import Told
+from faults.client import Tally
 from faults.history import Verdict
 
 _MOST = 20
@@ -15,7 +15,7 @@ class Result(Protocol):
     """The result of a run; `str(result)` is the last line of the report."""
 
     verdict: Verdict
-    told: Told
+    tally: Tally
 
     def waits(self) -> str: ...
 
@@ -27,7 +27,7 @@ def end(result: Result, folder: Path, *, good: bool, crashes: Sequence[str] = ()
     """
     for finding in [*result.verdict.findings[:_MOST], *crashes[:_MOST]]:
         print(finding)
-    print(", ".join(f"{count} {what}" for what, count in result.told.outcomes.most_common()))
+    print(", ".join(f"{count} {what}" for what, count in result.tally.outcomes.most_common()))
     print(result.waits())
     good = good and result.verdict.good and not crashes
     if good:

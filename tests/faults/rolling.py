@@ -16,7 +16,7 @@ from time import monotonic
 
 import uvloop
 from faults import haproxy, report
-from faults.client import Told
+from faults.client import Tally
 from faults.crowd import Crowd
 from faults.haproxy import HAProxy
 from faults.history import Verdict
@@ -33,7 +33,7 @@ class Result:
 
     statuses: list[int]
     verdict: Verdict
-    told: Told
+    tally: Tally
     began: float
     ended: float
 
@@ -42,9 +42,9 @@ class Result:
         return f"{restarts}, {self.verdict}"
 
     def waits(self) -> str:
-        told, spans = self.told, {"before": (0.0, self.began), "during": (self.began, self.ended)}
+        tally, spans = self.tally, {"before": (0.0, self.began), "during": (self.began, self.ended)}
         waited = [
-            f"{name} p50 {told.percentile(50, *span):.1f} ms, p99 {told.percentile(99, *span):.0f} ms"
+            f"{name} p50 {tally.percentile(50, *span):.1f} ms, p99 {tally.percentile(99, *span):.0f} ms"
             for name, span in spans.items()
         ]
         return f"a step took, {'; '.join(waited)}"
@@ -77,7 +77,7 @@ async def run(
         for replica in cluster:
             replica.kill()
         store.kill()
-    return Result(statuses, verdict, crowd.told, began, ended)
+    return Result(statuses, verdict, crowd.tally, began, ended)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import uvloop
 from faults import report
-from faults.client import Told
+from faults.client import Tally
 from faults.crowd import Crowd
 from faults.history import Verdict
 from faults.replica import Replica, tiny_repository
@@ -36,11 +36,11 @@ import unroll
 
 @dataclass
 class Result:
-    """rolled: How many versions were rolled out. told: Replies to the sessions opened early, in the last round."""
+    """rolled: How many versions were rolled out. tally: Replies to the sessions opened early, in the last round."""
 
     rolled: int = 0
     verdict: Verdict = field(default_factory=lambda: Verdict(0, Counter(), []))
-    told: Told = field(default_factory=Told)
+    tally: Tally = field(default_factory=Tally)
 
     def add(self, verdict: Verdict) -> None:
         whole = self.verdict
@@ -52,7 +52,7 @@ class Result:
         return f"{self.rolled} versions rolled out, {self.verdict}"
 
     def waits(self) -> str:
-        return f"a step took {self.told.percentile(50):.1f} ms at p50, {self.told.percentile(99):.0f} ms at p99"
+        return f"a step took {self.tally.percentile(50):.1f} ms at p50, {self.tally.percentile(99):.0f} ms at p99"
 
 
 class Site:
@@ -186,7 +186,7 @@ async def _roll(
         for crowd in (early, after):
             result.add(await crowd.verdict(to_new))
             await crowd.close_sessions()
-        result.told = early.told
+        result.tally = early.tally
 
 
 def main(argv: Sequence[str] | None = None) -> int:

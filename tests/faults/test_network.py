@@ -76,4 +76,4 @@ async def test_network_faults_everywhere_lose_no_step(
                     proxy.draw = lambda: Fault.NONE
                 verdict = await crowd.verdict(oracle)
     assert verdict.good, verdict.findings
-    assert crowd.told.outcomes.keys() >= {"IncompleteReadError", "ConnectionClosedError", "TimeoutError"}
+    assert crowd.tally.outcomes.keys() >= {"IncompleteReadError", "ConnectionClosedError", "TimeoutError"}

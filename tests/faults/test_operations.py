@@ -90,20 +90,20 @@ class Operator:
 class Stepper:
     """A client that opens a session, steps it for a while and compares it with the version it was opened on."""
 
-    def __init__(self, http: httpx.AsyncClient, oracles: dict[str, Oracle], seed: int, told: Counter[str]) -> None:
-        self._http, self._oracles, self._chance, self._told = http, oracles, random.Random(seed), told
+    def __init__(self, http: httpx.AsyncClient, oracles: dict[str, Oracle], seed: int, tally: Counter[str]) -> None:
+        self._http, self._oracles, self._chance, self._tally = http, oracles, random.Random(seed), tally
 
     async def live(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             opened = await self._http.post("/v1/models/gru/sessions")
             if opened.status_code != 201:
                 assert opened.json()["code"] in ("model_unknown", "model_unavailable", "draining"), opened.text
-                self._told[opened.json()["code"]] += 1
-                self._told["refused"] += 1
+                self._tally[opened.json()["code"]] += 1
+                self._tally["refused"] += 1
                 await asyncio.sleep(0.005)
                 continue
             version = opened.json()["model_version"]
-            self._told[version] += 1
+            self._tally[version] += 1
             await self._step(f"/v1/models/gru/sessions/{opened.json()['session_id']}", version, stop)
 
     async def _step(self, session: str, version: str, stop: asyncio.Event) -> None:
@@ -116,7 +116,7 @@ class Stepper:
             assert answer.status_code == 200, answer.text
             outputs.append(np.frombuffer(answer.content, "<f4").reshape(-1, 2))
             position += len(x)
-            self._told["steps"] += len(x)
+            self._tally["steps"] += len(x)
             await asyncio.sleep(self._chance.choice([0.0, 0.01, 0.01]))  # most sessions have nothing in flight
         if outputs:
             expected = self._oracles[version](X[:position])
@@ -135,7 +135,7 @@ def operator(repository: Path, tmp_path: Path) -> Iterator[Operator]:
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_operations_in_any_order(seed: int, operator: Operator, repository: Path) -> None:
     oracles = {version: Oracle(repository, "gru", version) for version in ("1", "2")}
-    chance, told, stop = random.Random(seed), Counter[str](), asyncio.Event()
+    chance, tally, stop = random.Random(seed), Counter[str](), asyncio.Event()
     await operator.replica.start()
     url = f"http://127.0.0.1:{operator.replica.port}"
     client = {"X-API-Key": operator.entries["client"][0]}
@@ -146,28 +146,28 @@ async def test_operations_in_any_order(seed: int, operator: Operator, repository
         asyncio.TaskGroup() as group,
     ):
         for i in range(CLIENTS):
-            group.create_task(Stepper(http, oracles, seed * 1000 + i, told).live(stop))
+            group.create_task(Stepper(http, oracles, seed * 1000 + i, tally).live(stop))
         for _ in range(COUNT):
-            wanted = told["steps"] + told["refused"] + chance.randint(0, 60)
-            told[await operator.act(chance)] += 1
-            await reached(lambda wanted=wanted: told["steps"] + told["refused"] >= wanted, "answers")
+            wanted = tally["steps"] + tally["refused"] + chance.randint(0, 60)
+            tally[await operator.act(chance)] += 1
+            await reached(lambda wanted=wanted: tally["steps"] + tally["refused"] >= wanted, "answers")
 
         # The last operations decide the final state.
         operator.put_version("2")
         operator.write_keys("guest")
         operator.replica.rescan()
         await operator.http.post("/v2/repository/models/gru/load")
-        before = told["2"]
-        await reached(lambda: told["2"] > before + CLIENTS, "sessions on the newest version")
+        before = tally["2"]
+        await reached(lambda: tally["2"] > before + CLIENTS, "sessions on the newest version")
 
         async def refused() -> bool:
             return (await http.get("/v1/models", headers=guest)).status_code == 401
 
         await reached(refused, "the guest's refusal")
         assert (await operator.http.post("/v1/admin/drain")).json() == {"ready": False}
-        await reached(lambda: told["draining"] > CLIENTS, "the refusal of new sessions")
+        await reached(lambda: tally["draining"] > CLIENTS, "the refusal of new sessions")
         stop.set()
     assert await operator.replica.terminate() == 0
-    assert min(told["1"], told["2"]) > 0
-    assert told["steps"] > 10 * COUNT
+    assert min(tally["1"], tally["2"]) > 0
+    assert tally["steps"] > 10 * COUNT
     assert "Traceback" not in operator.replica.log.read_text()

@@ -263,9 +263,9 @@ async def test_clients_recover_from_a_restored_older_file(
         files.rename(tmp_path / "newer")
         older.rename(files)
         redis.start()
-        crowd.told.outcomes.clear()
+        crowd.tally.outcomes.clear()
         async with crowd.stepping():
             await crowd.acknowledged(200)
         verdict = await crowd.verdict(oracle)
     assert verdict.good, verdict.findings
-    assert crowd.told.outcomes["position_gap"] >= 10
+    assert crowd.tally.outcomes["position_gap"] >= 10

@@ -97,7 +97,7 @@ class Control:
         if isinstance(request, OpenRequest):
             self._run("opened", request.sessions, self._open)
         elif isinstance(request, RolloutRequest):
-            self._roll_out(request)
+            self.carry_out(self._rollouts.begin(request), as_task=True)  # until its initial state is known
         elif isinstance(request, StopRequest):
             self._rollouts.stop(request.handle)
             self._replies.send({"op": "stopped", "handle": request.handle})
@@ -167,40 +167,22 @@ class Control:
                 self._handles.unbind(handle)
         self._replies.send({"op": "detached", "handles": handles})
 
-    def _roll_out(self, request: RolloutRequest) -> None:
-        """Start a rollout. Later messages wait until its initial state is known."""
-
-        async def begin() -> None:
-            await self._rollouts.begin(request)
-            self.running = False
-
-        self.running = self._flow.busy = True
-        self._task = asyncio.ensure_future(self._complete(begin()))
-
     # ── slices ───────────────────────────────────────────────────────────────────────────────────
 
     def _run(self, op: str, items: Sequence[T], handle: Callable[[T], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+        self.carry_out(self._in_slices(op, items, handle), as_task=self._handles.has_store)
+        self._opening = self._task if op == "opened" else None
+
+    def carry_out(self, slices: Coroutine[Any, Any, None], *, as_task: bool = False) -> None:
+        """Run a coroutine; later messages wait for it.
+
+        as_task: it may wait for the store. Otherwise it suspends only after each slice.
+        """
         self.running = True
-        slices = self._in_slices(op, items, handle)
-        if self._handles.has_store:
+        if as_task:
             self._task = asyncio.ensure_future(self._complete(slices))
-            self._opening = self._task if op == "opened" else None
         else:
             self._advance(slices)
-        self._say_busy()
-
-    def carry_out(self, slices: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine that suspends after each slice; later messages wait for it."""
-
-        async def run() -> None:
-            await slices
-            self.running = False
-
-        self.running = True
-        self._advance(run())
-        self._say_busy()
-
-    def _say_busy(self) -> None:
         if self.running:
             self._flow.busy = True
             self._flow.update()
@@ -220,7 +202,6 @@ class Control:
             parts.append(json.dump(results)[1:-1])
             if len(part) == size:
                 await asyncio.sleep(0)
-        self.running = False
         if not self._replies.closed:
             self._replies.send_text(b'{"op":"%b","sessions":[%b]}' % (op.encode(), b",".join(parts)))
 
@@ -229,10 +210,9 @@ class Control:
             await slices
         except Exception as error:  # noqa: BLE001 the client waits for an answer, and later messages for this one
             _log.error("unexpected error", exc_info=error)
-            self.running = False
             if not self._replies.closed:
                 self._replies.send_error(EngineFailed("the server failed on this request; its log has the reason"))
-        self._task = self._opening = None
+        self.running, self._task, self._opening = False, None, None
         self._drain_backlog()
 
     def _advance(self, slices: Coroutine[Any, Any, None]) -> None:
@@ -240,6 +220,7 @@ class Control:
         try:
             slices.send(None)
         except StopIteration:
+            self.running = False
             return
         self._turns.call(partial(self._resume, slices))
 

@@ -25,22 +25,6 @@ class FlowControl:
         writable: The client reads.
     """
 
-    __slots__ = (
-        "_on_drained",
-        "_pause",
-        "_resume",
-        "_step_bytes",
-        "_steps",
-        "backlogged",
-        "busy",
-        "drained",
-        "draining",
-        "entries",
-        "paused",
-        "throttled",
-        "writable",
-    )
-
     def __init__(
         self,
         step_bytes: int,

@@ -62,9 +62,6 @@ class Handles:
         for bound in self.by_model.values():
             yield from bound
 
-    def __contains__(self, handle: int) -> bool:
-        return self.find(handle) is not None
-
     def unbound(self, handles: list[int]) -> set[int]:
         """The handles without a session."""
         return {*handles}.difference(*self.by_model.values())

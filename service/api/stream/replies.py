@@ -32,11 +32,11 @@ class Replies:
         closed: The connection has ended; nothing more is sent.
     """
 
-    __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "closed", "on_refused", "send_text")
+    __slots__ = ("_call_soon", "_coalesced", "_release", "closed", "on_refused", "send_frame", "send_text")
 
     def __init__(self, link: Link, flow: FlowControl, call_soon: CallSoon, on_refused: OnRefused) -> None:
         self.on_refused = on_refused
-        self._send_binary, self.send_text = link.send_binary, link.send_text
+        self.send_frame, self.send_text = link.send_binary, link.send_text
         self._release = flow.release
         self._call_soon = call_soon
         self._coalesced: list[tuple[int, int, int, list[bytes], bool]] = []  # handle, steps, position, outputs, kept
@@ -44,9 +44,6 @@ class Replies:
 
     def send(self, document: dict[str, Any]) -> None:
         self.send_text(json.dump(document))
-
-    def send_frame(self, frame: bytes) -> None:
-        self._send_binary(frame)
 
     def send_error(self, error: UnrollError) -> None:
         """Answer a message that was refused as a whole."""
@@ -57,14 +54,14 @@ class Replies:
         """Answer immediately, in a separate frame."""
         if self._coalesced:
             self.flush()  # it may contain an earlier chunk of the session
-        self._send_binary(encode_single(entry.handle, entry.steps, reply.position, reply.outputs, kept=reply.kept))
+        self.send_frame(encode_single(entry.handle, entry.steps, reply.position, reply.outputs, kept=reply.kept))
         self._release(1, entry.steps)
 
     def answer_step(self, handle: int, position: int, values: bytes) -> None:
         """Answer one step immediately, in a separate frame. values: its outputs, concatenated."""
         if self._coalesced:
             self.flush()
-        self._send_binary(encode_step(handle, position, values))
+        self.send_frame(encode_step(handle, position, values))
         self._release(1, 1)
 
     def answer_text(self, entry: SingleEntryFrame, document: dict[str, Any]) -> None:
@@ -98,7 +95,7 @@ class Replies:
         self.flush()
         if len(entries):
             values = [output.data for output in outputs]
-            self._send_binary(encode(with_positions(entries, positions), values, kept=reply.kept))
+            self.send_frame(encode(with_positions(entries, positions), values, kept=reply.kept))
             self._release(len(entries), len(entries) * int(entries[0]["steps"]))
 
     def refuse(self, handle: int, steps: int, position: int | None, error: UnrollError, **members: bool) -> None:
@@ -114,7 +111,7 @@ class Replies:
         handles, steps, positions, values, kept = zip(*self._coalesced, strict=True)
         self._coalesced = []
         in_order = (entry for output in zip(*values, strict=True) for entry in output)
-        self._send_binary(encode(pack_entries(handles, steps, positions), in_order, kept=all(kept)))
+        self.send_frame(encode(pack_entries(handles, steps, positions), in_order, kept=all(kept)))
         self._release(len(handles), sum(steps))
 
     def close(self) -> None:

@@ -77,10 +77,18 @@ class RecurringStep:
     write = staticmethod(Codec.rows_to_raw)
 
     def complete(self, outputs: bytes, position: int) -> None:
-        self.submitter.complete_step(self, outputs, position)
+        submitter = self.submitter
+        if not submitter.replies.closed:
+            del submitter.pending[self]
+            submitter.replies.answer_step(self.handle, position, outputs)
 
     def fail(self, error: UnrollError) -> None:
-        self.submitter.fail_step(self, error)
+        """Answer the step with the error, or submit it again as a chunk."""
+        submitter = self.submitter
+        submitter.pending.pop(self, None)
+        inputs = self.served.codec.from_raw(self.values, None) if isinstance(error, SessionContended) else ()
+        entry = SingleEntryFrame(self.handle, 1, self.position, inputs)
+        PendingChunk(submitter, entry, submitter.replies.answer)(error)
 
     def leave(self) -> None:
         """Cancel the step unless it is running."""
@@ -103,8 +111,51 @@ class PendingChunk:
     chunk: Chunk | None = None
     attempts: Attempts | None = None
 
+    def submit(self) -> None:
+        try:
+            self._begin()
+        except NeedsStoreLookup as needed:
+            self._retries().look_up(needed.session_id)
+
+    def _begin(self) -> None:
+        """Submit the chunk. Raises NeedsStoreLookup; answers the chunk with any other error."""
+        submitter, entry = self.submitter, self.entry
+        if submitter.replies.closed:
+            return
+        try:
+            served, session = submitter.handles.resolve(entry.handle)
+            if session.life is Life.GONE and session.durable is not None:
+                served, session = submitter.handles.rebind(entry.handle, session)
+            if session.own_progress.active is not None or session.life is not Life.OPEN:
+                check_present(served, session)
+                _check_depth(session, entry.position)
+            self.served = served
+            chunk = Chunk(entry.inputs, session, entry.position)
+            chunk.patient = True  # flow control limits the client
+            self.chunk = served.loop.submit(chunk, submitter.timeout, self)
+            if self.chunk is not None:
+                submitter.pending[self] = None
+        except UnrollError as error:
+            self._fail(error)
+
     def __call__(self, outcome: Outcome) -> None:
-        self.submitter.complete(self, outcome)
+        """Answer the chunk, or submit it again if its session was updated elsewhere."""
+        if self.submitter.replies.closed:
+            return
+        self.submitter.pending.pop(self, None)
+        if not isinstance(outcome, UnrollError):
+            self.answer(self.entry, outcome)
+        elif not (isinstance(outcome, SessionContended) and self._retries().again()):
+            self._fail(outcome)
+
+    def _retries(self) -> Attempts:
+        if self.attempts is None:
+            self.attempts = Attempts(self.submitter.sessions, self.submitter.name, self._begin, self._fail)
+        return self.attempts
+
+    def _fail(self, error: UnrollError) -> None:
+        if not self.submitter.replies.closed:
+            self.submitter.replies.refuse(self.entry.handle, self.entry.steps, self.entry.position, error)
 
     def leave(self) -> None:
         """Cancel the chunk unless it is running."""
@@ -113,43 +164,46 @@ class PendingChunk:
 
 
 class FrameSubmitter:
-    """Submits frames, retries chunks after another replica updated their session, and passes on outcomes.
+    """Submits the frames of a connection, as cohorts, a group, joined steps or chunks.
 
     Args:
         recurring: The connection's recurring frames; cleared when a handle is unbound.
+
+    Attributes:
+        pending: The unanswered chunks and joined steps, in the order of their submission.
     """
 
     def __init__(
         self, app: AppState, name: str, handles: Handles, recurring: RecurringFrames, replies: Replies
     ) -> None:
-        self._sessions = app.sessions
-        self._timeout = app.limits.request_timeout
-        self._name = name
-        self._handles = handles
+        self.sessions = app.sessions
+        self.timeout = app.limits.request_timeout
+        self.name = name
+        self.handles = handles
         self._recurring = recurring
-        self._replies = replies
-        self._pending: dict[PendingChunk | RecurringStep, None] = {}
+        self.replies = replies
+        self.pending: dict[PendingChunk | RecurringStep, None] = {}
 
     def close(self) -> None:
         """Cancel all chunks that are not running, the last first, after the connection ended."""
-        for pending in reversed([*self._pending]):
+        for pending in reversed([*self.pending]):
             pending.leave()
-        self._pending.clear()
+        self.pending.clear()
         self._recurring.clear()
 
     def join(self, handle: int, position: int | None, values: bytes) -> bool:
         """Join a frame of one step to the open group; False if it must be submitted as an ordinary frame."""
-        if self._replies.closed:
+        if self.replies.closed:
             return False
         step = self._recurring.steps.get(handle)
         if step is None:
-            if (found := self._handles.find(handle)) is None:
+            if (found := self.handles.find(handle)) is None:
                 return False
             step = self._recurring.steps[handle] = RecurringStep(self, handle, *found)
-        if not step.served.loop.join(step.session, position, values, self._timeout, step):
+        if not step.served.loop.join(step.session, position, values, self.timeout, step):
             return False
         step.position, step.values = position, values
-        self._pending[step] = None
+        self.pending[step] = None
         return True
 
     def submit_frame(self, frame: Frame, faults: dict[int, UnrollError]) -> list[int]:
@@ -169,7 +223,7 @@ class FrameSubmitter:
             try:
                 if not faults and self._submit_cohorts(frame, frame.uniform_inputs, recurring):
                     return []
-                for served, bound in self._handles.by_model.items():
+                for served, bound in self.handles.by_model.items():
                     rows, members = _members(bound, frame.handles, faults)
                     if rows:
                         taken.update(self._submit_group(frame, served, rows, members, recurring))
@@ -180,7 +234,7 @@ class FrameSubmitter:
     def submit_chunks(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
         for i in entries:
             entry = SingleEntryFrame(frame.handles[i], frame.steps[i], frame.positions[i], frame.chunk(i))
-            self.submit(entry, faults.get(i), self._replies.coalesce)
+            self.submit(entry, faults.get(i), self.replies.coalesce)
 
     def _submit_cohorts(self, frame: Frame, inputs: Tensors, recurring: RecurringFrame) -> bool:
         """Submit the frame as cohorts. False if its sessions do not form cohorts, or these cannot take the step.
@@ -194,7 +248,7 @@ class FrameSubmitter:
         positions = None if sent[0] == NO_POSITION and (sent == NO_POSITION).all() else sent
         on_reply = partial(self._complete_group, frame, None, None)
         now, groups = served.loop.clock.now(), served.scheduler.groups
-        taken = groups.submit_cohorts(recurring.cohorts, positions, inputs, now, now + self._timeout, on_reply)
+        taken = groups.submit_cohorts(recurring.cohorts, positions, inputs, now, now + self.timeout, on_reply)
         served.loop.wake()
         return taken
 
@@ -212,7 +266,7 @@ class FrameSubmitter:
             positions = [positions[i] for i in rows]
         on_reply = partial(self._complete_group, frame, None if whole else rows, recurring)
         now, groups = served.loop.clock.now(), served.scheduler.groups
-        rejected = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
+        rejected = groups.submit(members, positions, inputs, now, now + self.timeout, on_reply, again=again)
         served.loop.wake()
         if not rejected:
             return rows
@@ -227,77 +281,19 @@ class FrameSubmitter:
     ) -> None:
         """Submit one chunk, or refuse it. answer: sends its reply; by default in a separate frame."""
         if fault is not None:
-            self._replies.refuse(entry.handle, entry.steps, entry.position, fault)
+            self.replies.refuse(entry.handle, entry.steps, entry.position, fault)
             return
-        pending = PendingChunk(self, entry, answer or self._replies.answer)
-        try:
-            self._begin(pending)
-        except NeedsStoreLookup as needed:
-            self._attempts(pending).look_up(needed.session_id)
-
-    def _begin(self, pending: PendingChunk) -> None:
-        """Submit the chunk. Raises NeedsStoreLookup; answers the chunk with any other error."""
-        if self._replies.closed:
-            return
-        entry = pending.entry
-        try:
-            served, session = self._handles.resolve(entry.handle)
-            if session.life is Life.GONE and session.durable is not None:
-                served, session = self._handles.rebind(entry.handle, session)
-            if session.own_progress.active is not None or session.life is not Life.OPEN:
-                check_present(served, session)
-                _check_depth(session, entry.position)
-            pending.served = served
-            chunk = Chunk(entry.inputs, session, entry.position)
-            chunk.patient = True  # flow control limits the client
-            pending.chunk = served.loop.submit(chunk, self._timeout, pending)
-            if pending.chunk is not None:
-                self._pending[pending] = None
-        except UnrollError as error:
-            self._fail(pending, error)
-
-    def _attempts(self, pending: PendingChunk) -> Attempts:
-        if pending.attempts is None:
-            begin, fail = partial(self._begin, pending), partial(self._fail, pending)
-            pending.attempts = Attempts(self._sessions, self._name, begin, fail)
-        return pending.attempts
-
-    def _fail(self, pending: PendingChunk, error: UnrollError) -> None:
-        if not self._replies.closed:
-            self._replies.refuse(pending.entry.handle, pending.entry.steps, pending.entry.position, error)
-
-    def complete(self, pending: PendingChunk, outcome: Outcome) -> None:
-        """Answer the chunk, or submit it again if its session was updated elsewhere."""
-        if self._replies.closed:
-            return
-        self._pending.pop(pending, None)
-        if isinstance(outcome, UnrollError):
-            if not (isinstance(outcome, SessionContended) and self._attempts(pending).again()):
-                self._fail(pending, outcome)
-        else:
-            pending.answer(pending.entry, outcome)
-
-    def complete_step(self, step: RecurringStep, outputs: bytes, position: int) -> None:
-        if not self._replies.closed:
-            del self._pending[step]
-            self._replies.answer_step(step.handle, position, outputs)
-
-    def fail_step(self, step: RecurringStep, error: UnrollError) -> None:
-        """Answer the step with the error, or submit it again as a chunk."""
-        self._pending.pop(step, None)
-        inputs = step.served.codec.from_raw(step.values, None) if isinstance(error, SessionContended) else ()
-        entry = SingleEntryFrame(step.handle, 1, step.position, inputs)
-        self.complete(PendingChunk(self, entry, self._replies.answer), error)
+        PendingChunk(self, entry, answer or self.replies.answer).submit()
 
     def _complete_group(
         self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply
     ) -> None:
         """rows: the rows that were submitted; None for all. recurring: receives the cohort that the sessions form."""
-        if self._replies.closed:
+        if self.replies.closed:
             return
         if recurring is not None and reply.cohort is not None:
             recurring.cohorts.append(reply.cohort)
-        self._replies.answer_group(frame, rows, reply)
+        self.replies.answer_group(frame, rows, reply)
 
 
 def _members(

@@ -24,7 +24,6 @@ STEPS = "HttpProtocol.on_message_complete (service/transport/http.py);steps (ser
         (f"{FEED};{STEPS};Codec.from_raw (service/protocol/tensors.py);array_all (numpy/x.so)", "protocol"),
         (f"{FEED};{STEPS};Loop.submit (service/scheduler/loop.py)", "scheduler"),
         ("Loop.run (service/scheduler/loop.py);HostEngine.run (service/engine/host.py)", "engine"),
-        ("HostEngine.run (service/engine/host.py);HostArena.gather (service/state/arena.py)", "engine"),
         ("Runner.__call__ (service/engine/runner.py);Session.run (onnxruntime/capi/x.py);0x7f (x.so)", "onnxruntime"),
         ("StreamProtocol.data_received (service/transport/websocket.py);parse (websockets/frames.py)", "transport"),
     ],

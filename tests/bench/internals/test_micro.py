@@ -69,7 +69,7 @@ def test_command_prints_a_table_and_writes_figures(tmp_path: Path, capsys: pytes
     for figure in figures:
         assert figure["name"] in printed
         assert 0 < figure["least"] <= figure["median"]
-    assert {"arena", "protocol", "scheduler", "co2"} <= {figure["name"].partition(":")[0] for figure in figures}
+    assert {"protocol", "scheduler", "co2"} <= {figure["name"].partition(":")[0] for figure in figures}
 
 
 def test_unknown_part_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,13 @@ def test_ids_made_here_differ(client: httpx.Client) -> None:
     assert len({opened(client, "lstm") for _ in range(20)}) == 20
 
 
+def test_long_raw_answer_is_complete(client: httpx.Client, oracle: Oracles, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((20_000, 3), np.float32)
+    expected = oracle("lstm")(x)
+    for path in ("/v1/models/lstm/sequences", f"{opened(client, 'lstm')}/steps"):
+        assert np.array_equal(from_raw(client.post(path, content=x.tobytes(), headers=raw_steps(x))), expected)
+
+
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2]])
 @pytest.mark.parametrize("encoding", ["json", "raw"])
 def test_streamed_is_whole(

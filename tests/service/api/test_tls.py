@@ -12,7 +12,7 @@ import pytest
 import trustme
 from client_frames import PING, TEXT, masked
 from processes import Launched, Process, StartProcess, spawn
-from raw_http import UPGRADE, Wire, request
+from raw_http import STEP, UPGRADE, Wire, request
 from serving import Running, Serve
 from waiting import PATIENCE, until
 
@@ -114,6 +114,18 @@ def test_frames_of_a_stream_are_handled_in_whatever_record_they_arrive(secure: R
         assert wire.head()[0] == 101
         assert {wire.frame()[1][:5] for _ in range(2)} == {b'{"op"', b"early"}
         wire.socket.close()
+
+
+def test_an_answer_that_is_not_read_is_counted_and_timed(secure: Running, authority: Authority) -> None:
+    wire, path, steps = secured(secure, authority.context()), "/v1/models/lstm/sequences", 60_000
+    wire.send(request(path))
+    assert wire.answer()[0] == 200
+    secure.keep_little_for(wire.socket)
+    wire.send(request(path, bytes(steps * STEP.nbytes), steps=steps))
+    until(lambda: secure.server.held.by_kind["answers"] > 65_536, "an answer that is not read")
+    until(lambda: not secure.uvicorn.server_state.connections, "the end of the connection")
+    assert not any(secure.server.held.by_kind.values())
+    wire.socket.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", b"GET /livez HTTP/1.1\r\n\r\n"], ids=["silent", "half", "http"])

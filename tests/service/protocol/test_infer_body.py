@@ -11,7 +11,8 @@ from tensor_models import arrays, manifest, manifests, same
 
 from unroll.bundle import Manifest, TensorSpec
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, OutOfRange, UnrollError
-from unroll.service.protocol.open_inference import DATATYPES, InferRequest, encode, parse, read_inputs
+from unroll.service.protocol import json
+from unroll.service.protocol.open_inference import DATATYPES, InferRequest, describe, parse, read_inputs
 
 BRIEF = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -77,9 +78,9 @@ def test_outputs_round_trip(data: st.DataObject) -> None:
     for spec in model.outputs:
         lead = (2, 3) if spec.time else (2,)
         outputs.append((spec, data.draw(arrays(spec, *lead)), data.draw(st.booleans())))
-    body, length = encode({"model_name": "m"}, outputs)
-    assert (length is not None) == any(binary for *_, binary in outputs)
-    document, rest = standard_json.loads(body[:length]), body[length:] if length is not None else b""
+    described, rest = describe({"model_name": "m"}, outputs)
+    assert bool(rest) == any(binary for *_, binary in outputs)
+    document = standard_json.loads(json.dump(described))
     assert document["model_name"] == "m"
     for entry, (spec, array, binary) in zip(document["outputs"], outputs, strict=True):
         assert (entry["name"], entry["datatype"], entry["shape"]) == (

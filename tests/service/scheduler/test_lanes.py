@@ -32,11 +32,22 @@ def test_piece_without_other_work_takes_five_milliseconds_or_fills_a_batch() -> 
     assert slow.piece(1, 1.0) == 5
 
 
-def test_piece_takes_as_long_as_the_other_work() -> None:
-    for others, expected in ((0.002, 500), (0.0001, 250), (5.0, 512)):
+def test_piece_takes_half_the_time_since_the_previous_one_while_other_work_runs() -> None:
+    for since, expected in ((0.002, 250), (0.0001, 62), (5.0, 512)):
         shared = pace()
-        shared.observe(64, 0.0005, others / 2, long=False)
-        assert shared.piece(4, others) == expected
+        shared.observe(64, 0.0005, since / 2, long=False)
+        assert shared.piece(4, since) == expected
+
+
+def test_pieces_grow_with_the_absence_of_other_work() -> None:
+    shared = pace()
+    shared.observe(64, 0.0005, 0.001, long=False)
+    now, steps = 0.001, []
+    while not steps or steps[-1] < 512:
+        steps.append(shared.piece(4, now))
+        now += 4 * steps[-1] * STEP
+        shared.observe(4 * steps[-1], 4 * steps[-1] * STEP, now, long=True)
+    assert steps == [125, 125, 250, 500, 512]
 
 
 def test_idle_time_does_not_count() -> None:
