@@ -37,7 +37,19 @@ class RepeatedStep:
     """
 
     __slots__ = (
-        *("_again", "_app", "_ends", "_left", "_position", "_respond", "_served", "_session", "_step", "_tenant"),
+        *(
+            "_again",
+            "_app",
+            "_ends",
+            "_left",
+            "_opens",
+            "_position",
+            "_respond",
+            "_served",
+            "_session",
+            "_step",
+            "_tenant",
+        ),
         *("_timeout", "_unwanted", "write"),
     )
 
@@ -58,7 +70,7 @@ class RepeatedStep:
         self._tenant = request.tenant
         self._timeout = timeout
         self._left = 1
-        self._ends = False
+        self._opens = self._ends = False
         self._unwanted = False
         self._again, self._respond = request.again, respond
         self.write = served.codec.rows_to_raw
@@ -83,7 +95,10 @@ class RepeatedStep:
             self._step, self._position, self._left = step, request.position, ATTEMPTS
         join, app = self._served.loop.join, self._app
         clients = 0 if app.streams else len(app.connections.http)
-        if not join(self._session, request.position, step, self._timeout, self, ends=self._ends, clients=clients):
+        kind = {"opens": self._opens, "ends": self._ends}
+        if not join(self._session, request.position, step, self._timeout, self, **kind, clients=clients):
+            if self._opens:
+                self._served.scheduler.undo_open(self._session)
             if not self._is_behind(request.position):
                 return None
             self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)

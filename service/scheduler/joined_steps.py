@@ -89,6 +89,12 @@ class JoinedSteps:
         self.group: OpenGroup | None = None
         self._room = self._most  # rows left for the group, after the work already waiting for the same batch
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether a step of a memory session can probably join."""
+        group = self.group
+        return self._lanes.idle if group is None else not group.is_durable and len(group.sessions) < self._room
+
     def join(
         self,
         session: Session,

@@ -160,6 +160,7 @@ class Loop:
         timeout: float,
         listener: StepListener,
         *,
+        opens: bool = False,
         ends: bool = False,
         clients: int = 0,
     ) -> bool:
@@ -169,7 +170,8 @@ class Loop:
         """
         self._refresh(session)
         now = self.clock.now()
-        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, ends=ends):
+        join, deadline = self.scheduler.joined.join, now + timeout
+        if not join(session, position, step, now, deadline, listener, opens=opens, ends=ends):
             return False
         group = self.scheduler.joined.group
         if group is None or len(group.sessions) != clients or not self._run_joined(clients, now):

@@ -125,6 +125,16 @@ class Scheduler:
         self.counters.opened += 1
         return session
 
+    def open_to_join(self, session_id: str, now: float) -> Session | None:
+        """Open a session whose first step joins next; None if it would evict another, or the step could not join."""
+        slots = self.sessions.slots
+        return self.open(session_id, now) if slots.taken < slots.count and self.joined.takes_more else None
+
+    def undo_open(self, session: Session) -> None:
+        """Undo `open_to_join`, because the step was refused."""
+        self.sessions.drop(session)
+        self.counters.opened -= 1
+
     def submit(self, chunk: Chunk, now: float, deadline: float) -> Chunk | Reply:
         """Queue a chunk. A chunk with neither a session nor an opening is a stateless sequence.
 
