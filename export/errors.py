@@ -105,16 +105,30 @@ def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambd
         )
     if unknown := _NO_OPERATOR.search(text):
         library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
+        return no_operator(f"{what} calls {library}.{unknown[2]}{place(unknown[2])}")
+    if "constant's list" in text:
         return ExportError(
             "not_exportable",
-            f"{what} calls {library}.{unknown[2]}{place(unknown[2])}, which ONNX has no operator for; write it with "
-            "other operators of PyTorch, or as a Python loop over time steps",
+            f"{what} makes a tensor where torch.export cannot follow: in another thread, with gradients, or outside of "
+            f"PyTorch; compute it in forward itself{source_line(error)}",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 
 
-def internal(error: Exception) -> ExportError:
-    """The refusal for a bug in export."""
+def no_operator(what: str) -> ExportError:
+    return ExportError(
+        "not_exportable",
+        f"{what}, which ONNX has no operator for; write it with other operators of PyTorch, or as a Python loop over "
+        "time steps",
+    )
+
+
+def unexpected(error: Exception) -> ExportError:
+    """The refusal for an error that export does not foresee: of the user's code, or else a bug in export."""
+    if source_line(error):
+        return ExportError(
+            "forward_failed", f"the code of the module fails while export examines it: {first_line(error)}"
+        )
     return ExportError(
         "internal",
         f"this is a bug in unroll: {first_line(error)}; please report it with a forward that reproduces it",

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll import bundle
 from unroll.bundle import BundleError, Manifest
-from unroll.export.errors import ExportError, attempt, internal
+from unroll.export.errors import ExportError, attempt, unexpected
 from unroll.export.lifting.complex_pairs import ComplexNumbers, in_pairs
 from unroll.export.lifting.float64 import converted
 from unroll.export.lifting.history import Place
@@ -179,12 +179,13 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
+            preconditions.check_weights(module)
             with _random_states(), _few_threads(module), _uncollected(), programs.in_python():
                 return self._run(module, example_inputs)
         except ExportError:
             raise
         except Exception as error:
-            raise internal(error) from error
+            raise unexpected(error) from error
 
     def _run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         self._options.check_target()

@@ -89,7 +89,7 @@ def is_users(filename: str) -> bool:
     """Is it code of the user or of a third-party package, rather than Unroll's, PyTorch's or Python's?"""
     path = Path(os.path.realpath(filename))
     parts = path.parts
-    if _is_own(filename):
+    if _is_own(filename) or filename.startswith("torch/"):  # as PyTorch shortens its own
         return False
     if "site-packages" in parts:
         return parts[parts.index("site-packages") + 1] not in _LIBRARIES

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import COMPLEX, ExportError, attempt, untraceable
+from unroll.export.held_objects import undone
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.dataflow import hooked
 from unroll.export.lifting.layers import LAYERS
@@ -34,6 +35,7 @@ from unroll.export.lifting.replay import Piece, replayed
 from unroll.export.lifting.row_loops import ByRow
 from unroll.export.lifting.scan import Axes, Scan
 from unroll.export.lifting.splitting import BATCHES, TIMES, split
+from unroll.export.lifting.state_row import fits_row
 from unroll.export.lifting.tape import Call, Part, Tape
 
 #: Runs forward on the example, resized to a batch size and a length.
@@ -275,7 +277,7 @@ def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], c
             "calls_depend_on_time",
             f"{name!r} loops over time steps, and not every step runs the same operations{line}; make every step do "
             "the same: where steps differ by their number, count in a tensor, as n = n + 1, and select with "
-            "torch.where(n % 4 == 0, new, old)",
+            "torch.where(n % 4 == 0, new, old); start a list of earlier steps full, as deque([zeros] * 3, maxlen=3)",
         )
     raise ExportError(
         "calls_depend_on_time",
@@ -295,7 +297,8 @@ def _longer(tensors: list[Tensor], inputs: list[Axes], turns: int) -> list[Tenso
 
 def _traced(flat: nn.Module, name: str, tensors: list[Tensor], inputs: list[Axes], functional: bool) -> fx.GraphModule:
     try:
-        return traced(flat, tensors, [axes.batch for axes in inputs], functional=functional)
+        with undone(flat):
+            return traced(flat, tensors, [axes.batch for axes in inputs], functional=functional)
     except Exception as error:
         raise untraceable(repr(name), error) from error
 
@@ -304,8 +307,9 @@ def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) 
     """The axes of the states, from two batch sizes; None if the states differ in more than the batch."""
     fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
     after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
-    if any(tensor.is_complex() for tensor in after[0]):
-        raise ExportError("dtype", f"the loop of {name!r} carries complex numbers; {COMPLEX}")
+    for dtype in {tensor.dtype for tensor in after[0] if not fits_row(tensor.dtype)}:
+        change = COMPLEX if dtype.is_complex else "keep it as a float, an int64 or a bool, as with n.long()"
+        raise ExportError("dtype", f"the loop of {name!r} carries {dtype}; {change}")
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
     return None if None in axes else [_with_batch(each) for each in axes if each]
 

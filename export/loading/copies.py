@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
 from unroll.export.held_objects import attributes, held_objects, is_foreign, is_leaf
-from unroll.export.signature.outputs import is_same
+from unroll.export.signature.outputs import is_plain, is_same
 
 #: Methods with which a class copies its objects itself.
 _COPYING = {"__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"}
@@ -166,6 +166,9 @@ def _left_out(module: nn.Module) -> dict[int, NotCopied]:
 def detached_example(example: dict[str, Any]) -> dict[str, Any]:
     """Copy the inputs to the CPU, without gradients and without None values. Forward may modify the copy in place."""
     given = {name: value for name, value in example.items() if value is not None}
+    for name, value in given.items():
+        if not all(is_plain(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)):
+            raise ExportError("input", f"input {name!r} is a sparse or nested tensor; give a padded one")
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), given)
 
 

@@ -18,10 +18,10 @@ from torch.export import ExportedProgram
 from unroll.bundle import BundleError
 from unroll.bundle.golden import Arrays
 from unroll.bundle.graph import check_operators, operators
-from unroll.export.errors import ExportError, untraceable
+from unroll.export.errors import ExportError, no_operator, untraceable
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.log_filter import quiet
-from unroll.export.onnx.tracing import Suspects, place_of, trace
+from unroll.export.onnx.tracing import Suspects, first_node, place_of, trace
 from unroll.export.onnx.translation import translation_table
 from unroll.export.signature.samples import as_tensors
 
@@ -62,6 +62,9 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
             raise
         except Exception as error:
             _leave_vmap()
+            if first_node(traced, _solves):
+                what = f"forward inverts a matrix, or solves for one{place_of(traced, _solves)}"
+                raise no_operator(what) from error
             raise untraceable("forward", error, partial(_place, traced)) from error
     assert program is not None
     model = program.model_proto
@@ -74,8 +77,6 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
 
 def _place(program: ExportedProgram | None, operator: str) -> str:
     """Where forward calls an operator such as `fft_fft`, or one that is built from it; empty if that is unknown."""
-    if program is None:
-        return ""
     return place_of(program, lambda node: str(node.target).rpartition(".")[0].endswith(operator))
 
 
@@ -86,7 +87,7 @@ def _check(model: onnx.ModelProto, program: ExportedProgram) -> None:
     except BundleError as error:
         place = place_of(program, _divides_integers) if "of integers" in error.message else ""
         how = ": compute in floats, as torch.floor(n.float() / m).long()" if place else ""
-        if program is not None and not place and (place := place_of(program, _rolls)):
+        if not place and (place := place_of(program, _rolls)):
             how = ": shift as with torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]"
         raise ExportError(
             "not_exportable", f"a server refuses what forward computes: {error.message}{place}{how}"
@@ -98,6 +99,10 @@ def _divides_integers(node: fx.Node) -> bool:
     made = node.meta.get("val")
     whole = isinstance(made, torch.SymInt) or (isinstance(made, torch.Tensor) and not made.is_floating_point())
     return name in _DIVISIONS and whole and isinstance(node.args[1], fx.Node)
+
+
+def _solves(node: fx.Node) -> bool:
+    return "linalg_" in str(node.target)
 
 
 def _rolls(node: fx.Node) -> bool:

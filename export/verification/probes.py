@@ -129,6 +129,8 @@ def why_not_over_long(served: Subject, counted: bool) -> str | None:
     inputs, rows = served.inputs(trial), served.rows(trial)
     whole = served.whole(inputs, rows)
     for name, array in served.chunked(inputs, rows, trial.chunkings[0]).items():
+        if not np.isfinite(whole[name]).all():
+            return f"{name!r} becomes infinite or NaN within {time} steps; limit its state, as with torch.tanh or clamp"
         scale = max(1.0, float(np.abs(whole[name]).max()))
         if not np.abs(array.astype(np.float64) - whole[name]).max() <= 1e-3 * scale:
             return f"{name!r} depends on how a long sequence ({time} steps) is cut: something reaches far back in time"

@@ -78,22 +78,24 @@ def _fields(reply: Reply) -> bytes:
 def sequences(app: AppState, model: str, request: Request, respond: Respond) -> Cancel:
     """Run whole sequences, each from the model's initial state; no state is kept."""
     served = app.models.resolve(*split_reference(model))
-    timeout = timeout_of(app, request)
+    codec, timeout = served.codec, timeout_of(app, request)
     if request.media_type == RAW:
-        inputs = served.codec.sequence_from_raw(request.body, request.whole_number(STEPS))
-        batch, encode, static = [inputs], _raw_sequence, None
-    else:
-        document = json_body(app, request, {"inputs", "static"})
-        batch, encode = served.codec.sequences_from_json(document["inputs"]), _json_sequences
-        static = document.get("static")
-    rows = served.codec.initial_rows(static, len(batch))
+        inputs = codec.sequence_from_raw(request.body, request.whole_number(STEPS))
+        (row,) = codec.initial_rows(None, 1)
+        app.meter.take(request.tenant, len(inputs[0]))
+        chunk = Chunk(inputs, state_row=row)
+        chunk.tenant = request.tenant
+        return submit_chunk(served.loop, chunk, timeout, Answering(respond, problem, _raw_sequence, codec))
+    document = json_body(app, request, {"inputs", "static"})
+    batch = codec.sequences_from_json(document["inputs"])
+    rows = codec.initial_rows(document.get("static"), len(batch))
     app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
-    settled = Answering(respond, problem, encode, served.codec)
+    settled = Answering(respond, problem, _json_sequences, codec)
     return served.loop.submit_sequences(batch, timeout, settled, rows, request.tenant)
 
 
-def _raw_sequence(codec: Codec, replies: list[Reply]) -> Answer:
-    return raw_answer(codec, replies[0].outputs)
+def _raw_sequence(codec: Codec, reply: Reply) -> Answer:
+    return raw_answer(codec, reply.outputs)
 
 
 def _json_sequences(codec: Codec, replies: list[Reply]) -> Answer:

@@ -12,8 +12,8 @@ from unroll.service.engine.engine import BatchResult, DeviceFailed, PlainRows, R
 
 _log = structlog.get_logger(__name__)
 
-#: Up to this many values, a dot product with themselves is cheaper than checking each.
-FEW = 1024
+#: Up to this many values, a dot product with themselves is cheaper than checking each, and runs in one thread.
+FEW = 8192
 
 
 def all_finite(array: np.ndarray) -> bool:

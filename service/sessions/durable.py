@@ -33,7 +33,7 @@ from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.sessions.in_memory import MemorySessions, OnVerified
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.interface import Commit, Key, Store, Tokens
-from unroll.service.store.record import MEMORY, STORED, Gone, Record, pack, pack_last
+from unroll.service.store.record import MEMORY, STORED, Gone, Origin, Record, pack, pack_last
 
 T = TypeVar("T")
 
@@ -291,9 +291,9 @@ class DurableSessions(MemorySessions):
         return found[1]  # a lookup was faster
 
     async def close(
-        self, name: str, version: str | None, session_id: str
+        self, name: str, version: str | None, session_id: str, origin: Origin | None = None
     ) -> tuple[tuple[ServedModel, Session] | Record, int]:
-        closed, position = await super().close(name, version, session_id)
+        closed, position = await super().close(name, version, session_id, origin)
         if isinstance(closed, Record):
             if closed.token:
                 position = await self._close_stored(name, session_id, closed.origin.to_bytes())

@@ -12,7 +12,7 @@ from unroll.service.core.session_ids import NewId, shown, tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
-from unroll.service.sessions.directory import SessionDirectory
+from unroll.service.sessions.directory import SessionDirectory, replaced
 from unroll.service.state.slots import INITIAL
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.record import Origin, Record
@@ -85,15 +85,6 @@ class MemorySessions:
 
     async def find(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
         return await self.verified(name, session_id, partial(self.directory.find, name, version, session_id))
-
-    async def origin(self, name: str, session_id: str) -> Origin | None:
-        """The origin of an open session, wherever it runs; None for a memory session that never lost its row."""
-
-        def look() -> Origin | None:
-            stranded = self.directory.find_stranded(name, session_id)
-            return self.directory.find(name, None, session_id)[1].origin if stranded is None else stranded.origin
-
-        return await self.verified(name, session_id, look)
 
     async def create(self, served: ServedModel, new: NewId, start: Snapshot | None, durability: str) -> Session:
         """Open a session.
@@ -176,29 +167,34 @@ class MemorySessions:
         return served, await acting
 
     async def close(
-        self, name: str, version: str | None, session_id: str
+        self, name: str, version: str | None, session_id: str, origin: Origin | None = None
     ) -> tuple[tuple[ServedModel, Session] | Record, int]:
         """Close a session, which needs no model. Returns it and its final position.
 
-        If its version is not here, the record is returned in its place.
+        If its version is not here, the record is returned in its place. origin: only the session with this origin, not
+        another that was opened with its id since; None: any.
         """
 
         def close_here() -> tuple[tuple[ServedModel, Session] | Record, int]:
-            if (stranded := self._close_stranded(name, version, session_id)) is not None:
+            if (stranded := self._close_stranded(name, version, session_id, origin)) is not None:
                 return stranded, stranded.position
             served, session = self.directory.find(name, version, session_id)
+            if origin not in (None, session.origin):
+                raise replaced(session_id)
             if session.durable is None:  # a durable session is closed in the store first
                 served.scheduler.close(session, served.loop.clock.now())
             return (served, session), session.position
 
         return await self.verified(name, session_id, close_here)
 
-    def _close_stranded(self, name: str, version: str | None, session_id: str) -> Record | None:
+    def _close_stranded(self, name: str, version: str | None, session_id: str, origin: Origin | None) -> Record | None:
         """Close a session of a missing version. If the record has a token, the caller closes it in the store."""
         stranded = self.directory.find_stranded(name, session_id)
         others = [model.version for model in self.directory.versions.of(name)]
         if stranded is None or not others:
             return None
+        if origin not in (None, stranded.origin):
+            raise replaced(session_id)
         if version in others:
             raise ModelChanged(f"session {shown(session_id)!r} runs on another version of {name!r} than {version}")
         self.directory.spilled.close_stranded(name, session_id)

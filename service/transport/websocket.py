@@ -22,7 +22,7 @@ _FIN_TEXT, _FIN_BINARY = 0x81, 0x82
 _FIN, _OPCODE, _CONTROL = 0x80, 0x0F, 0x08
 _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
 #: Further messages wait for another turn after this many seconds since the first, or after a message of this size.
-_TURN_SECONDS, _TURN_BYTES = 0.00025, 16_384
+_TURN_SECONDS, _TURN_BYTES = 0.0001, 16_384
 #: More bytes than this wait for their turn as soon as anything else does.
 _SHORT_BYTES = 2048
 #: Maximum length of a close reason.

@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -338,6 +339,16 @@ def count_undecided(module: nn.Module) -> int:
 @pytest.mark.parametrize(("forward", "undecided"), [(branching, 0), (by_number, 1), (by_count, 1), (by_size, 1)])
 def test_branch_on_a_growing_number_must_take_both_arms(forward: Callable[..., Tensor], undecided: int) -> None:
     assert count_undecided(made(forward, cell=CELL)) == undecided
+
+
+def test_items_are_not_taken_out_of_a_queue_twice() -> None:
+    def queued(s: Any, x: Tensor) -> Tensor:
+        waiting: Queue[Tensor] = Queue()
+        for step in x.unbind(1):
+            waiting.put(step)
+        return torch.stack([waiting.get(timeout=1) for _ in range(x.shape[1])], 1)
+
+    assert count_undecided(made(queued)) == 0
 
 
 @pytest.mark.parametrize("iterates", ["range", "while", "filled"])

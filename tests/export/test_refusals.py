@@ -1,6 +1,7 @@
 """Each refusal code has a section in the docs, and each message names the line in forward and the remedy."""
 
 import re
+from collections import deque
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,9 +99,92 @@ def squashed(s: Any, x: Tensor) -> Tensor:
     return torch.tanh(y).real
 
 
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = gru(), nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+class MadeLate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = gru(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rnn(x)[0]
+        self.head = self.head or nn.Linear(y.shape[-1], 3)
+        return self.head(y)
+
+
+class OwnTables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = gru()
+
+    def named_parameters(self, *args: Any, **options: Any) -> Any:
+        raise KeyError("no tables")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+class Filling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, steps, ys = x.new_zeros(x.shape[0], 6), deque(maxlen=3), []
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+            steps.append(h)
+            ys.append(sum(steps))
+        return torch.stack(ys, 1)
+
+
+class Inverted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = gru()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rnn(x)[0]
+        return y @ torch.linalg.inv(torch.eye(6) + y.mT @ y / 100)
+
+
+def bytewise(s: Any, x: Tensor) -> Tensor:
+    n, ys = torch.zeros(x.shape[0], 1, dtype=torch.uint8), []
+    for step in x.unbind(1):
+        n = n + 1
+        ys.append(step * n)
+    return torch.stack(ys, 1)
+
+
+def without_values(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x)[0][..., :0]
+
+
+def sparse(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x)[0].to_sparse()
+
+
 @pytest.mark.parametrize(
     ("forward", "says"),
     [
+        (Lazy, r"'head.weight' has no values: before the export, call a module with lazy layers once"),
+        (MadeLate, r"makes parameters, as 'head.bias', in its first call.*make them in __init__"),
+        (OwnTables, r"code of the module fails.*KeyError: 'no tables' \(at .*test_refusals.py:\d+: raise KeyError"),
+        (Filling, r"\(at .*test_refusals.py:\d+: ys.append\(sum\(steps\)\)\).*start a list of earlier steps full"),
+        (bytewise, r"the loop of 'Made' carries torch.uint8; keep it .* as with n.long\(\)"),
+        (
+            Inverted,
+            r"inverts a matrix, .*\(at .*test_refusals.py:\d+: return y @ torch.linalg.inv.*ONNX has no operator",
+        ),
+        (without_values, r"output 'y' is \(2, \d, 0\), which holds no values; leave it out"),
+        (sparse, r"forward returns a sparse or nested tensor; return a padded one, as with y.to_dense\(\)"),
         (plain_length, r"the length to a plain number.*\(at .*test_refusals.py:\d+: steps = int\(x.shape\[1\]\)\)"),
         (row_by_row, r"layer 'rnn' depends on the batch size; call it once on the whole batch"),
         (WholeNumbers, r"\(at .*test_refusals.py:\d+: n = \(n \+ 8\) // .*\): compute in floats, as torch.floor"),

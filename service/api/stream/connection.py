@@ -75,7 +75,7 @@ class Connection:
         self._handles = Handles(app, tenant, model, served, recurring.clear)
         self._submitter = FrameSubmitter(app, name, self._handles, recurring, self._replies)
         self._rollouts = StreamRollouts(app, name, self._handles, self._replies, self._flow)
-        steps = JsonSteps(served.codec, self._handles, self._submitter, self._replies, self._flow, self._over_quota)
+        steps = JsonSteps(served.codec, self._submitter, self._flow, self._over_quota)
         self._control = Control(
             *(self._handles, (steps, self._rollouts), self._replies, self._flow),
             app.turns,

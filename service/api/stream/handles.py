@@ -16,12 +16,12 @@ from unroll.service.core.errors import (
     InvalidRequest,
     ModelChanged,
     NeedsStoreLookup,
-    SessionClosed,
     SessionUnknown,
 )
 from unroll.service.core.session_ids import check_id, new_id, owned, shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Life, Session
+from unroll.service.sessions.directory import replaced
 
 #: Maximum number of handles per connection.
 MAX_HANDLES = 65_536
@@ -97,13 +97,13 @@ class Handles:
             self._sessions.require_verified(self._name, before.id)
         stranded = self._sessions.directory.find_stranded(self._name, before.id)
         if stranded is not None and stranded.origin != before.origin:
-            raise replaced(before)
+            raise replaced(before.id)
         served, living = self._sessions.owner(self._name, None, before.id)
         if living is None:
             raise served.scheduler.sessions.closed.error(before.id, served.loop.clock.now())
         session = living
         if session.origin != before.origin:
-            raise replaced(before)
+            raise replaced(before.id)
         served.scheduler.set_retry_depth(session, before.depth)
         self.unbind(handle)
         self._bind(handle, served, session)
@@ -145,7 +145,9 @@ class Handles:
         except NeedsStoreLookup as needed:  # `verified` calls `close` in the same turn: the session keeps its row
             close = partial(self._unbind_and_close, handle)
             closed = await self._sessions.verified(self._name, needed.session_id, close)
-        return await self._close_durable(closed) if closed.durable is not None else closed.position
+        if closed.durable is None:
+            return closed.position
+        return (await self._sessions.close(self._name, None, closed.id, closed.origin))[1]
 
     def _unbind_and_close(self, handle: int) -> Session:
         """Free the handle and close the session, unless it is durable."""
@@ -212,21 +214,11 @@ class Handles:
                 f"connect to {served.name}:{served.version}"
             )
 
-    async def _close_durable(self, bound: Session) -> int:
-        if await self._sessions.origin(self._name, bound.id) != bound.origin:
-            raise replaced(bound)
-        return (await self._sessions.close(self._name, None, bound.id))[1]
-
 
 def check_present(served: ServedModel, session: Session) -> None:
     """Raises SessionError if the session is no longer here."""
     if session.life is Life.LEAVING or session.life is Life.GONE:
         table = served.scheduler.sessions
         if session.id in table:
-            raise replaced(session)
+            raise replaced(session.id)
         raise table.closed.error(session.id, served.loop.clock.now())
-
-
-def replaced(session: Session) -> SessionClosed:
-    """The error for a session after another was opened with its id."""
-    return SessionClosed(f"session {shown(session.id)!r} was closed; its id now belongs to another session")

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from unroll.service.api.stream.flow import FlowControl
-from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.messages import StepsRequest
-from unroll.service.api.stream.replies import Replies
 from unroll.service.api.stream.submission import FrameSubmitter
 from unroll.service.core.errors import InvalidShape, UnrollError
 from unroll.service.protocol.frames import SingleEntryFrame
@@ -22,17 +21,14 @@ class JsonSteps:
     def __init__(
         self,
         codec: Codec,
-        handles: Handles,
         submitter: FrameSubmitter,
-        replies: Replies,
         flow: FlowControl,
         over_quota: Callable[[int], UnrollError | None],
     ) -> None:
         self._codec = codec
         self._step_values = sum(math.prod(spec.shape) for spec in codec.outputs)
-        self._handles = handles
         self._submitter = submitter
-        self._replies = replies
+        self._replies = submitter.replies
         self._flow = flow
         self._over_quota = over_quota
 
@@ -47,19 +43,15 @@ class JsonSteps:
             return
         entry = SingleEntryFrame(request.handle, len(inputs[0]), request.position, inputs)
         self._flow.acquire(1, entry.steps)
-        answer = self._answer_with_rows if request.batch_rows else self._answer
+        answer = partial(self._answer, batch_rows=request.batch_rows)
         self._submitter.submit(entry, self._over_quota(entry.steps), answer)
         self._flow.update()
 
-    def _answer(self, entry: SingleEntryFrame, reply: Reply) -> None:
-        self._replies.answer_text(entry, self._outputs(entry, reply))
-
-    def _answer_with_rows(self, entry: SingleEntryFrame, reply: Reply) -> None:
-        """Answer with the size of the chunk's batch; null for a remembered reply."""
-        found = self._handles.find(entry.handle)
-        rows = None if found is None else found[0].scheduler.answered_rows or None
-        self._replies.answer_text(entry, {**self._outputs(entry, reply), "batch_rows": rows})
-
-    def _outputs(self, entry: SingleEntryFrame, reply: Reply) -> dict[str, Any]:
-        members: dict[str, Any] = {"position": reply.position, "outputs": self._codec.to_json(reply.outputs)}
-        return {"op": "outputs", "handle": entry.handle, **members, "reply_kept": reply.kept}
+    def _answer(self, entry: SingleEntryFrame, reply: Reply, *, batch_rows: bool) -> None:
+        """batch_rows: tell the size of the chunk's batch; null for a remembered reply."""
+        document: dict[str, Any] = {"op": "outputs", "handle": entry.handle, "position": reply.position}
+        document |= {"outputs": self._codec.to_json(reply.outputs), "reply_kept": reply.kept}
+        if batch_rows:
+            found = self._submitter.handles.find(entry.handle)
+            document["batch_rows"] = None if found is None else found[0].scheduler.answered_rows or None
+        self._replies.answer_text(entry, document)

@@ -3,7 +3,7 @@
 from unroll.service.api.app_state import AppState
 from unroll.service.api.rollout import RolloutCall, step_members
 from unroll.service.api.stream.flow import FlowControl
-from unroll.service.api.stream.handles import Handles, replaced
+from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.messages import RolloutRequest
 from unroll.service.api.stream.replies import Replies
 from unroll.service.core.errors import InvalidRequest, UnrollError
@@ -11,6 +11,7 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.frames import encode_rolled
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.session import Session
+from unroll.service.sessions.directory import replaced
 
 
 class StreamRollouts:
@@ -64,7 +65,7 @@ class _Sink:
     def check(self, session: Session) -> None:
         bound = self._bound
         if session is not bound and (bound.origin is None or session.origin != bound.origin):
-            raise replaced(bound)
+            raise replaced(bound.id)
 
     def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
         request = self._request
