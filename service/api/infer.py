@@ -82,8 +82,8 @@ class RepeatedInferStep(RepeatedStep):
                 step = self._served.codec.to_raw(batch[0])
             self._plan, self._request_id = _plan(self._served, self._name, parsed), parsed.id
             self._timeout = parsed.header.timeout or self._app.limits.request_timeout
-            self._opens = sequence.start
-            if self._opens and not self._open(sequence, step, request):
+            self._opening = None
+            if sequence.start and not self._open(sequence, step, request):
                 return None
         except UnrollError:
             return None
@@ -103,10 +103,11 @@ class RepeatedInferStep(RepeatedStep):
         check_id(session_id)
         served.codec.from_raw(step, None)  # an invalid step opens nothing
         app.sessions.refuse_another(request.tenant)
-        session = served.scheduler.open_to_join(session_id, served.loop.clock.now())
+        now = served.loop.clock.now()
+        session = served.scheduler.open_to_join(session_id, now, now + self._timeout)
         if session is None:
             return False
-        self._session, self._id = session, sequence.id
+        self._session, self._id, self._opening = session, sequence.id, Opening(session_id)
         return True
 
     def complete(self, written: tuple[bytes, ...], position: int) -> None:
