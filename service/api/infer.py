@@ -104,7 +104,7 @@ class RepeatedInferStep(RepeatedStep):
         served.codec.from_raw(step, None)  # an invalid step opens nothing
         app.sessions.refuse_another(request.tenant)
         now = served.loop.clock.now()
-        session = served.scheduler.open_to_join(session_id, now, now + self._timeout)
+        session = served.scheduler.joined.open(session_id, now, now + self._timeout)
         if session is None:
             return False
         self._session, self._id, self._opening = session, sequence.id, Opening(session_id)

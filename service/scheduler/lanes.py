@@ -77,6 +77,7 @@ class Lanes:
 
     @property
     def single_steps(self) -> int:
+        """How many single steps are ready."""
         return len(self._lanes.get(1, ()))
 
     def is_long(self, steps: int) -> bool:

@@ -179,7 +179,7 @@ class Loop:
 
     def _run_steps(self, count: int, now: float) -> bool:
         """Run so many single steps without a turn, whose cost a single client feels; False if other work waits, too."""
-        if self.scheduler.single_steps < count or self._cost(count, 1) > LAUNCHED_SECONDS:
+        if self.scheduler.lanes.single_steps < count or self._cost(count, 1) > LAUNCHED_SECONDS:
             return False
         try:
             actions, batch = self.scheduler.next_turn(now)
@@ -229,7 +229,8 @@ class Loop:
         if self._crash is not None:
             raise self._crash
         if self.scheduler.idle and not self._launched:
-            self.scheduler.rest(self.clock.now())
+            self.scheduler.sessions.expire(self.clock.now())
+            self.scheduler.pace.rest()
             self._work.clear()
             await self._work.wait()
             return
