@@ -97,9 +97,7 @@ async def shares(folder: Path, floods: Mapping[str, int], seconds: float) -> dic
     running, keys = await asyncio.to_thread(_serve, folder, *floods)
     with SlowEngine(running.model(MODEL).loop, _BATCH_SECONDS):
         flooding = [
-            (tenant, await _flood(running, keys[tenant], seconds))
-            for tenant in floods
-            for _ in range(floods[tenant])
+            (tenant, await _flood(running, keys[tenant], seconds)) for tenant in floods for _ in range(floods[tenant])
         ]
         accepted = Counter[str]()
         for tenant, answers in flooding:
