@@ -25,9 +25,10 @@ from unroll.service.core.errors import (
     SessionExists,
     SessionExpired,
     SessionGone,
+    UnrollError,
 )
 from unroll.service.core.session_ids import shown, tenant_of
-from unroll.service.scheduler.closed_sessions import ClosedSessions
+from unroll.service.scheduler.closed_sessions import ClosedSessions, replaced
 from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.recency import Recency
@@ -168,9 +169,11 @@ class SessionTable:
         if session.life is OPEN and (now - progress.last_used < self.idle_timeout or progress.active is not None):
             return progress
         self.expire(now)
-        if session.id in self._live:
-            raise SessionClosed(f"session {shown(session.id)!r} was closed; its id now belongs to another session")
-        raise self.closed.error(session.id, now)
+        raise self.ended(session, now)
+
+    def ended(self, session: Session, now: float) -> UnrollError:
+        """The error for a request to a session that is no longer open."""
+        return replaced(session.id) if session.id in self._live else self.closed.error(session.id, now)
 
     def detach_from_cohort(self, session: Session) -> Session:
         """Return the session with its own progress, dissolving its cohort if it is in one."""
