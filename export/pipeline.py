@@ -40,7 +40,7 @@ from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
 from unroll.export.options import ExportOptions, Progress
 from unroll.export.report import Report, notes_on
-from unroll.export.signature.arguments import check_arguments, resized
+from unroll.export.signature.arguments import check_arguments, check_types, resized
 from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
@@ -179,6 +179,7 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
+            check_types(module, example_inputs)
             preconditions.check_weights(module)
             with _random_states(), _few_threads(module), _uncollected(), programs.in_python():
                 return self._run(module, example_inputs)
