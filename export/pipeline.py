@@ -2,14 +2,12 @@
 
 import copy
 import gc
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -35,6 +33,7 @@ from unroll.export.lifting.observe import Observation, find_history, keep_squeez
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
 from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments, move_time
+from unroll.export.loading.random_weights import random_states_kept
 from unroll.export.onnx.graph import Trace, to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
@@ -58,18 +57,6 @@ from unroll.export.verification.trials import Subject
 
 #: Models with fewer parameters run faster on one thread, because several would spin while they wait for each other.
 _SMALL = 2**25
-
-
-@contextmanager
-def _random_states() -> Iterator[None]:
-    """Preserve the caller's random states."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
 
 
 @contextmanager
@@ -181,7 +168,7 @@ class Pipeline:
         try:
             check_types(module, example_inputs)
             preconditions.check_weights(module)
-            with _random_states(), _few_threads(module), _uncollected(), programs.in_python():
+            with random_states_kept(), _few_threads(module), _uncollected(), programs.in_python():
                 return self._run(module, example_inputs)
         except ExportError:
             raise
@@ -328,16 +315,11 @@ class Pipeline:
         return Judged(replace(draft, streamable=reason is None, not_streamable_because=reason), samples)
 
     def _prove(self, traced: Traced, judged: Judged) -> Candidate:
-        manifest, samples = judged.manifest, judged.samples
-        reference, _, _ = traced.runners.subjects(samples, manifest)
+        reference, single, served = traced.runners.subjects(judged.samples, judged.manifest)
         golden = parity.make_golden(reference)
-        proven = parity.prove(golden, traced.runners, samples, manifest, traced.suspects)
-        manifest = replace(manifest, parity=proven)
-        _, _, served = traced.runners.subjects(samples, manifest)
-        padding = probes.padding_differs(served)
-        ragged = all(padding[entry.output] <= entry.tolerance for entry in manifest.parity)
-        bit_exact = probes.is_bit_exact(served) and not (ragged and any(padding.values()))
-        return Candidate(traced.content, golden, replace(manifest, ragged=ragged, bit_exact=bit_exact))
+        proven = parity.prove(golden, reference, single, served, traced.suspects)
+        manifest = probes.with_batching(served, replace(judged.manifest, parity=proven, ragged=True))
+        return Candidate(traced.content, golden, manifest)
 
     def _reduce(self, candidate: Candidate, lifted: Lifted, traced: Traced, judged: Judged) -> Candidate:
         """Convert to the requested precision, and apply the allowed error."""

@@ -46,7 +46,7 @@ PYTHON, C, WRITES = KINDS = ("Python", "C", "writes")
 _MODEL = "policy"
 _SESSIONS = f"/v1/models/{_MODEL}/sessions"
 _ROW = np.ones((1, 3), np.float32)
-_TOGETHER, _ENTRIES, _STEPS = 16, 256, 64
+_TOGETHER, _CROWD, _ENTRIES, _STEPS = 16, 512, 256, 64
 #: Turns of the event loop after which all work is done.
 _TURNS = 100
 #: Requests before the one that counts, to fill all caches.
@@ -253,12 +253,14 @@ async def _in_memory(server: Server) -> Figures:
     raw, text = _ROW.tobytes(), {"inputs": _ROW.tolist()}
     together = [await server.step(f"together-{i}", raw) for i in range(_TOGETHER)]
     in_json = [await server.step(f"json-{i}", text) for i in range(_TOGETHER)]
+    crowd = [await server.step(f"crowd-{i}", raw) for i in range(_CROWD)]
     infer = [await server.infer(i) for i in range(1, _TOGETHER + 1)]
     sequence = server.request(f"/v1/models/{_MODEL}/sequences", _STEPS * raw, **{"unroll-steps": str(_STEPS)})
     return {
         f"{_TOGETHER} raw steps in one turn": await count(together),
         f"{_TOGETHER} JSON steps in one turn": await count(in_json),
         f"{_TOGETHER} infer steps in one turn": await count(infer),
+        f"{_CROWD} raw steps in one turn": await count(crowd),
         "raw step": await count([await server.step("raw", raw)]),
         "JSON step": await count(in_json[:1]),
         "infer step": await count(infer[:1]),

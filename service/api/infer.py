@@ -161,14 +161,13 @@ def _sequence_steps(
         raise InvalidShape("a request for a sequence must have batch size 1")
     chunk = Chunk(batch[0], session, sequence.position, final=sequence.end)
     if session is None:
-        now = served.loop.clock.now()
-        if (reply := served.scheduler.replay_closing(sequence.id, chunk, now)) is not None:
+        if (reply := served.scheduler.replay_closing(sequence.id, chunk, served.loop.clock.now())) is not None:
             settled(reply)
             return nothing_to_cancel
         if chunk.final and chunk.pinned:
             app.sessions.directory.check_closing_chunk(name, sequence.id, chunk)
         if not sequence.start:
-            raise served.scheduler.sessions.closed.error(sequence.id, now)
+            raise served.ended(sequence.id)
         if request.tenant and app.sessions.directory.living(name, sequence.id) is None:  # a restart adds no session
             app.sessions.refuse_another(request.tenant)
     app.meter.take(request.tenant, len(batch[0][0]))

@@ -1,4 +1,4 @@
-"""Single steps over HTTP: they join the open group, and a repeated one reuses the lookups of the previous one."""
+"""Single steps over HTTP: they run in groups, and a repeated one reuses the lookups of the previous one."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,6 +42,7 @@ class RepeatedStep:
     )
 
     failure = staticmethod(problem)
+    patient = False
     write: Callable[[Tensors], Sequence[Any]]
     _session: Session  # known from `submit` on
 
@@ -64,14 +65,14 @@ class RepeatedStep:
         self.write = served.codec.rows_to_raw
 
     def submit(self, chunk: Chunk, settled: Answering[Any, Any]) -> Cancel:
-        """Join the first step to the open group, or submit it as a chunk, which `settled` answers."""
+        """Join the first step to those that wait, or submit it as a chunk, which `settled` answers."""
         joins = self._served.loop.join_chunk(chunk, self._timeout, self)
         assert chunk.session is not None
         self._session = chunk.session
         return self._leave if joins else submit_chunk(self._served.loop, chunk, self._timeout, settled)
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
-        """Join the step to the open group, perhaps after a lookup; None if it must be handled as any request."""
+        """Join the step to those that wait, perhaps after a lookup; None if it must be handled as any request."""
         tenant = request.tenant
         if tenant != self._tenant or (tenant and self._app.meter.limits(tenant)):
             return None

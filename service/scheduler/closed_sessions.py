@@ -23,6 +23,8 @@ _REASONS = {
     SessionExpired: "was idle for too long and expired",
     SessionEvicted: "was evicted to make room for others",
 }
+#: How a session can end, by code.
+CAUSES: dict[str, type[SessionGone]] = {cause.code: cause for cause in _REASONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,11 @@ class _Ends:
 
 
 _NOTHING = _Ends()
+
+
+def replaced(session_id: str) -> SessionClosed:
+    """The error for a session after another was opened with its id."""
+    return SessionClosed(f"session {shown(session_id)!r} was closed; its id now belongs to another session")
 
 
 class ClosedSessions:

@@ -17,8 +17,7 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Action, Chunk, PendingCommit
-from unroll.service.scheduler.joined_steps import StepListener
+from unroll.service.scheduler.chunk import Action, Chunk, PendingCommit, StepListener
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
@@ -145,7 +144,7 @@ class Loop:
             self.scheduler.cancel(chunk, self.clock.now())
 
     def join_chunk(self, chunk: Chunk, timeout: float, listener: StepListener) -> bool:
-        """Add a chunk of one step to the open group, see `Scheduler.join`."""
+        """Queue a chunk of one step, see `Scheduler.join`."""
         self._refresh(chunk.session)
         now = self.clock.now()
         joins = self.scheduler.join(chunk, now, now + timeout, listener)
@@ -162,8 +161,9 @@ class Loop:
         *,
         ends: bool = False,
     ) -> bool:
-        """Add the next step of a session to the open group, see `JoinedSteps.join`."""
-        self._refresh(session)
+        """Queue the next step of a session, see `JoinedSteps.join`."""
+        if session.durable is not None:
+            self._refresh(session)
         now = self.clock.now()
         if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, ends=ends):
             return False

@@ -28,24 +28,23 @@ from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
     NeedsStoreLookup,
-    SessionClosed,
     SessionError,
     UnrollError,
 )
-from unroll.service.core.session_ids import shown, tenant_of
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Action, Chunk, Group, Opening, PendingCommit
+from unroll.service.scheduler.chunk import Action, Chunk, Group, Opening, PendingCommit, StepListener
 from unroll.service.scheduler.commits import Commits
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
-from unroll.service.scheduler.joined_steps import JoinedSteps, OpenGroup, StepListener
+from unroll.service.scheduler.joined_steps import JoinedSteps
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
-from unroll.service.scheduler.reply import Reply, payload_digest
+from unroll.service.scheduler.reply import Reply, payload_digest, to_bytes
 from unroll.service.scheduler.rollout import Rollouts
 from unroll.service.scheduler.session import Session, Work
 from unroll.service.scheduler.session_queue import SessionQueues
@@ -84,7 +83,9 @@ class Scheduler:
             sessions, self.counters.count_gone, self.replay.write_last_step, spill, self.replay.forget
         )
         self.pace = Pace(limits)
-        self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
+        self._lanes = Lanes(
+            traits, limits, self.workspaces, self.pace, self._is_over, lambda steps, now: self.joined.group(steps, now)
+        )
         self._admission = Admission(limits, self.pace, self.counters, self._lanes.owners)
         self.overload = self._admission.overload
         self._queues = SessionQueues(self._lanes, self.sessions)
@@ -160,12 +161,15 @@ class Scheduler:
         return chunk
 
     def join(self, chunk: Chunk, now: float, deadline: float, listener: StepListener) -> bool:
-        """Add a chunk of one step to the open group; False if it must be submitted. Raises like `submit`."""
-        chunk.deadline = deadline
-        if chunk.session is None:
+        """Queue a chunk of one step as a `Step`; False if it must be submitted. Raises like `submit`."""
+        chunk.deadline, session = deadline, chunk.session
+        if session is None:
             assert chunk.opening is not None
-            chunk.session = self._open_with(chunk, chunk.opening, now)
-        return self.joined.join_chunk(chunk, chunk.session, now, listener)
+            session = chunk.session = self._open_with(chunk, chunk.opening, now)
+        if chunk.final and chunk.pinned:  # its reply is kept for retries
+            return False
+        position, step = chunk.start if chunk.pinned else None, to_bytes(chunk.inputs)
+        return self.joined.join(session, position, step, now, deadline, listener, chunk.opening, ends=chunk.final)
 
     def replay_closing(self, session_id: str, chunk: Chunk, now: float) -> Reply | None:
         """The reply to the chunk that closed the session, if `chunk` is a retry."""
@@ -212,7 +216,6 @@ class Scheduler:
         """
         self.sessions.require_open(session, now)
         self._completion.close(session, now)
-        self.joined.refuse(session, SessionClosed(f"session {shown(session.id)!r} was closed"), now)
 
     def restart(self, session: Session, now: float) -> None:
         """Close a session because its client opened another under the same id; counted as a restart."""
@@ -229,8 +232,6 @@ class Scheduler:
     def next_turn(self, now: float) -> tuple[list[Action], Batch]:
         """The actions to run first, and the batch, which is empty if nothing is waiting."""
         self.sessions.expire(now)
-        if self.joined.group is not None:
-            self.joined.close(now)
         batch = self._lanes.take(now)
         actions = self._queues.take_actions() if self._queues.actions else []
         if not batch.rows and not actions:
@@ -288,7 +289,7 @@ class Scheduler:
             row += 1
         self._completion.batch_rows = 0
         if self._admission.begins_overload(batch.rows, now):
-            self._completion.shed([] if self.joined.group is None else self.joined.group.sessions, now)
+            self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
 
     def estimated_wait(self) -> float:
@@ -336,12 +337,11 @@ class Scheduler:
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
         """Whether the work has been answered. Work past its deadline fails here."""
         if now >= work.deadline:
-            if isinstance(work, OpenGroup):
-                self.joined.end_late(work, _late(), now)
-            elif isinstance(work, Group):
-                self.groups.fail(work, _late(), now)
+            late = DeadlineExceeded("the deadline passed before the work started")
+            if isinstance(work, Group):
+                self.groups.fail(work, late, now)
             elif work.is_new:
-                self._completion.fail(work, _late(), now)
+                self._completion.fail(work, late, now)
         return work.outcome is not None
 
     def check_invariants(self) -> None:
@@ -361,7 +361,3 @@ class Scheduler:
         assert sum(rows) == self.in_flight, f"{self.in_flight - sum(rows)} chunks are in flight without an owner"
         if self.idle:
             self._admission.check_invariants()
-
-
-def _late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the work started")

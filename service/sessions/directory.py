@@ -1,7 +1,7 @@
 """Finds the version that serves a session, or that knows how the session ended."""
 
 from unroll.service.core.clock import Clock
-from unroll.service.core.errors import ModelChanged, SessionClosed, SessionExists
+from unroll.service.core.errors import ModelChanged, SessionExists
 from unroll.service.core.session_ids import shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
@@ -98,7 +98,7 @@ class SessionDirectory:
         """
         served, session = self.owner(name, version, session_id)
         if session is None:
-            raise served.scheduler.sessions.closed.error(session_id, self._clock.now())
+            raise served.ended(session_id)
         return served, session
 
     def check_free(self, name: str, session_id: str) -> None:
@@ -107,8 +107,3 @@ class SessionDirectory:
             raise SessionExists(f"session {shown(session_id)!r} is open", position=living[1].position)
         if (stranded := self.find_stranded(name, session_id)) is not None:
             raise SessionExists(f"session {shown(session_id)!r} is open", position=stranded.position)
-
-
-def replaced(session_id: str) -> SessionClosed:
-    """The error for a session after another was opened with its id."""
-    return SessionClosed(f"session {shown(session_id)!r} was closed; its id now belongs to another session")

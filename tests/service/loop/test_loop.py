@@ -18,8 +18,7 @@ from unroll.service.core import turns as slices
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, SessionContended, UnrollError
 from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
-from unroll.service.scheduler.chunk import Chunk
-from unroll.service.scheduler.joined_steps import StepListener
+from unroll.service.scheduler.chunk import Chunk, StepListener
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.reply import Outcome, Reply
@@ -65,6 +64,8 @@ class GatedEngine:
 
 class Listener:
     """Of a joined step."""
+
+    patient = False
 
     def __init__(self) -> None:
         self.position: asyncio.Future[int] = asyncio.get_running_loop().create_future()
