@@ -2,7 +2,8 @@
 
 onnxruntime checks integer divisors for 0 but not for -1. Dividing the smallest integer by -1 crashes the process, so
 integers may be divided only by constants. Graphs do not declare the types of inner tensors, so the types are inferred;
-tensors of unknown type count as integers.
+tensors of unknown type count as integers. A GRU or LSTM that gets an empty sequence or batch also crashes the process,
+unless it has the input `sequence_lens`, which export writes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ _TYPED_BY = {"CastLike": 1, "OneHot": 2, "Where": 1}
 _OTHERS_DIFFER = {"Dropout", "MaxPool", "TopK", "Unique"}
 _ALWAYS = {"DequantizeLinear", "com.microsoft.DynamicQuantizeLSTM"}
 _ALWAYS |= {"com.microsoft.DynamicQuantizeMatMul", "com.microsoft.MatMulIntegerToFloat"}
+#: Layers that crash without it, and the index of their input `sequence_lens`.
+_LAYERS, _LENGTHS = {"GRU", "LSTM", "com.microsoft.DynamicQuantizeLSTM"}, 4
 #: Operators with another output type than their first input's, or one that an attribute specifies.
 _UNKNOWN = frozenset(
     """
@@ -100,6 +103,8 @@ class Scope:
             return "" if inputs[1:] and inputs[1] in self.constants else " of integers by computed ones"
         if node.operator == "STFT" and any(inputs[3:]) and inputs[3] not in self.constants:
             return " of a computed length"
+        if node.operator in _LAYERS and not any(inputs[_LENGTHS : _LENGTHS + 1]):
+            return " without sequence_lens"
         return " in training" if node.operator == "Dropout" and any(inputs[2:]) else ""
 
     def _is_float(self, name: str) -> bool:

@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from conformance import children, modules, onnx_registry, trees
@@ -22,7 +22,7 @@ from conformance.children import Died
 from conformance.oracle import Wrong, WrongBits, examine
 from conformance.strategies import trees as any_tree
 from conformance.trees import Tree
-from unroll.export import ExportError, export
+from unroll.export import ExportError, Report, export
 
 #: Trees per child process.
 _TOGETHER = 25
@@ -55,12 +55,7 @@ def judge(tree: Tree) -> Verdict:
     model = modules.build(tree)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            example = {
-                name: torch.from_numpy(array.swapaxes(0, 1).copy() if tree.time_first else array)
-                for name, array in modules.draw(tree, 2, 7, np.random.default_rng(1)).items()
-            }
-            none = {"mask": None} if tree.mask == "None" else {}
-            report = export(model, example | none, name="m", repository=folder, batch_first=not tree.time_first)
+            report = _export(model, Path(folder))
         except ExportError as refusal:
             return verdict("crashed" if refusal.code == "internal" else "refused", refusal.code, str(refusal))
         except Exception as failure:  # noqa: BLE001 any other exception is a finding
@@ -82,6 +77,25 @@ def judge(tree: Tree) -> Verdict:
         if report.manifest.streamable:
             return verdict("streams", error=error)
         return verdict("whole only", "", str(report.manifest.not_streamable_because), error=error)
+
+
+def _export(model: modules.Model, folder: Path) -> Report:
+    tree, options = model.tree, dict[str, Any]()
+    example: dict[str, Any] = modules.arguments(tree, modules.draw(tree, 2, 7, np.random.default_rng(1)))
+    if isinstance(model, modules.StepModel):
+        example = modules.at(example, 0) | model.start(2)
+        options = {"step": True, "state": dict.fromkeys(model.start(2), "y1")}
+    return export(
+        model,
+        example | ({"mask": None} if tree.mask == "None" else {}),
+        name="m",
+        repository=folder,
+        batch_first=tree.layout != "time first",
+        time_last=tree.layout == "time last",
+        static={"goal"} & example.keys(),
+        allow_nan={"x"} if tree.source == "missing" else (),
+        **options,
+    )
 
 
 def draw(count: int) -> Iterator[Tree]:

@@ -32,7 +32,7 @@ class LoopBlock(nn.Module):
         self.to_memory = nn.Linear(inputs, hidden)
         self.scale = self._held(0.5 + 0.5 * torch.rand(hidden))
         self.h: Any = None
-        if block.cell in {"LSTMCell", "GRUCell", "RNNCell"}:
+        if block.cell in {"LSTMCell", "GRUCell", "RNNCell", "GRU"}:
             self.cell = getattr(nn, block.cell)(inputs, hidden)
         else:
             self.wx = nn.Linear(inputs, 4 * hidden)
@@ -56,6 +56,8 @@ class LoopBlock(nn.Module):
                 break
             if late == "reset" and t % when == 0:
                 h, c = torch.zeros_like(h), torch.zeros_like(c)
+            if self.block.memory == "reset":
+                h, c = (torch.where(self.to_memory(step)[:, :1] > 1, 0, state) for state in (h, c))
             before, now = h, t if late == "argument" else 0
             h, c = self._step(step, h, c, now)
             h, memory = self._remember(step, h, memory)
@@ -211,6 +213,8 @@ class LoopBlock(nn.Module):
             return self.cell(x, (h, c))
         if self.block.cell in {"GRUCell", "RNNCell"}:
             return self.cell(x, h), c
+        if self.block.cell == "GRU":
+            return self.cell(x[None], h[None])[0][0], c
         if self.block.cell == "minimal":
             forget = (self.wx(x) + self.wh(h)).chunk(4, 1)[0].sigmoid()
             candidate = (self.wx(x) + self.wh(forget * h)).chunk(4, 1)[1].tanh()

@@ -1,6 +1,7 @@
 """Builds the modules described by `trees.py`, with seeded weights, and their inputs."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,7 @@ def build_block(block: Block) -> nn.Module:
 
 
 class Model(nn.Module):
-    """A tree's model. Its forward takes `x`, `token` or both, perhaps `mask`; its results follow `tree.end`."""
+    """A tree's model. Its forward takes `x`, `token` or both, and more; its results follow `tree.end`."""
 
     def __init__(self, tree: Tree) -> None:
         super().__init__()
@@ -251,20 +252,34 @@ class Model(nn.Module):
         recurrent = [module for module in self.modules() if isinstance(module, RecurrentBlock)]
         self.last = recurrent[-1] if recurrent else None
         if self.last is not None:
-            self.last.keeps, self.last.tells = tree.end == "kept", tree.end == "state"
+            self.last.keeps, self.last.tells = tree.end in {"kept", "step"}, tree.end == "state"
+        for module in recurrent if tree.end == "step kept" else ():
+            module.keeps = True
 
-    def forward(self, x: Tensor | None = None, token: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        steps = [piece for piece in (x, None if token is None else self.embedding(token)) if piece is not None]
+    def forward(
+        self,
+        x: Tensor | None = None,
+        token: Tensor | None = None,
+        mask: Tensor | None = None,
+        goal: Tensor | None = None,
+    ) -> Any:
+        x = None if x is None else to_steps(x, self.tree)
+        if x is not None and self.tree.source == "missing":
+            x = torch.where(torch.isnan(x), 0.3, x)
+        steps = [
+            piece
+            for piece in (x, None if token is None else self.embedding(to_steps(token, self.tree)))
+            if piece is not None
+        ]
         hidden = steps[0] if len(steps) == 1 else steps[0] + steps[1]
+        if goal is not None:
+            hidden = hidden + goal.unsqueeze(1)
         if mask is not None:
-            hidden = hidden.masked_fill(mask.unsqueeze(-1), 0)
-        if self.tree.time_first:
-            hidden = hidden.transpose(0, 1)
-        y = self.head(self.blocks(hidden))
-        return self._end(y)
+            hidden = hidden.masked_fill(to_steps(mask, self.tree).unsqueeze(-1), 0)
+        return self._end(self.head(self.blocks(hidden)))
 
     def _end(self, y: Tensor) -> Any:
-        steps = y.transpose(0, 1) if self.tree.time_first else y
+        steps = from_steps(y, self.tree)
         match self.tree.end:
             case "last":
                 return y[:, -1]
@@ -284,6 +299,42 @@ class Model(nn.Module):
                 return steps
 
 
+class StepModel(Model):
+    """Computes one time step. With `tree.end == "step"`, takes and returns the last recurrent layer's state."""
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        token: Tensor | None = None,
+        mask: Tensor | None = None,
+        goal: Tensor | None = None,
+        state: Any = None,
+    ) -> Any:
+        if self.last is not None and state is not None:
+            keep = 1 if mask is None else 1 - mask.to(self.head.weight.dtype)[None, :, None]
+            self.last.kept = tuple(part * keep for part in state) if isinstance(state, tuple) else state * keep
+        x, token, mask = (None if piece is None else piece.unsqueeze(1) for piece in (x, token, mask))
+        y = super().forward(x, token, mask, goal)
+        return y[:, 0] if self.last is None or state is None else (y[:, 0], self.last.kept)
+
+    def start(self, batch: int) -> dict[str, Any]:
+        """The state argument at the start of a sequence, if there is one."""
+        if self.last is None or self.tree.end != "step":
+            return {}
+        h, c = (torch.zeros_like(one).repeat(1, batch, 1) for one in (self.last.h, self.last.c))
+        return {"state": (h, c) if self.last.block.kind == "LSTM" else h}
+
+
+def to_steps(tensor: Tensor, tree: Tree) -> Tensor:
+    """From the layout of the tree's forward to (batch, time, ...)."""
+    return {"time first": tensor.transpose(0, 1), "time last": tensor.movedim(-1, 1)}.get(tree.layout, tensor)
+
+
+def from_steps(tensor: Tensor, tree: Tree) -> Tensor:
+    """The opposite of `to_steps`."""
+    return {"time first": tensor.transpose(0, 1), "time last": tensor.movedim(1, -1)}.get(tree.layout, tensor)
+
+
 #: The bundle's outputs by `tree.end`, each with whether it has a time axis.
 OUTPUTS: dict[str, dict[str, bool]] = {
     "last": {"y": False},
@@ -297,7 +348,7 @@ OUTPUTS: dict[str, dict[str, bool]] = {
 def build(tree: Tree) -> Model:
     """Build the model, with weights far enough from zero to have a visible effect."""
     torch.manual_seed(tree.seed)
-    model = Model(tree)
+    model = StepModel(tree) if is_step(tree) else Model(tree)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.BatchNorm1d)):
@@ -305,12 +356,20 @@ def build(tree: Tree) -> Model:
     return model.eval()
 
 
+def is_step(tree: Tree) -> bool:
+    return tree.end in {"step", "step kept"}
+
+
 def draw(tree: Tree, batch: int, time: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw inputs, each (batch, time, ...), independent of the model's own axes."""
+    """Draw inputs, each (batch, time, ...) but `goal`, independent of the model's own axes."""
     found: dict[str, np.ndarray] = {}
     if tree.source != "tokens":
         found["x"] = rng.standard_normal((batch, time, tree.width)).astype(np.float32)
-    if tree.source != "floats":
+    if tree.source == "missing":
+        found["x"][rng.random(found["x"].shape) < 0.2] = np.nan
+    if tree.source == "goal":
+        found["goal"] = rng.standard_normal((batch, tree.width)).astype(np.float32)
+    if tree.source in {"tokens", "both"}:
         found["token"] = rng.integers(0, VOCABULARY, (batch, time))
     if tree.mask == "booleans":
         found["mask"] = rng.random((batch, time)) < 0.3
@@ -320,20 +379,42 @@ def draw(tree: Tree, batch: int, time: int, rng: np.random.Generator) -> dict[st
 def answers(model: Model, inputs: dict[str, np.ndarray], *, double: bool) -> dict[str, np.ndarray]:
     """The model's own answers, with the bundle's names and axes (batch, time, ...)."""
     tree = model.tree
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    if tree.time_first:
-        tensors = {name: tensor.transpose(0, 1) for name, tensor in tensors.items()}
+    tensors = arguments(tree, inputs)
     if double:
         tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
     with torch.no_grad():
+        if isinstance(model, StepModel):
+            return {"y": _stepped(model, tensors).numpy()}
         returned = model(**tensors)
     outputs = OUTPUTS.get(tree.end, {"y": True})
     flat = list(_tensors(returned))[: len(outputs)]
-    swapped = tree.time_first or tree.end == "time first"
+    layout = replace(tree, layout="time first") if tree.end == "time first" else tree
     return {
-        name: (tensor.transpose(0, 1) if time and swapped else tensor).numpy()
+        name: (to_steps(tensor, layout) if time else tensor).numpy()
         for (name, time), tensor in zip(outputs.items(), flat, strict=True)
     }
+
+
+def arguments(tree: Tree, inputs: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """The inputs in the layout of the tree's forward."""
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    return {name: tensor if name == "goal" else from_steps(tensor, tree) for name, tensor in tensors.items()}
+
+
+def at(inputs: dict[str, Any], step: int) -> dict[str, Any]:
+    """One time step of inputs, without the time."""
+    return {name: array if name == "goal" else array[:, step] for name, array in inputs.items()}
+
+
+def _stepped(model: StepModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Call a step model for each time step."""
+    series = next(tensor for name, tensor in inputs.items() if name != "goal")
+    state, steps = model.start(len(series)), []
+    for t in range(series.shape[1]):
+        y = model(**at(inputs, t), **state)
+        y, state = (y[0], {"state": y[1]}) if state else (y, state)
+        steps.append(y)
+    return torch.stack(steps, 1)
 
 
 def differs_when_called_again(tree: Tree, calls: int) -> str | None:
@@ -341,11 +422,11 @@ def differs_when_called_again(tree: Tree, calls: int) -> str | None:
 
     The answers must be equal; if the module keeps a state, they must be those for the whole sequence.
     """
-    keeps = tree.end == "kept"
+    keeps = tree.end in {"kept", "step kept"}
     model, inputs = build(tree).double(), draw(tree, 2, calls if keeps else 8, np.random.default_rng(tree.seed))
     whole = answers(build(tree).double(), inputs, double=True)
     for call in range(calls):
-        piece = {name: array[:, call : call + 1] for name, array in inputs.items()} if keeps else inputs
+        piece = {n: array if n == "goal" or not keeps else array[:, call : call + 1] for n, array in inputs.items()}
         for name, array in answers(model, piece, double=True).items():
             expected = whole[name][:, call : call + 1] if keeps else whole[name]
             if not np.allclose(array, expected, 1e-6, 1e-6, equal_nan=True):

@@ -9,10 +9,12 @@ from conformance.trees import (
     AlongKind,
     Block,
     Both,
+    Cell,
     Conv,
     Counter,
     Dense,
     Elementwise,
+    End,
     Frames,
     Holds,
     Iterates,
@@ -59,9 +61,8 @@ def recurrents(draw: Draw, inputs: int, outputs: int | None = None) -> Recurrent
 
 @st.composite
 def loops(draw: Draw, inputs: int) -> Loop:
-    cells = ("LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm")
     return Loop(
-        draw(st.sampled_from(cells)),
+        draw(st.sampled_from(get_args(Cell))),
         inputs,
         hidden=draw(st.integers(1, 5)),
         iterates=draw(st.sampled_from(get_args(Iterates))),
@@ -140,14 +141,13 @@ def trees(draw: Draw) -> Tree:
         chain.insert(place, draw(recurrents(inputs, outputs=inputs if following else None)))
     if not chain:
         chain.append(Dense(width, width))
+    end = draw(st.sampled_from(("last", "steps", "steps", "steps", "steps", *get_args(End))))
     return Tree(
-        source=draw(st.sampled_from(("floats", "floats", "tokens", "both"))),
+        source=draw(st.sampled_from(("floats", "floats", "floats", "tokens", "both", "goal", "missing"))),
         width=width,
         blocks=tuple(chain),
-        end=draw(
-            _mostly("steps", "last", "last", "mean", "maximum", "steps and last", "dict", "time first", "state", "kept")
-        ),
-        time_first=draw(_mostly(False, True)),
+        end=end,
+        layout="batch first" if "step" in end.split() else draw(_mostly("batch first", "time first", "time last")),
         mask=draw(_mostly("left out", "None", "booleans")),
         seed=draw(st.integers(0, 9)),
     )

@@ -65,13 +65,15 @@ Memory = Literal[
     "dict",
     "attribute",
     "masked",
+    "reset",
 ]
 Holds = Literal["parameter", "dict", "object", "closure", "list"]
+Cell = Literal["LSTMCell", "GRUCell", "RNNCell", "GRU", "minimal", "peephole", "layer norm"]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A cell in a Python loop over time; no library has the cells `minimal` and `peephole`.
+    """A cell, or a layer, in a Python loop over time; no library has the cells `minimal` and `peephole`.
 
     `late` is how behaviour changes from step `when` on, every `when` steps, or beyond a length of `when`.
 
@@ -80,7 +82,7 @@ class Loop:
         holds: where a tensor of weights is kept.
     """
 
-    cell: Literal["LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm"]
+    cell: Cell
     inputs: int
     hidden: int
     iterates: Iterates = "range"
@@ -236,20 +238,38 @@ Block: TypeAlias = (
 )
 
 
+End = Literal[
+    "steps",
+    "last",
+    "mean",
+    "maximum",
+    "steps and last",
+    "dict",
+    "time first",
+    "state",
+    "kept",
+    "step",
+    "step kept",
+]
+
+
 @dataclass(frozen=True)
 class Tree:
     """A model.
 
     Attributes:
-        source: its inputs: floats, a token id, or both.
+        source: its inputs: floats, a token id, or both; floats with a `goal` that has no time, or with NaN for missing.
         mask: an argument whose default is None: left out, given as None, or given as booleans, one for each step.
-        end: its result; `state` also returns the last recurrent layer's state, `kept` stores it in the module.
+        end: its result; `state` also returns the last recurrent layer's state, `kept` stores it in the module. With
+            `step`, forward computes one time step: it takes and returns that state, reset by the mask, or keeps those
+            of all layers.
+        layout: where forward has the batch and the time.
     """
 
-    source: Literal["floats", "tokens", "both"]
+    source: Literal["floats", "tokens", "both", "goal", "missing"]
     width: int
     blocks: tuple[Block, ...]
-    end: Literal["steps", "last", "mean", "maximum", "steps and last", "dict", "time first", "state", "kept"]
-    time_first: bool = False
+    end: End
+    layout: Literal["batch first", "time first", "time last"] = "batch first"
     mask: Literal["left out", "None", "booleans"] = "left out"
     seed: int = 0

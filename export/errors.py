@@ -80,7 +80,8 @@ def first_line(error: BaseException) -> str:
     text = _COLOUR.sub("", str(error)).strip()
     line = " ".join(text.split())
     if len(line) >= _MESSAGE:
-        line = text.splitlines()[0]
+        heading, *more = text.splitlines()
+        line = f"{heading} {more[0].strip()}" if heading.endswith(":") and more else heading
     first, *others = re.split(r"(?<=[.!?])\s+", line)
     for sentence in others:
         if len(first) + len(sentence) >= _MESSAGE:
@@ -103,18 +104,38 @@ def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambd
             "runs the same operations for every input: select row by row with torch.where(condition, a, b)"
             + (f", as {written}" if written else ""),
         )
-    if unknown := _NO_OPERATOR.search(text):
-        library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
+    if fixed := re.search(r"marked (\w+) as dynamic but your code specialized it", text):
         return ExportError(
             "not_exportable",
-            f"{what} calls {library}.{unknown[2]}{place(unknown[2])}, which ONNX has no operator for; write it with "
-            "other operators of PyTorch, or as a Python loop over time steps",
+            f"{what} computes with one {'batch size' if fixed[1] == 'batch' else 'length'} only: a plain number, as "
+            "from len(x) or int(), or a comparison of sizes fixes it; compute with x.shape itself",
+        )
+    if unknown := _NO_OPERATOR.search(text):
+        library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]
+        return no_operator(f"{what} calls {library}.{unknown[2]}{place(unknown[2])}")
+    if "constant's list" in text:
+        return ExportError(
+            "not_exportable",
+            f"{what} makes a tensor where torch.export cannot follow: in another thread, with gradients, or outside of "
+            f"PyTorch; compute it in forward itself{source_line(error)}",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 
 
-def internal(error: Exception) -> ExportError:
-    """The refusal for a bug in export."""
+def no_operator(what: str) -> ExportError:
+    return ExportError(
+        "not_exportable",
+        f"{what}, which ONNX has no operator for; write it with other operators of PyTorch, or as a Python loop over "
+        "time steps",
+    )
+
+
+def unexpected(error: Exception) -> ExportError:
+    """The refusal for an error that export does not foresee: of the user's code, or else a bug in export."""
+    if source_line(error):
+        return ExportError(
+            "forward_failed", f"the code of the module fails while export examines it: {first_line(error)}"
+        )
     return ExportError(
         "internal",
         f"this is a bug in unroll: {first_line(error)}; please report it with a forward that reproduces it",

@@ -9,10 +9,13 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from unroll import bundle
+
 #: Packages whose frames are skipped.
 _LIBRARIES = {"torch", "numpy", "sympy", "mpmath", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"}
 
-_OWN, _STANDARD = Path(__file__).resolve().parent, Path(sysconfig.get_path("stdlib"))
+_OWN = [Path(__file__).resolve().parent, Path(bundle.__file__).resolve().parent]
+_STANDARD = Path(sysconfig.get_path("stdlib"))
 
 #: The longest line of code to quote, in characters.
 _SHORT = 80
@@ -89,7 +92,7 @@ def is_users(filename: str) -> bool:
     """Is it code of the user or of a third-party package, rather than Unroll's, PyTorch's or Python's?"""
     path = Path(os.path.realpath(filename))
     parts = path.parts
-    if _is_own(filename):
+    if _is_own(filename) or filename.startswith("torch/"):  # as PyTorch shortens its own
         return False
     if "site-packages" in parts:
         return parts[parts.index("site-packages") + 1] not in _LIBRARIES
@@ -97,7 +100,7 @@ def is_users(filename: str) -> bool:
 
 
 def _is_own(filename: str) -> bool:
-    return Path(os.path.realpath(filename)).is_relative_to(_OWN)
+    return any(map(Path(os.path.realpath(filename)).is_relative_to, _OWN))
 
 
 def shown(filename: str) -> str:

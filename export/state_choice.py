@@ -46,7 +46,13 @@ def choose_state(
             try:
                 return None, to_onnx(lifted.single, lifted.samples.draw(3, 5, seed=1))
             except ExportError as error:
-                reason = f"it counts time steps, and that could not be traced ({error})"
+                loops = any(hasattr(module, "unroll_loop") for module in lifted.single.modules())
+                reason = (
+                    "it counts time steps, as with torch.arange, and loops over them; count in the loop, as n = n + 1 "
+                    "from n = torch.zeros(batch, 1), and compute with n"
+                    if loops
+                    else f"it counts time steps, and that could not be traced ({error})"
+                )
                 break
     _give(lifted, {}, [])
     return reason, None

@@ -166,7 +166,7 @@ def _pad(time: int, input: Tensor, pad: Any, mode: str = "constant", value: floa
     if mode == "replicate":
         repeated = input.narrow(time, 0, 1).repeat_interleave(frames, time)
         return None if any(pads) else Memory(input, repeated, lambda joined: joined)
-    before = _full(input, time, frames, value or 0.0)
+    before = _full(input, time, frames, min(max(value or 0.0, _LEAST), -_LEAST))
     return Memory(input, before, lambda joined: functional.pad(joined, pads, mode, value))
 
 

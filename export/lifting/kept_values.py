@@ -8,15 +8,15 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unroll.export.errors import ExportError
-from unroll.export.held_objects import FOREIGN
-from unroll.export.signature.outputs import leaves
+from unroll.export.held_objects import FOREIGN, attributes
+from unroll.export.signature.outputs import is_plain, leaves
 
 #: Names a value in messages: `attribute 'cell.calls'`.
 Name = str
@@ -150,7 +150,7 @@ class _Walk:
 
     def _add_object(self, value: Any) -> None:
         if isinstance(value, Tensor):
-            self._leaves.append(None if self._followed else value.detach().cpu().tolist())
+            self._leaves.append(value.detach().cpu().tolist() if not self._followed and is_plain(value) else None)
         elif isinstance(value, Mapping):
             self._add(len(value), *value.keys(), *value.values())
         elif isinstance(value, (list, tuple, deque)):
@@ -159,8 +159,8 @@ class _Walk:
             self._leaves.append(value.get_state().tolist())
         elif isinstance(value, GeneratorType):
             self._add(value.gi_frame and value.gi_frame.f_lasti, dict(value.gi_frame.f_locals) if value.gi_frame else 0)
-        elif hasattr(value, "__dict__") and (isinstance(value, SimpleNamespace) or not _is_foreign(type(value))):
-            self._add(vars(value))
+        elif parts := attributes(value):
+            self._add(parts)
         else:
             with suppress(Exception):  # ignore objects that cannot be pickled
                 self._leaves.append(pickle.dumps(value))

@@ -22,6 +22,12 @@ Native = Callable[..., tuple[Tensor, Any]]
 
 
 class _Lifted(nn.RNNBase):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Ignore weights that forward assigns in a trace, as when it drops some: the graph has those of eval."""
+        is_weight = name in vars(self).get("_parameters", ()) and not isinstance(value, nn.Parameter)
+        if not (is_weight and torch.compiler.is_exporting()):
+            super().__setattr__(name, value)
+
     def forward(self, input: Any, hx: Any = None) -> Any:
         return _play(self, super().forward, input, hx)
 

@@ -190,7 +190,8 @@ def _in_float64(streaming: StreamingModule, exact: nn.Module, samples: Samples) 
     for named in (nn.Module.named_parameters, nn.Module.named_buffers):
         own = dict(named(double.model))
         for name, tensor in named(exact):
-            own[name].copy_(tensor)
+            if name in own:  # otherwise forward has assigned a weight that has another name
+                own[name].copy_(tensor)
     refill(double.model)
     constants = {
         key: replace(constant, tensors=tuple(t.double() if t.is_floating_point() else t for t in constant.tensors))

@@ -4,7 +4,8 @@ A module that loops does more work for a longer sequence. Comparing answers tell
 backwards over the sequence, computes the same as the module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import COMPLEX, ExportError, attempt, untraceable
+from unroll.export.held_objects import undone
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.dataflow import hooked
 from unroll.export.lifting.layers import LAYERS
@@ -28,12 +30,14 @@ from unroll.export.lifting.loop_body import (
     uneven_line,
     why_in_place,
     why_no_body,
+    why_selected,
 )
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import Piece, replayed
 from unroll.export.lifting.row_loops import ByRow
 from unroll.export.lifting.scan import Axes, Scan
 from unroll.export.lifting.splitting import BATCHES, TIMES, split
+from unroll.export.lifting.state_row import fits_row
 from unroll.export.lifting.tape import Call, Part, Tape
 
 #: Runs forward on the example, resized to a batch size and a length.
@@ -92,18 +96,51 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
     for path in loops:
         if any(path != other and (not other or path.startswith(other + ".")) for other in loops):
             continue
-        name = path or type(model).__name__
-        if not len(base[path]) == len(wide[path]) == len(long[path]):
-            raise _refusal(name, "the number of its calls depends on the length")
-        module, calls = model.get_submodule(path), [seen[path][0] for seen in (base, wide, long)]
-        by_row = calls[0].work != calls[1].work
+        if any(_is_lifted(model.get_submodule(caller)) for caller in _callers(path)):
+            continue
         try:
-            _lift(module, name, tape, *calls, *(_watch(model, partial(run, _MANY_ROWS))[path] if by_row else ()))
-        except ExportError as error:
-            try:
-                _split(model, path, name, tape, run)
-            except (CannotSplitError, ExportError, RuntimeError):  # user code, or a module within torch.vmap
-                raise (_row_loop(name, error) if by_row else error) from None
+            _lift_at(model, path, tape, run, base, wide, long)
+        except ExportError:
+            if not any(_lift_caller(model, caller, tape, base, wide, long) for caller in _callers(path)):
+                raise
+
+
+def _lift_at(model: nn.Module, path: str, tape: Tape, run: Resized, *seen: dict[str, list[Seen]]) -> None:
+    """Lift the module at `path`, or its loops one by one."""
+    name, calls = path or type(model).__name__, [each[path] for each in seen]
+    if len({len(each) for each in calls}) > 1:
+        raise _refusal(name, "the number of its calls depends on the length")
+    first = [each[0] for each in calls]
+    by_row = first[0].work != first[1].work
+    try:
+        many = _watch(model, partial(run, _MANY_ROWS))[path] if by_row else ()
+        _lift(model.get_submodule(path), name, tape, *first, *many)
+    except ExportError as error:
+        try:
+            _split(model, path, name, tape, run)
+        except (CannotSplitError, ExportError, RuntimeError):  # user code, or a module within torch.vmap
+            raise (_row_loop(name, error) if by_row else error) from None
+
+
+def _callers(path: str) -> Iterator[str]:
+    """The paths of the modules around the one at `path`, from the inside out."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _lift_caller(model: nn.Module, path: str, tape: Tape, *seen: dict[str, list[Seen]]) -> bool:
+    """Lift a module together with a loop that it calls, and may set up or use in part. Returns whether it is lifted."""
+    module, calls = model.get_submodule(path), [each.get(path, []) for each in seen]
+    if any(len(each) != 1 for each in calls) or any(map(_is_lifted, module.modules())):
+        return False
+    with suppress(ExportError):
+        _lift(module, path or type(model).__name__, tape, *(each[0] for each in calls))
+    return _is_lifted(module)
+
+
+def _is_lifted(module: nn.Module) -> bool:
+    return hasattr(module, "unroll_scan")
 
 
 def _work(calls: list[Seen]) -> list[int]:
@@ -266,7 +303,7 @@ def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], c
                 if all(_is_same(scan, seen) for seen in calls):
                     return scan
         if (turns, functional) == _TRACES[0]:
-            why = why_no_body(one, more) or why_in_place(one)
+            why = why_selected(one) or why_no_body(one, more) or why_in_place(one)
     if why:
         raise ExportError("calls_depend_on_time", f"{name!r} {why}")
     counted = [_traced(flat, name, _longer(whole, inputs, turns), inputs, False) for turns in (1, 3, 5)]
@@ -275,7 +312,7 @@ def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], c
             "calls_depend_on_time",
             f"{name!r} loops over time steps, and not every step runs the same operations{line}; make every step do "
             "the same: where steps differ by their number, count in a tensor, as n = n + 1, and select with "
-            "torch.where(n % 4 == 0, new, old)",
+            "torch.where(n % 4 == 0, new, old); start a list of earlier steps full, as deque([zeros] * 3, maxlen=3)",
         )
     raise ExportError(
         "calls_depend_on_time",
@@ -295,7 +332,8 @@ def _longer(tensors: list[Tensor], inputs: list[Axes], turns: int) -> list[Tenso
 
 def _traced(flat: nn.Module, name: str, tensors: list[Tensor], inputs: list[Axes], functional: bool) -> fx.GraphModule:
     try:
-        return traced(flat, tensors, [axes.batch for axes in inputs], functional=functional)
+        with undone(flat):
+            return traced(flat, tensors, [axes.batch for axes in inputs], functional=functional)
     except Exception as error:
         raise untraceable(repr(name), error) from error
 
@@ -304,8 +342,9 @@ def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) 
     """The axes of the states, from two batch sizes; None if the states differ in more than the batch."""
     fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
     after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
-    if any(tensor.is_complex() for tensor in after[0]):
-        raise ExportError("dtype", f"the loop of {name!r} carries complex numbers; {COMPLEX}")
+    for dtype in {tensor.dtype for tensor in after[0] if not fits_row(tensor.dtype)}:
+        change = COMPLEX if dtype.is_complex else "keep it as a float, an int64 or a bool, as with n.long()"
+        raise ExportError("dtype", f"the loop of {name!r} carries {dtype}; {change}")
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
     return None if None in axes else [_with_batch(each) for each in axes if each]
 

@@ -103,7 +103,7 @@ class Scan(nn.Module):
             after = [*made[len(results) :], *(r for r, axes, final in results if axes.time is None and final is None)]
             rows = (axes.flat(tensor) for axes, tensor in zip(carried, after, strict=True))
             chosen = (
-                torch.where(alive.unsqueeze(1), one, other)
+                torch.where(alive.unsqueeze(1), one, other).contiguous()  # as `begin` is
                 for one, other in zip(rows, carry[: len(carried)], strict=True)
             )
             each = (r.squeeze(axes.time).clone() for r, axes, _ in results if axes.time is not None)

@@ -56,12 +56,11 @@ def fits_row(dtype: torch.dtype) -> bool:
 
 def to_row(values: Tensor) -> Tensor:
     """Convert (batch, size) of any dtype to floats. An integer takes two, since float32 is exact only up to 2**24."""
-    if values.is_floating_point():
-        return values
-    if values.dtype != torch.bool:
+    if not values.is_floating_point() and values.dtype != torch.bool:
         low = torch.remainder(values, _BASE)
         values = torch.cat([torch.div(values - low, _BASE, rounding_mode="trunc"), low], 1)
-    return values.to(torch.get_default_dtype())
+    dtype = torch.get_default_dtype()
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def from_row(row: Tensor, dtype: torch.dtype) -> Tensor:

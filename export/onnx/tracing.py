@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.sym_node import SymNode
 
@@ -48,8 +48,21 @@ def trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[Exported
     Raises:
         ExportError: not_exportable.
     """
-    with mock.patch.object(nn.Unflatten, "_require_tuple_int"):  # it refuses symbolic sizes
+    # Both refuse symbolic sizes.
+    unflatten = mock.patch.object(nn.Unflatten, "_require_tuple_int")
+    with unflatten, mock.patch.object(torch, "max_pool1d", _max_pool1d):
         return _trace(module, arguments)
+
+
+def _max_pool1d(
+    input: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Tensor:
+    size, step, pad, apart = (
+        (value,) if isinstance(value, int) else tuple(value)
+        for value in (kernel_size, stride or kernel_size, padding, dilation)
+    )
+    options = (1, *size), (1, *step), (0, *pad), (1, *apart), ceil_mode
+    return torch.max_pool2d(input.unsqueeze(-2), *options).squeeze(-2)
 
 
 def _trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, Suspects]:
@@ -123,10 +136,15 @@ def _broken(symbol: str, guard: str) -> list[int] | None:
         return None
 
 
-def place_of(program: ExportedProgram, is_meant: Callable[[fx.Node], bool]) -> str:
+def first_node(program: ExportedProgram | None, is_meant: Callable[[fx.Node], bool]) -> fx.Node | None:
+    modules = program.graph_module.modules() if program else ()
+    graphs = [module.graph for module in modules if isinstance(module, fx.GraphModule)]
+    return next((node for graph in graphs for node in graph.nodes if is_meant(node)), None)
+
+
+def place_of(program: ExportedProgram | None, is_meant: Callable[[fx.Node], bool]) -> str:
     """The line of the user's code that the first such node comes from, and its module: ` (at net.py:14) in 'cell'`."""
-    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
-    node = next((node for graph in graphs for node in graph.nodes if is_meant(node)), None)
+    node = first_node(program, is_meant)
     if node is None:
         return ""
     paths = [path for path, *_ in node.meta.get("nn_module_stack", {}).values()]

@@ -41,8 +41,16 @@ def leaves(returned: Any) -> list[tuple[str, Tensor]]:
     return _walk(returned, "")
 
 
+def is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
+        if not is_plain(value):
+            raise ExportError(
+                "output", "forward returns a sparse or nested tensor; return a padded one, as with y.to_dense()"
+            )
         return [(path, value)]
     if value is None:
         return []
@@ -134,6 +142,10 @@ def plan_outputs(
                 "output",
                 f"output {name!r} is {tuple(tensor.shape)} for {time} time steps: its time axis must have the "
                 "input's length, and there may be only one",
+            )
+        if not tensor.numel():
+            raise ExportError(
+                "output", f"output {name!r} is {tuple(tensor.shape)}, which holds no values; leave it out"
             )
         if tensor.dtype not in DTYPES:
             raise ExportError("dtype", f"output {name!r} is {tensor.dtype}; {_other_type(tensor)}")

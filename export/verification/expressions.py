@@ -25,24 +25,12 @@ _ROUNDING = {"int", "round"}
 #: Functions that may be non-linear in a number.
 COMPUTING = {"min", "max", "bool", "divmod", "pow", *_ROUNDING}
 _FUNCTIONS = {"abs", "float", "len", *COMPUTING}
-_METHODS = {"get", "size", "dim"}
+_METHODS = {"size", "dim"}
 
 #: Methods of tensors and strings allowed in printed text.
 _SHOWN = {
-    "item",
-    "mean",
-    "sum",
-    "norm",
-    "max",
-    "min",
-    "abs",
-    "std",
-    "detach",
-    "cpu",
-    "numpy",
-    "tolist",
-    "format",
-    "shape",
+    *("item", "mean", "sum", "norm", "max", "min", "abs", "std"),
+    *("detach", "cpu", "numpy", "tolist", "format", "shape"),
 }
 
 #: The instructions of a statement that only calls a function.
@@ -99,9 +87,11 @@ def _is_harmless(node: ast.AST) -> bool:
         return True
     if isinstance(node.func, ast.Name):
         return node.func.id in _FUNCTIONS
-    return isinstance(node.func, ast.Attribute) and (
-        node.func.attr in _METHODS or (isinstance(node.func.value, ast.Name) and node.func.value.id == "math")
-    )
+    if not isinstance(node.func, ast.Attribute):
+        return False
+    if node.func.attr == "get":  # of a dict; that of a queue, without a key, takes an item out
+        return bool(node.args) and not (isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, bool))
+    return node.func.attr in _METHODS or (isinstance(node.func.value, ast.Name) and node.func.value.id == "math")
 
 
 def _source(code: CodeType, instruction: dis.Instruction) -> str:

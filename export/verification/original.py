@@ -40,7 +40,7 @@ def check_same_as_original(
         original = detached_copy(exact) if attributes else exact
         try:
             lifted = reference.whole(inputs, rows)
-            with Decided.undone():
+            with Decided.as_written():
                 returned = ask_original("other inputs", original, double, inputs, rows)
         except ExportError:
             if trial.may_fail:
@@ -52,7 +52,7 @@ def check_same_as_original(
                 raise ExportError(
                     "parity",
                     f"output {output.spec.name!r} changes when recurrent layers take their state from the row; does "
-                    "forward read the weights or the states of a layer itself?"
+                    "forward read the weights or the states of a layer itself, or count values, as len(y.unique())?"
                     if trial.scale == 1
                     else f"output {output.spec.name!r} differs from forward's own for inputs {trial.scale:g} times the "
                     "example's: does every step read only its own time step and its own row?",

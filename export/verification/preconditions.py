@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
@@ -22,6 +24,17 @@ _LARGEST = 2**31 - 2**24
 
 #: Parameters of any of these become float32.
 _FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
+
+def check_weights(module: nn.Module | ExportedProgram) -> None:
+    """Raise ExportError(checkpoint) for a parameter without values."""
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise ExportError(
+                "checkpoint",
+                f"parameter {name!r} has no values: before the export, call a module with lazy layers once, and load "
+                "the weights of one on the device 'meta'",
+            )
 
 
 def check_modules(model: nn.Module) -> None:
@@ -54,6 +67,13 @@ def check_copy(original: nn.Module, copied: nn.Module, example: dict[str, Any]) 
         if kept_values(tried) == before and all(tensor.is_cpu for tensor in original.parameters()):
             with undone(original):
                 answers.append(leaves(original.eval()(**detached_example(example))))
+    made = [name for name, _ in tried.named_parameters()][len([*copied.parameters()]) :]
+    if made:
+        raise ExportError(
+            "checkpoint",
+            f"forward makes parameters, as {made[-1]!r}, in its first call, with random values: make them in __init__, "
+            "or call the module once before the export",
+        )
     if len(answers) < 3 or not _all_close(answers[0], answers[1]) or _all_close(answers[0], answers[2]):
         return
     own = [f"{path} ({type(value).__name__})" for path, value in held_objects(original) if copies_itself(value)]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from unroll.bundle import Manifest
 from unroll.bundle.golden import Arrays
 from unroll.bundle.verification import Differences, random_chunks, select_rows
 from unroll.export.errors import ExportError
@@ -129,6 +130,8 @@ def why_not_over_long(served: Subject, counted: bool) -> str | None:
     inputs, rows = served.inputs(trial), served.rows(trial)
     whole = served.whole(inputs, rows)
     for name, array in served.chunked(inputs, rows, trial.chunkings[0]).items():
+        if not np.isfinite(whole[name]).all():
+            return f"{name!r} becomes infinite or NaN within {time} steps; limit its state, as with torch.tanh or clamp"
         scale = max(1.0, float(np.abs(whole[name]).max()))
         if not np.abs(array.astype(np.float64) - whole[name]).max() <= 1e-3 * scale:
             return f"{name!r} depends on how a long sequence ({time} steps) is cut: something reaches far back in time"
@@ -164,6 +167,14 @@ def _looks_ahead(subject: Subject, inputs: Arrays, rows: np.ndarray) -> str | No
             if spec.time and not _close(one[spec.name][:, :now], two[spec.name][:, :now]):
                 return spec.name
     return None
+
+
+def with_batching(served: Subject, manifest: Manifest) -> Manifest:
+    """Find `bit_exact`, and whether `ragged` holds, for the model on onnxruntime."""
+    padding = padding_differs(served)
+    ragged = manifest.ragged and all(padding[entry.output] <= entry.tolerance for entry in manifest.parity)
+    bit_exact = is_bit_exact(served) and not (ragged and any(padding.values()))
+    return replace(manifest, ragged=ragged, bit_exact=bit_exact)
 
 
 def padding_differs(served: Subject) -> Differences:

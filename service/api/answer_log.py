@@ -6,7 +6,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unroll.service.api.app_state import AppState
-from unroll.service.api.error_responses import STATUS, reason
+from unroll.service.api.error_responses import reason
 from unroll.service.api.parameters import split_reference
 from unroll.service.core.errors import UnrollError
 from unroll.service.telemetry.request_log import RequestLog
@@ -17,7 +17,7 @@ ERROR = "unroll.error"
 
 def log_error(log: RequestLog, route: str, error: UnrollError, **known: str | int | None) -> None:
     """Log a refusal without an HTTP response of its own, such as that of a frame's entry."""
-    log_answer(log, route, STATUS[type(error)], error, **known)
+    log_answer(log, route, error.status, error, **known)
 
 
 def log_answer(log: RequestLog, route: str, status: int, error: UnrollError | None, **known: str | int | None) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP status and response of every error, also for the OpenAPI document."""
+"""The HTTP response of every error, also for the OpenAPI document."""
 
 import math
 from collections.abc import Mapping
@@ -9,49 +9,6 @@ from unroll.service.api.request import JSON, Answer
 from unroll.service.api.schemas import TEXT, object_of
 from unroll.service.core import errors as e
 from unroll.service.protocol import json
-
-STATUS: dict[type[e.UnrollError], int] = {
-    e.Unauthenticated: 401,
-    e.Forbidden: 403,
-    e.HostRefused: 403,
-    e.OriginRefused: 403,
-    e.InvalidRequest: 400,
-    e.BodyTooLarge: 413,
-    e.UnsupportedMediaType: 415,
-    e.InvalidShape: 422,
-    e.InvalidDtype: 422,
-    e.NonFiniteInput: 422,
-    e.OutOfRange: 422,
-    e.SnapshotInvalid: 422,
-    e.MapInvalid: 422,
-    e.NotStreamable: 422,
-    e.DurabilityUnavailable: 422,
-    e.ModelUnknown: 404,
-    e.ModelUnavailable: 503,
-    e.SessionUnknown: 404,
-    e.SessionClosed: 410,
-    e.SessionExpired: 410,
-    e.SessionEvicted: 410,
-    e.SessionExists: 409,
-    e.PositionGap: 409,
-    e.PositionTooOld: 409,
-    e.PayloadMismatch: 409,
-    e.ModelChanged: 409,
-    e.Draining: 503,
-    e.TooManyConnections: 503,
-    e.QueueFull: 503,
-    e.DeadlineUnreachable: 503,
-    e.CapacityExhausted: 503,
-    e.QuotaExceeded: 429,
-    e.KeysUnavailable: 503,
-    e.VersionUnavailable: 503,
-    e.StoreUnavailable: 503,
-    e.SessionContended: 503,
-    e.Cancelled: 499,
-    e.DeadlineExceeded: 504,
-    e.NonFiniteOutput: 422,
-    e.EngineFailed: 500,
-}
 
 #: What follows for the client.
 _CONSEQUENCES = {
@@ -67,7 +24,7 @@ _PROBLEM = b"application/problem+json"
 
 def problem(error: e.UnrollError) -> Answer:
     """RFC 9457 problem details with the stable `code` as an extension member."""
-    answer = problem_of(STATUS[type(error)], error.code, error.message, error.details, _fields(error))
+    answer = problem_of(error.status, error.code, error.message, error.details, _fields(error))
     answer.error = error
     return answer
 
@@ -80,7 +37,7 @@ def problem_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`problem_responses` that list the codes of each status."""
-    codes = {status: ", ".join(error.code for error, of in STATUS.items() if of == status) for status in statuses}
+    codes = {status: ", ".join(kind.code for kind in e.with_codes() if kind.status == status) for status in statuses}
     return problem_responses({status: codes[status] + _CONSEQUENCES.get(status, "") for status in statuses})
 
 
@@ -98,7 +55,7 @@ def problem_of(status: int, code: str, detail: str, members: dict | None = None,
 
 def open_inference_error(error: e.UnrollError) -> Answer:
     """The protocol's `{"error": text}`, plus the stable `code`."""
-    status = 400 if isinstance(error, e.SessionUnknown) else STATUS[type(error)]  # as Triton does
+    status = 400 if isinstance(error, e.SessionUnknown) else error.status  # as Triton does
     message = error.message
     if isinstance(error, e.SessionUnknown | e.SessionGone):  # Triton's wording, which its clients parse
         message = f"{message}; must specify the START flag on the first request of the sequence"

@@ -1,4 +1,4 @@
-"""Single steps over HTTP: they join the open group, and a repeated one reuses the lookups of the previous one."""
+"""Single steps over HTTP: they run in groups, and a repeated one reuses the lookups of the previous one."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
-from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.session import OPEN, Session
 from unroll.service.sessions.attempts import ATTEMPTS
@@ -37,11 +37,24 @@ class RepeatedStep:
     """
 
     __slots__ = (
-        *("_again", "_app", "_ends", "_left", "_position", "_respond", "_served", "_session", "_step", "_tenant"),
+        *(
+            "_again",
+            "_app",
+            "_ends",
+            "_left",
+            "_opening",
+            "_position",
+            "_respond",
+            "_served",
+            "_session",
+            "_step",
+            "_tenant",
+        ),
         *("_timeout", "_unwanted", "write"),
     )
 
     failure = staticmethod(problem)
+    patient = False
     write: Callable[[Tensors], Sequence[Any]]
     _session: Session  # known from `submit` on
 
@@ -59,19 +72,20 @@ class RepeatedStep:
         self._timeout = timeout
         self._left = 1
         self._ends = False
+        self._opening: Opening | None = None
         self._unwanted = False
         self._again, self._respond = request.again, respond
         self.write = served.codec.rows_to_raw
 
     def submit(self, chunk: Chunk, settled: Answering[Any, Any]) -> Cancel:
-        """Join the first step to the open group, or submit it as a chunk, which `settled` answers."""
+        """Join the first step to those that wait, or submit it as a chunk, which `settled` answers."""
         joins = self._served.loop.join_chunk(chunk, self._timeout, self)
         assert chunk.session is not None
         self._session = chunk.session
         return self._leave if joins else submit_chunk(self._served.loop, chunk, self._timeout, settled)
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
-        """Join the step to the open group, perhaps after a lookup; None if it must be handled as any request."""
+        """Join the step to those that wait, perhaps after a lookup; None if it must be handled as any request."""
         tenant = request.tenant
         if tenant != self._tenant or (tenant and self._app.meter.limits(tenant)):
             return None
@@ -81,8 +95,10 @@ class RepeatedStep:
         if self._session.durable is not None:
             request.again = self._again
             self._step, self._position, self._left = step, request.position, ATTEMPTS
-        join = self._served.loop.join
-        if not join(self._session, request.position, step, self._timeout, self, ends=self._ends):
+        join, app = self._served.loop.join, self._app
+        clients = 0 if app.streams else len(app.connections.http)
+        place = self._session, request.position, step, self._timeout, self
+        if not join(*place, opening=self._opening, ends=self._ends, clients=clients):
             if not self._is_behind(request.position):
                 return None
             self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)

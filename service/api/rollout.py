@@ -189,7 +189,7 @@ class RolloutCall:
                     "the steps to keep"
                 )
             if session is None:
-                raise served.scheduler.sessions.closed.error(self._where[2], served.loop.clock.now())
+                raise served.ended(self._where[2])
             self._sink.check(session)
             position = session.expected if self._wanted.position is None else self._wanted.position
             self._submit(served, self._rollout_of(served, position, None, session=session))

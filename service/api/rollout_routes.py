@@ -12,7 +12,7 @@ from unroll.service.access.held_bytes import EVENTS, Holding
 from unroll.service.api.admission import OwnId, tenant_of
 from unroll.service.api.app_state import AppState
 from unroll.service.api.bodies import parse_body
-from unroll.service.api.error_responses import STATUS, problem, problems
+from unroll.service.api.error_responses import problem, problems
 from unroll.service.api.native_routes import POSITION_HEADER, TIMEOUT_HEADER
 from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
 from unroll.service.api.request import Receive, read_request
@@ -61,7 +61,7 @@ def router(app: AppState) -> APIRouter:
             if isinstance(first, UnrollError):  # nothing was sent yet, so it can be an ordinary error response
                 raise first
         except UnrollError as error:
-            app.count(_ROUTE, STATUS[type(error)], perf_counter() - started)
+            app.count(_ROUTE, error.status, perf_counter() - started)
             raise
         content = _content(app, call, events, first, started)
         return StreamingResponse(content, headers=_HEADERS, media_type="text/event-stream")
@@ -131,11 +131,11 @@ async def _content(
     app: AppState, call: RolloutCall, events: _Events, first: bytes | UnrollError | None, started: float
 ) -> AsyncIterator[bytes]:
     """The response body. It is closed when the client disconnects, which cancels the rollout."""
-    status, item = STATUS[Cancelled], first  # the status if the client disconnects
+    status, item = Cancelled.status, first  # the status if the client disconnects
     try:
         while item is not None:
             if isinstance(item, UnrollError):
-                status = STATUS[type(item)]
+                status = item.status
                 yield _event(b"error", problem(item).body)
                 return
             yield item

@@ -49,7 +49,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
         inputs, encode = served.codec.from_json(document["inputs"]), _json_steps
     settled = Answering(respond, problem, encode, served.codec, request.again)
     if session is None:
-        raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
+        raise served.ended(session_id)
     app.meter.take(request.tenant, len(inputs[0]))
     chunk = Chunk(inputs, session, position)
     if chunk.length > 1:

@@ -7,9 +7,10 @@
                is invalid)          does not permit it)     not run in time)
                                    Overloaded (retry later)
 
-`api/error_responses.py` maps each to its HTTP status.
+`status` is that of the HTTP response.
 """
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 #: Maximum length of a message, which may quote a long request.
@@ -20,6 +21,7 @@ class UnrollError(Exception):
     """details: further members of the error document, such as the expected position."""
 
     code: ClassVar[str]
+    status: ClassVar[int]
 
     def __init__(self, message: str, **details: str | int | float | None) -> None:
         if len(message) > _LONGEST_MESSAGE:
@@ -36,24 +38,28 @@ class Unauthenticated(UnrollError):
     """The API key is missing, unknown or expired."""
 
     code = "unauthenticated"
+    status = 401
 
 
 class Forbidden(UnrollError):
     """The key lacks the required scope."""
 
     code = "forbidden"
+    status = 403
 
 
 class HostRefused(UnrollError):
     """The Host header is not a name of this server."""
 
     code = "host_refused"
+    status = 403
 
 
 class OriginRefused(UnrollError):
     """A web page of another origin sent the request."""
 
     code = "origin_refused"
+    status = 403
 
 
 # ── the request is invalid; nothing was queued ───────────────────────────────────────────────────
@@ -61,73 +67,89 @@ class OriginRefused(UnrollError):
 
 class InvalidRequest(UnrollError):
     code = "malformed_request"
+    status = 400
 
 
 class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
+    status = 413
 
 
 class UnsupportedMediaType(InvalidRequest):
     code = "unsupported_media_type"
+    status = 415
 
 
 class InvalidShape(InvalidRequest):
     code = "invalid_shape"
+    status = 422
 
 
 class InvalidDtype(InvalidRequest):
     code = "invalid_dtype"
+    status = 422
 
 
 class NonFiniteInput(InvalidRequest):
     code = "non_finite_input"
+    status = 422
 
 
 class OutOfRange(InvalidRequest):
     code = "input_out_of_range"
+    status = 422
 
 
 class MapInvalid(InvalidRequest):
     """The map of a rollout cannot compute the model's inputs from its outputs."""
 
     code = "map_invalid"
+    status = 422
 
 
 class SnapshotInvalid(InvalidRequest):
     code = "snapshot_invalid"
+    status = 422
 
 
 class NotStreamable(InvalidRequest):
     code = "not_streamable"
+    status = 422
 
 
 class DurabilityUnavailable(InvalidRequest):
     code = "durability_unavailable"
+    status = 422
 
 
 class ModelUnknown(UnrollError):
     code = "model_unknown"
+    status = 404
 
 
 class ModelUnavailable(UnrollError):
     """The model is in the repository, but its bundle was refused; the message says why."""
 
     code = "model_unavailable"
+    status = 503
 
 
 # ── the session's state does not permit the request; it is unchanged ─────────────────────────────
 
 
 class SessionError(UnrollError):
-    pass
+    status = 409
 
 
 class SessionUnknown(SessionError):
     code = "session_unknown"
+    status = 404
 
 
 class SessionGone(SessionError):
     """The session has ended for the reason in the code."""
+
+    status = 410
 
 
 class SessionClosed(SessionGone):
@@ -176,6 +198,8 @@ class NeedsStoreLookup(Exception):
 class Overloaded(UnrollError):
     """retry_after: seconds after which a retry may succeed."""
 
+    status = 503
+
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
@@ -209,6 +233,7 @@ class QuotaExceeded(Overloaded):
     """The tenant has reached a limit; other tenants are served."""
 
     code = "quota_exceeded"
+    status = 429
 
 
 class KeysUnavailable(Overloaded):
@@ -247,20 +272,31 @@ class SessionContended(Overloaded):
 
 
 class ExecutionError(UnrollError):
-    pass
+    status = 500
 
 
 class Cancelled(ExecutionError):
     code = "cancelled"
+    status = 499
 
 
 class DeadlineExceeded(ExecutionError):
     code = "deadline_exceeded"
+    status = 504
 
 
 class NonFiniteOutput(ExecutionError):
     code = "non_finite_output"
+    status = 422
 
 
 class EngineFailed(ExecutionError):
     code = "engine_failed"
+
+
+def with_codes(base: type[UnrollError] = UnrollError) -> Iterator[type[UnrollError]]:
+    """Every error with a code, in the order of this file."""
+    for kind in base.__subclasses__():
+        if hasattr(kind, "code"):
+            yield kind
+        yield from with_codes(kind)

@@ -9,19 +9,18 @@ import numpy as np
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, Manifest
 from unroll.service.core.choices import Precision
-from unroll.service.core.errors import SessionClosed, SessionEvicted, SessionExpired, SessionGone, SnapshotInvalid
+from unroll.service.core.errors import SnapshotInvalid, UnrollError
 from unroll.service.core.session_ids import shown
 from unroll.service.engine.engine import Engine
 from unroll.service.models.serving_figures import ServingFigures
 from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.closed_sessions import CAUSES
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.session import Session
 from unroll.service.state.slots import INITIAL
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.record import ID_BYTES, Gone, Origin, Record
 from unroll.service.telemetry.metrics import ModelFigures
-
-_CAUSES: dict[str, type[SessionGone]] = {cause.code: cause for cause in (SessionClosed, SessionExpired, SessionEvicted)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +98,10 @@ class ServedModel:
             self.write_snapshot(session, start)
         return session
 
+    def ended(self, session_id: str) -> UnrollError:
+        """The error for a request to a session that is not open."""
+        return self.scheduler.sessions.closed.error(session_id, self.loop.clock.now())
+
     def snapshot(self, session: Session) -> Snapshot:
         return Snapshot(self.manifest.digest, session.position, self.engine.read(session.source))
 
@@ -141,5 +144,5 @@ class ServedModel:
         """Add a tombstone for a session that ended according to the store."""
         now = self.loop.clock.now()
         self.scheduler.sessions.add_closed(
-            session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *gone.kept[-1:]
+            session_id, CAUSES[gone.cause], now, gone.origin.opened_with, *gone.kept[-1:]
         )

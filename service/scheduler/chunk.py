@@ -1,13 +1,14 @@
-"""Kinds of work: chunks, groups and actions; also pending commits."""
+"""Kinds of work: chunks, single steps, groups and actions; also pending commits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
-from unroll.service.core.errors import UnrollError
+from unroll.service.core.errors import Cancelled, UnrollError
 from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.reply import Outcome
@@ -96,6 +97,11 @@ class Chunk(Work):
         return self.outcome is None and self.done == 0
 
     @property
+    def may_be_shed(self) -> bool:
+        """Whether an overload is a reason to refuse it."""
+        return self.is_new and not self.patient
+
+    @property
     def owner(self) -> Owner:
         if self.session is not None:
             return self.session.owner
@@ -109,6 +115,70 @@ class Chunk(Work):
         self.outcome = outcome
         for listener in self.listeners:
             listener(outcome)
+
+
+class StepListener(Protocol):
+    """Receives the outcome of a step. Its methods must not raise.
+
+    patient: An overload is no reason to refuse the step.
+    """
+
+    patient: bool
+
+    @property
+    def write(self) -> Callable[[Tensors], Sequence[Any]]:
+        """Encodes a group's outputs, one element per row. Called once for all listeners with the same function."""
+
+    def complete(self, written: Any, position: int) -> None:
+        """The step ran. written: the row's element from `write`. position: The session's, after the step."""
+
+    def fail(self, error: UnrollError) -> None: ...
+
+
+class Step(Chunk):
+    """A single step of a session without other work; the steps that a batch takes run as one group.
+
+    Attributes:
+        inputs: Set only when a retry is compared with them.
+        values: The inputs, concatenated.
+        followers: Retries, answered together with the step.
+    """
+
+    length = 1
+    pinned = False
+
+    def __init__(
+        self,
+        session: Session,
+        values: bytes,
+        now: float,
+        deadline: float,
+        listener: StepListener,
+        opening: Opening | None,
+        final: bool,
+    ) -> None:
+        self.session: Session = session
+        self.values = values
+        self.ready_at = now
+        self.deadline = deadline
+        self.listener = listener
+        self.opening = opening
+        self.final = final
+        self.followers: tuple[Chunk, ...] = ()
+        self.outcome: Outcome | None = None  # not left to the class, because it is read for every step
+
+    @property
+    def may_be_shed(self) -> bool:
+        return self.outcome is None and not self.listener.patient
+
+    def answer(self, outcome: Outcome) -> None:
+        """Answer the step with an error; its group answers it with a reply."""
+        assert isinstance(outcome, UnrollError)
+        self.outcome = outcome
+        if not isinstance(outcome, Cancelled):  # its client is gone
+            self.listener.fail(outcome)
+        for follower in self.followers:
+            follower.answer(outcome)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,15 +6,14 @@ a `PendingCommit`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
-from unroll.service.core.errors import SessionClosed, UnrollError
+from unroll.service.core.errors import InvalidRequest, PositionGap, SessionClosed, UnrollError
 from unroll.service.core.session_ids import shown
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission
-from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit
+from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit, Step
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits
@@ -99,7 +98,8 @@ class Completion:
             # A chunk that ends its session is retried by its position.
             if chunk.pinned if chunk.final else session.applied is not None or len(chunk.inputs[0]) > 1:
                 reply.kept = self.replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
-        self._answer(chunk, reply, now)
+        self._end(chunk, reply, now)
+        chunk.answer(reply)
         if chunk.final and session is not None and session.life is OPEN:
             self.close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
 
@@ -115,13 +115,13 @@ class Completion:
 
     def fail(self, chunk: Chunk, error: UnrollError, now: float) -> None:
         """Answer the chunk with an error, close the session if the chunk opened it, and renumber later chunks."""
-        self._answer(chunk, error, now)
+        self._end(chunk, error, now)
         session = chunk.session
-        if session is None:
-            return
-        if chunk.opening is not None:
+        misplaced = [] if session is None else self.queues.renumber(session)
+        chunk.answer(error)
+        if session is not None and chunk.opening is not None:
             self.close_unused(session, now)
-        self.renumber(session, now)
+        self._fail_misplaced(misplaced, now)
 
     def cancel(self, chunk: Chunk, error: UnrollError, now: float) -> None:
         """Fail the chunk. If it is running, it fails afterwards, unless that was its last piece."""
@@ -130,15 +130,11 @@ class Completion:
         else:
             self.fail(chunk, error, now)
 
-    def shed(self, joined: Sequence[Session], now: float) -> None:
-        """Refuse waiting chunks at the start of an overload: each owner keeps its oldest, up to an equal share.
-
-        Args:
-            joined: Sessions with a step in the open group, which the next batch takes.
-        """
-        waiting = [work for work in self.lanes if isinstance(work, Chunk) and work.is_new and not work.patient]
-        steps = Counter[Owner](session.owner for session in joined)
-        room = self.admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting} | steps.keys()))
+    def shed(self, now: float) -> None:
+        """Refuse waiting chunks at the start of an overload: each owner keeps its oldest, up to an equal share."""
+        waiting = [work for work in self.lanes if isinstance(work, Chunk) and work.may_be_shed]
+        steps = Counter[Owner]()
+        room = self.admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting}))
         for chunk in waiting:
             steps[chunk.owner] += self.lanes.next_steps(chunk)
             if steps[chunk.owner] > room:
@@ -172,9 +168,13 @@ class Completion:
 
     def renumber(self, session: Session, now: float) -> None:
         """Assign new positions to accepted chunks, and fail those that are pinned to another."""
-        for chunk, gap in self.queues.renumber(session):
+        self._fail_misplaced(self.queues.renumber(session), now)
+
+    def _fail_misplaced(self, misplaced: list[tuple[Chunk, PositionGap]], now: float) -> None:
+        for chunk, gap in misplaced:
             if chunk.outcome is None:  # a previous chunk's listener may have cancelled this one
-                self._answer(chunk, gap, now)
+                self._end(chunk, gap, now)
+                chunk.answer(gap)
 
     def _continue(self, chunk: Chunk, now: float) -> None:
         error = chunk.abandoned or chunk.prepare_next()
@@ -184,16 +184,20 @@ class Completion:
         else:
             self.lanes.put(chunk, now)
 
-    def _answer(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
-        """Answer the chunk, and activate the session's next work."""
+    def _end(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
+        """Activate the session's next work; the caller then answers the chunk, which may bring a request."""
+        chunk.outcome = outcome
         self.admission.in_flight -= 1
         if chunk.done < chunk.length:
             self.admission.waiting_steps -= self.lanes.next_steps(chunk)
         if chunk.workspace is not None:
             self.lanes.give_back_workspace(chunk)
-        if isinstance(outcome, UnrollError):
+        is_step = isinstance(chunk, Step)
+        if isinstance(outcome, UnrollError) and not (is_step and isinstance(outcome, InvalidRequest)):
             self.counters.count_failed(outcome)
-        chunk.answer(outcome)
         session = chunk.session
         if session is not None and (progress := session.progress) is not None and progress.active is chunk:
-            self.queues.advance(session, now)
+            if is_step and progress.pending is None and session.life is OPEN:
+                progress.active = None  # not `rest`, which would count as use
+            else:
+                self.queues.advance(session, now)

@@ -191,9 +191,7 @@ class Groups:
             for session in group.sessions:
                 self._queues.advance(session, now)
         else:
-            rest = self._sessions.rest
-            for session in group.sessions:
-                rest(session, now)
+            self._sessions.rest(group.sessions, now)
         for row, error in errors.items():
             session = group.sessions[row]
             self._counters.count_failed(error)

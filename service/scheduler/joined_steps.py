@@ -1,74 +1,121 @@
-"""Joined steps: single steps that arrive one by one form a group, which the next batch takes.
+"""Joined steps: single steps of idle sessions wait one by one, and those that a batch takes run as one group.
 
-Steps join only while nothing but single steps and long chunks is waiting; otherwise they are submitted as chunks. Until
-the batch is formed, a step can leave the group without a trace.
+Until then, a step can leave without a trace.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from unroll.service.core.errors import Cancelled, UnrollError
+from unroll.service.core.errors import Cancelled
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.chunk import Chunk, Group, GroupReply
+from unroll.service.scheduler.chunk import Group, GroupReply, Opening, Step, StepListener
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.limits import ModelTraits
-from unroll.service.scheduler.reply import to_bytes
-from unroll.service.scheduler.session import OPEN, Owner, Session
-
-#: Per input: bytes per row, dtype, and the shape of all rows.
-Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
-
-_NO_POSITIONS = np.zeros(0, np.uint64)
+from unroll.service.scheduler.session import OPEN, Session
 
 
-class StepListener(Protocol):
-    """Receives the outcome of a joined step. Its methods must not raise."""
+class JoinedSteps:
+    """Queues single steps, and makes groups of them."""
 
-    @property
-    def write(self) -> Callable[[Tensors], Sequence[Any]]:
-        """Encodes a group's outputs, one element per row. Called once for all listeners with the same function."""
+    def __init__(self, traits: ModelTraits, completion: Completion) -> None:
+        #: Per input: bytes per row, dtype, and the shape of all rows.
+        self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
+        self._completion = completion
+        self._faults = traits.faults
+        self._admission, self._lanes = completion.admission, completion.lanes
+        self._sessions, self._replay = completion.sessions, completion.replay
 
-    def complete(self, written: Any, position: int) -> None:
-        """The step ran. written: the row's element from `write`. position: The session's, after the step."""
+    def open(self, session_id: str, now: float, deadline: float) -> Session | None:
+        """Open a session whose first step joins next; None if that would evict another, or the step could not join."""
+        fits = self._sessions.slots.has_free and self._replay.has_table and self._admission.has_room(now, deadline)
+        if not fits:
+            return None
+        self._completion.counters.opened += 1
+        return self._sessions.open(session_id, now)
 
-    def fail(self, error: UnrollError) -> None: ...
+    def join(
+        self,
+        session: Session,
+        position: int | None,
+        values: bytes,
+        now: float,
+        deadline: float,
+        listener: StepListener,
+        opening: Opening | None = None,
+        *,
+        ends: bool = False,
+    ) -> bool:
+        """Queue the next step of an idle session.
 
+        Args:
+            position: The position that the client specified, or None.
+            values: The step's inputs, concatenated, of the right length.
+            deadline: The time by which the step must start.
+            opening: The session was opened for this step, and is closed again if the step fails.
+            ends: The step closes its session, and is never retried.
 
-class OpenGroup(Group):
-    """A group that accepts steps until a batch is formed.
+        Returns:
+            False if nothing was changed, and the step must be submitted as a chunk.
+        """
+        progress, durable = session.progress, session.durable
+        if (
+            progress is None
+            or progress.active is not None
+            or (position is not None and position != progress.position)
+            or (session.applied is not None and not self._replay.has_row(session))
+            or (durable is not None and (durable.stale or not durable.token or opening is not None or ends))
+        ):
+            return False
+        if now - progress.last_used >= self._sessions.idle_timeout:
+            self._sessions.expire(now)
+        if session.life is not OPEN or not self._admission.take(1, now, deadline):
+            return False
+        step = progress.active = Step(session, values, now, deadline, listener, opening, ends)
+        progress.expected = progress.position + 1
+        self._lanes.put_step(step)
+        return True
 
-    values: each row's inputs, concatenated. `JoinedSteps.close` decodes them into `inputs`. deadlines: each row's;
-    `deadline` is the earliest.
-    """
+    def group(self, steps: list[Step], now: float) -> list[Group]:
+        """Group the steps that a batch takes: all or none in a group are durable. Those with invalid values fail."""
+        inputs = self._read(steps)
+        for row, error in self._faults(inputs).items():
+            self._completion.fail(steps[row], error, now)
+        waiting = [step for step in steps if step.outcome is None]
+        durable = [step for step in waiting if step.session.durable is not None]
+        if not waiting:
+            return []
+        if len(waiting) < len(steps):
+            return self.group(waiting, now)
+        if durable and len(durable) < len(steps):
+            return self.group([step for step in steps if step.session.durable is None], now) + self.group(durable, now)
+        return [_group(steps, inputs, is_durable=bool(durable))]
 
-    __slots__ = ("_layout", "deadlines", "listeners", "values")
-    opened: set[Session]
-    ending: set[Session]
+    def cancel(self, session: Session, listener: StepListener, now: float) -> None:
+        """Remove the step of a client that disconnected, unless a batch has taken it or a retry also waits for it."""
+        step = _waiting_step(session)
+        if step is not None and step.listener is listener and not step.followers:
+            self._completion.fail(step, Cancelled("the client disconnected"), now)
 
-    def __init__(self, layout: Layout, deadline: float) -> None:
-        self._layout = layout
-        self.values: list[bytes] = []
-        self.deadlines: list[float] = []
-        self.listeners: list[StepListener] = []
-        super().__init__([], slice(0), (), 1, deadline, partial(_answer, self.listeners), opened=set(), ending=set())
+    def check(self, session: Session, now: float) -> None:
+        """Prepare the session's waiting step for a comparison; invalid, it fails, and does not occupy a position."""
+        step = _waiting_step(session)
+        if step is not None:
+            inputs = self._read([step])
+            step.inputs = tuple([array[0] for array in inputs])
+            if faults := self._faults(inputs):
+                self._completion.fail(step, faults[0], now)
 
-    @property
-    def owners(self) -> set[Owner]:
-        return {session.owner for session in self.sessions}
-
-    def inputs_of(self, row: int) -> Tensors:
-        return tuple([array[0] for array in self.read(self.values[row : row + 1])])
-
-    def read(self, values: Sequence[bytes]) -> Tensors:
-        """Decode rows of `values` into inputs, each (rows, 1, *shape)."""
-        content = b"".join(values)
+    def _read(self, steps: Sequence[Step]) -> Tensors:
+        """The inputs of the steps, each (steps, 1, *shape)."""
+        content = b"".join([step.values for step in steps])
         if len(self._layout) == 1:
             _, dtype, shape = self._layout[0]
             return (np.frombuffer(content, dtype).reshape(shape),)
-        block = np.frombuffer(content, np.uint8).reshape(len(values), -1)
+        block = np.frombuffer(content, np.uint8).reshape(len(steps), -1)
         end, arrays = 0, []
         for size, dtype, shape in self._layout:
             begin, end = end, end + size
@@ -76,166 +123,26 @@ class OpenGroup(Group):
         return tuple(arrays)
 
 
-class JoinedSteps:
-    """Owns the open group, if there is one."""
+def _waiting_step(session: Session) -> Step | None:
+    step = None if session.progress is None else session.progress.active
+    return step if isinstance(step, Step) else None
 
-    def __init__(self, traits: ModelTraits, completion: Completion) -> None:
-        self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
-        self._most = completion.lanes.most_rows(1)
-        self._completion = completion
-        self._faults = traits.faults
-        self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
-        self._sessions, self._replay, self._counters = completion.sessions, completion.replay, completion.counters
-        self.group: OpenGroup | None = None
-        self._room = self._most  # rows left for the group, after the work already waiting for the same batch
 
-    def join(
-        self,
-        session: Session,
-        position: int | None,
-        step: bytes,
-        now: float,
-        deadline: float,
-        listener: StepListener,
-        *,
-        opens: bool = False,
-        ends: bool = False,
-    ) -> bool:
-        """Queue the next step of a session.
-
-        Args:
-            position: The position that the client specified, or None.
-            step: The step's inputs, concatenated, of the right length.
-            deadline: The time by which the step must start.
-            opens: The session was opened for this step, and is closed again if the step fails.
-            ends: The step closes its session, and is never retried.
-
-        Returns:
-            False if nothing was changed, and the step must be submitted as a chunk.
-        """
+def _group(steps: list[Step], inputs: Tensors, *, is_durable: bool) -> Group:
+    sessions = [step.session for step in steps]
+    listeners = [step.listener for step in steps]
+    group = Group(sessions, slice(0), inputs, 1, math.inf, partial(_answer, listeners), is_durable=is_durable)
+    group.ready_at = sum([step.ready_at for step in steps]) / len(steps)
+    group.opened = {step.session for step in steps if step.opening is not None}
+    group.ending = {step.session for step in steps if step.final}
+    group.followers = [(row, follower) for row, step in enumerate(steps) for follower in step.followers]
+    for session in sessions:
         progress = session.progress
-        if (
-            progress is None
-            or progress.active is not None
-            or (position is not None and position != progress.position)
-            or (session.applied is not None and not self._replay.has_row(session))
-        ):
-            return False
-        group, durable = self.group, session.durable
-        if durable is not None and (durable.stale or not durable.token or opens or ends):
-            return False
-        if group is None:
-            self._room = self._most
-            if not self._lanes.idle:
-                self._room -= self._admission.in_flight
-                if self._room <= 0 or not self._lanes.steps_may_join:
-                    return False
-            self._sessions.expire(now)
-            group = OpenGroup(self._layout, deadline)
-            group.is_durable = durable is not None
-        elif group.is_durable is (durable is None):
-            return False
-        if session.life is not OPEN or len(group.sessions) >= self._room or not self._admission.take(1, now, deadline):
-            return False
+        assert progress is not None  # a session with a step is not in a cohort
         progress.active = group
-        progress.expected = progress.position + 1
-        group.sessions.append(session)
-        group.values.append(step)
-        group.deadlines.append(deadline)
-        if deadline < group.deadline:
-            group.deadline = deadline
-        group.listeners.append(listener)
-        if opens:
-            group.opened.add(session)
-        if ends:
-            group.ending.add(session)
-        if self.group is None:
-            self.group = group
-            self._lanes.put(group, now)  # not earlier: a fair queue needs the group's owner
-        return True
-
-    def join_chunk(self, chunk: Chunk, session: Session, now: float, listener: StepListener) -> bool:
-        """Queue a chunk of one step of this session, see `join`."""
-        if chunk.final and chunk.pinned:  # its reply is kept for retries
-            return False
-        position, opens = chunk.start if chunk.pinned else None, chunk.opening is not None
-        step, deadline = to_bytes(chunk.inputs), chunk.deadline
-        return self.join(session, position, step, now, deadline, listener, opens=opens, ends=chunk.final)
-
-    def close(self, now: float) -> None:
-        """Close the group for the next batch. Steps with invalid values fail."""
-        group, self.group = self.group, None
-        if group is not None:
-            self._make_inputs(group)
-            if group.sessions and (faults := self._faults(group.inputs)):
-                self._drop(group, faults, now)
-
-    def end_late(self, group: OpenGroup, error: UnrollError, now: float) -> None:
-        """Fail the rows of a closed group whose deadline has passed, before a batch takes the group."""
-        late = {row: error for row, deadline in enumerate(group.deadlines) if now >= deadline}
-        for _ in late:
-            self._counters.count_failed(error)
-        self._drop(group, late, now)
-        group.deadline = min(group.deadlines, default=now)
-
-    def cancel(self, session: Session, listener: StepListener, now: float) -> None:
-        """Remove the step of a client that disconnected, unless a batch has taken it or a retry also waits for it."""
-        group = self.group
-        if group is None or session not in group.sessions:
-            return
-        row = group.sessions.index(session)
-        if group.listeners[row] is listener and all(row != followed for followed, _ in group.followers):
-            self._counters.count_failed(Cancelled("the client disconnected"))
-            self._remove(group, row, now)
-
-    def check(self, session: Session, now: float) -> None:
-        """Fail the session's waiting step now if its values are invalid, so that it does not occupy a position."""
-        group = self.group
-        if group is not None and session in group.sessions:
-            row = group.sessions.index(session)
-            if faults := self._faults(group.read(group.values[row : row + 1])):
-                self._fail(group, row, faults[0], now)
-
-    def refuse(self, session: Session, error: UnrollError, now: float) -> None:
-        """Fail the session's waiting step, if there is one."""
-        group = self.group
-        if group is not None and session in group.sessions:
-            self._counters.count_failed(error)
-            self._fail(group, group.sessions.index(session), error, now)
-
-    def _drop(self, group: OpenGroup, errors: Mapping[int, UnrollError], now: float) -> None:
-        for row in sorted(errors, reverse=True):
-            self._fail(group, row, errors[row], now)
-        self._make_inputs(group)
-
-    def _make_inputs(self, group: OpenGroup) -> None:
-        if group.sessions:
-            group.inputs = group.read(group.values)
-        else:
-            group.outcome = GroupReply(slice(0), _NO_POSITIONS, (), {})
-
-    def _fail(self, group: OpenGroup, row: int, error: UnrollError, now: float) -> None:
-        retries = [follower for followed, follower in group.followers if followed == row]
-        self._remove(group, row, now).fail(error)
-        for follower in retries:
-            follower.answer(error)
-
-    def _remove(self, group: OpenGroup, row: int, now: float) -> StepListener:
-        session = group.sessions.pop(row)
-        del group.values[row], group.deadlines[row]
-        group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]
-        self._admission.in_flight -= 1
-        self._admission.waiting_steps -= 1
-        group.ending.discard(session)
-        progress = session.own_progress
-        if progress.pending is None and session.life is OPEN:
-            progress.active = None  # not `rest`, which would count as use
-        else:
-            self._queues.advance(session, now)
-        if session in group.opened:
-            self._completion.close_unused(session, now)
-        self._completion.renumber(session, now)
-        return group.listeners.pop(row)
+        if progress.pending is not None:
+            group.followed = True
+    return group
 
 
 def _answer(listeners: Sequence[StepListener], reply: GroupReply) -> None:

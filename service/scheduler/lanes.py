@@ -15,7 +15,7 @@ import numpy as np
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.batch import Batch, Indices
-from unroll.service.scheduler.chunk import Chunk, Group
+from unroll.service.scheduler.chunk import Chunk, Group, Step
 from unroll.service.scheduler.fair_queue import FairQueue
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.scheduler.rollout import Rollout
@@ -36,6 +36,7 @@ class Lanes:
     Args:
         workspaces: Arena rows that hold the states of chunks between their pieces.
         drop: Whether this work has ended and must not run.
+        group: The groups that run these steps.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Lanes:
         workspaces: Slots,
         pace: Pace,
         drop: Callable[[Chunk | Group, float], bool],
+        group: Callable[[list[Step], float], list[Group]],
     ) -> None:
         self._traits = traits
         self._limits = limits
         self._workspaces = workspaces
         self._pace = pace
         self._drop = drop
+        self._group = group
         self._longest = limits.piece_steps if traits.cuttable else sys.maxsize
         #: By length class, in the order of their turns. A lane becomes a fair queue once it exceeds one batch.
         self._lanes: dict[int, _Lane] = {}
@@ -65,7 +68,7 @@ class Lanes:
     def owners(self) -> set[Owner]:
         found = self._starved.owners()
         for lane in self._lanes.values():
-            found |= lane.owners() if isinstance(lane, FairQueue) else set().union(*(work.owners for work in lane))
+            found |= lane.owners() if isinstance(lane, FairQueue) else {work.owner for work in lane}
         return found
 
     @property
@@ -73,9 +76,9 @@ class Lanes:
         return not self._starved and not self._lanes
 
     @property
-    def steps_may_join(self) -> bool:
-        """Whether nothing waits but single steps, and long chunks, which run in separate batches."""
-        return not self._starved and self._lanes.keys() <= {1, _LONG}
+    def single_steps(self) -> int:
+        """How many single steps are ready."""
+        return len(self._lanes.get(1, ()))
 
     def is_long(self, steps: int) -> bool:
         """Whether a chunk of this many steps runs in pieces."""
@@ -99,6 +102,13 @@ class Lanes:
         if lane is None:
             lane = self._lanes[length] = deque()
         lane.append(work)
+
+    def put_step(self, step: Step) -> None:
+        """The same for a step that has its `ready_at`."""
+        lane = self._lanes.get(1)
+        if lane is None:
+            lane = self._lanes[1] = deque()
+        lane.append(step)
 
     def give_back_workspace(self, chunk: Chunk) -> None:
         """Free the chunk's workspace."""
@@ -131,23 +141,35 @@ class Lanes:
         return 1 << (steps - 1).bit_length() if self._traits.ragged else steps
 
     def _fill(self, lane: _Lane, length: int, now: float) -> Batch:
-        most = self.most_rows(length)
+        most = room = self.most_rows(length)
         batch = Batch()
+        steps: list[Step] = []
         while lane:
             work = lane[0]
-            if batch.rows and batch.rows + work.row_count > most:
+            if isinstance(work, Step):
+                if not room:
+                    break
+                lane.popleft()
+                if (work.outcome is None and now < work.deadline) or not self._drop(work, now):
+                    steps.append(work)
+                    room -= 1
+                continue
+            if work.row_count > room and room < most:
                 break
             lane.popleft()
             if self._drop(work, now) or not self._has_room(work, batch):
                 continue
+            room -= work.row_count
             if isinstance(work, Group):
                 batch.add(work, work.inputs, work.length, *_rows_of(work))
             elif isinstance(work, Rollout):
-                steps = self.next_steps(work)
-                _add_piece(batch, work, work.take_inputs(steps), steps)
+                ready = self.next_steps(work)
+                _add_piece(batch, work, work.take_inputs(ready), ready)
             else:
                 work.running = True
                 _add(batch, work, work.inputs, work.length, *_begin_and_end(work))
+        for group in self._group(steps, now) if steps else ():
+            batch.add(group, group.inputs, 1, *_rows_of(group))
         return batch
 
     def _has_room(self, work: Chunk | Group, batch: Batch) -> bool:

@@ -40,13 +40,14 @@ class Recency(Generic[T]):
     def remove(self, entry: T) -> None:
         entry.older.newer, entry.newer.older = entry.newer, entry.older
 
-    def touch(self, entry: T) -> None:
-        """Make an entry the most recently used."""
+    def touch(self, *entries: T) -> None:
+        """Make entries the most recently used, the last one most."""
         ends = self._ends
-        older, newer, last = entry.older, entry.newer, ends.older
-        if newer is not ends:
-            older.newer, newer.older = newer, older
-            last.newer, entry.older, entry.newer, ends.older = entry, last, ends, entry
+        for entry in entries:
+            older, newer, last = entry.older, entry.newer, ends.older
+            if newer is not ends:
+                older.newer, newer.older = newer, older
+                last.newer, entry.older, entry.newer, ends.older = entry, last, ends, entry
 
     def replace(self, entry: T, others: Iterable[T]) -> None:
         """Replace an entry with several, in order."""

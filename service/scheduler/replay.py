@@ -12,7 +12,7 @@ import numpy as np
 
 from unroll.service.core.errors import PayloadMismatch, PositionGap, PositionTooOld, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.chunk import Chunk, Group
+from unroll.service.scheduler.chunk import Chunk, Group, Step
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.reply import Reply, payload_digest, to_bytes
 from unroll.service.scheduler.session import Cohort, Session
@@ -88,6 +88,11 @@ class ReplayCache:
             return False
         self._replace(session, None)
         return True
+
+    @property
+    def has_table(self) -> bool:
+        """Whether steps are small enough for the table."""
+        return self._steps is not None
 
     def has_row(self, session: Session) -> bool:
         """Whether the table has the session's single steps, so that there is always room for the reply."""
@@ -219,10 +224,17 @@ class ReplayCache:
 
 
 def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
-    """The accepted chunk at the position of `chunk`. If a group has that step, `chunk` becomes its follower."""
+    """The accepted chunk at the position of `chunk`, which follows it if it is a step or a part of a group."""
     position = chunk.start
     for work in session.own_progress.queue():
-        if isinstance(work, Chunk) and work.start == position:
+        if isinstance(work, Step):
+            if session.position == position:
+                if work.final != chunk.final or not _same(work.inputs, chunk.inputs):
+                    raise _mismatch(session, position)
+                chunk.running = True
+                work.followers += (chunk,)
+                return chunk
+        elif isinstance(work, Chunk) and work.start == position:
             if work.final != chunk.final or not _same(work.inputs, chunk.inputs):
                 raise _mismatch(session, position)
             return work

@@ -32,10 +32,6 @@ class Work:
         raise NotImplementedError
 
     @property
-    def owners(self) -> set[Owner]:
-        return {self.owner}
-
-    @property
     def row_count(self) -> int:
         """Rows that it occupies in a batch."""
         return 1

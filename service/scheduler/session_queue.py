@@ -44,7 +44,7 @@ class SessionQueues:
                     self._make_ready(work, now)
                     return
             progress.pending = None
-        self._sessions.rest(session, now)
+        self._sessions.rest((session,), now)
 
     def renumber(self, session: Session) -> list[tuple[Chunk, PositionGap]]:
         """Assign new positions to the accepted chunks, because an earlier one was not applied.

@@ -15,7 +15,7 @@ A transition that is not in the table raises and changes nothing.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from unroll.service.core.errors import (
@@ -25,9 +25,10 @@ from unroll.service.core.errors import (
     SessionExists,
     SessionExpired,
     SessionGone,
+    UnrollError,
 )
 from unroll.service.core.session_ids import shown, tenant_of
-from unroll.service.scheduler.closed_sessions import ClosedSessions
+from unroll.service.scheduler.closed_sessions import ClosedSessions, replaced
 from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.recency import Recency
@@ -65,7 +66,7 @@ class SessionTable:
         on_end: Callable[[Session], None] = lambda session: None,
     ) -> None:
         self.limits = limits
-        self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
+        self.idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
         self._spill = spill
@@ -153,7 +154,7 @@ class SessionTable:
         if session is None:
             return None
         progress = session.progress or self.cohorts.detach(session)
-        if now - progress.last_used >= self._idle_timeout and progress.active is None:
+        if now - progress.last_used >= self.idle_timeout and progress.active is None:
             self.expire(now)
             return None
         return session
@@ -165,12 +166,14 @@ class SessionTable:
             SessionUnknown, SessionGone: The session is no longer open.
         """
         progress = session.progress or self.cohorts.detach(session)
-        if session.life is OPEN and (now - progress.last_used < self._idle_timeout or progress.active is not None):
+        if session.life is OPEN and (now - progress.last_used < self.idle_timeout or progress.active is not None):
             return progress
         self.expire(now)
-        if session.id in self._live:
-            raise SessionClosed(f"session {shown(session.id)!r} was closed; its id now belongs to another session")
-        raise self.closed.error(session.id, now)
+        raise self.ended(session, now)
+
+    def ended(self, session: Session, now: float) -> UnrollError:
+        """The error for a request to a session that is no longer open."""
+        return replaced(session.id) if session.id in self._live else self.closed.error(session.id, now)
 
     def detach_from_cohort(self, session: Session) -> Session:
         """Return the session with its own progress, dissolving its cohort if it is in one."""
@@ -202,16 +205,16 @@ class SessionTable:
                 self._leaving.remove(session)
                 self.slots.give_back(session.slot)
 
-    def rest(self, session: Session, now: float) -> None:
-        """Make the session idle: its idle time begins, and it becomes the most recently used."""
-        progress = session.progress
-        assert progress is not None
-        progress.active = None
-        progress.last_used = now
-        if session.life is OPEN:
-            self._recency.touch(session)
-        else:
-            self.advance(session, "rest")
+    def rest(self, sessions: Sequence[Session], now: float) -> None:
+        """Make the sessions idle: their idle time begins, and they become the most recently used."""
+        self._recency.touch(*[session for session in sessions if session.life is OPEN])
+        for session in sessions:
+            progress = session.progress
+            assert progress is not None
+            progress.active = None
+            progress.last_used = now
+            if session.life is not OPEN:
+                self.advance(session, "rest")
 
     # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 
@@ -229,7 +232,7 @@ class SessionTable:
         """Remove every session past its idle timeout."""
         while (oldest := self._recency.oldest) is not None:
             progress = oldest if isinstance(oldest, Cohort) else oldest.own_progress
-            if now - progress.last_used < self._idle_timeout:
+            if now - progress.last_used < self.idle_timeout:
                 return
             if progress.active is not None:  # it is not idle
                 progress.last_used = now

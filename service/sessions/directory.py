@@ -1,7 +1,7 @@
 """Finds the version that serves a session, or that knows how the session ended."""
 
 from unroll.service.core.clock import Clock
-from unroll.service.core.errors import ModelChanged, SessionClosed, SessionExists
+from unroll.service.core.errors import ModelChanged, SessionExists
 from unroll.service.core.session_ids import shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
@@ -56,6 +56,10 @@ class SessionDirectory:
                 return model, session
         return self.spilled.bring_back(name, session_id)
 
+    def is_unused(self, name: str, session_id: str) -> bool:
+        """Whether it is certain, without a lookup among spilled sessions, that no open session has this id."""
+        return not len(self.spilled) and not any(session_id in m.scheduler.sessions for m in self.versions.of(name))
+
     def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
         """The session and its version.
 
@@ -98,7 +102,7 @@ class SessionDirectory:
         """
         served, session = self.owner(name, version, session_id)
         if session is None:
-            raise served.scheduler.sessions.closed.error(session_id, self._clock.now())
+            raise served.ended(session_id)
         return served, session
 
     def check_free(self, name: str, session_id: str) -> None:
@@ -107,8 +111,3 @@ class SessionDirectory:
             raise SessionExists(f"session {shown(session_id)!r} is open", position=living[1].position)
         if (stranded := self.find_stranded(name, session_id)) is not None:
             raise SessionExists(f"session {shown(session_id)!r} is open", position=stranded.position)
-
-
-def replaced(session_id: str) -> SessionClosed:
-    """The error for a session after another was opened with its id."""
-    return SessionClosed(f"session {shown(session_id)!r} was closed; its id now belongs to another session")

@@ -11,8 +11,9 @@ from unroll.service.core.errors import ModelChanged, QuotaExceeded, UnrollError
 from unroll.service.core.session_ids import NewId, shown, tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
+from unroll.service.scheduler.closed_sessions import replaced
 from unroll.service.scheduler.session import Session
-from unroll.service.sessions.directory import SessionDirectory, replaced
+from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.state.slots import INITIAL
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.record import Origin, Record

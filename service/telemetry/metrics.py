@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import generate_latest, registry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -52,9 +53,10 @@ class RequestFigures:
 
 @dataclass(slots=True)
 class ConnectionFigures:
-    """Open connections of the main port, and refused ones by limit."""
+    """Open connections of the main port, those of HTTP among them, and refused ones by limit."""
 
     open: Sized = ()
+    http: Sized = ()
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys((OF_ALL, OF_ADDRESS), 0))
 
 
@@ -149,43 +151,62 @@ class Collector:
 
     def exposition(self) -> Iterator[bytes]:
         """The text of a scrape as of now, one family at a time."""
-        return (generate_latest(_Single(family)) for family in [*self._collect()])
+        return (generate_latest(_Single(family)) for family in self._collect())
 
-    def _collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for name, some in (("unroll_streams", self._streams), ("unroll_sessions_spilled", self._spilled)):
-            _family(families, GaugeMetricFamily, name, []).add_metric([], len(some))
-        _family(families, GaugeMetricFamily, "unroll_connections", []).add_metric([], len(self._connections.open))
-        refused = _family(families, CounterMetricFamily, "unroll_connections_refused", ["limit"])
-        for limit, count in self._connections.refused.items():
-            refused.add_metric([limit], count)
+    def _collect(self) -> Iterable[Metric]:
+        families = _Families()
+        families.gauge("unroll_streams", len(self._streams))
+        families.gauge("unroll_sessions_spilled", len(self._spilled))
+        families.gauge("unroll_connections", len(self._connections.open))
+        families.counters("unroll_connections_refused", self._connections.refused, "limit")
         for kind, size in self._held.items():
-            _family(families, GaugeMetricFamily, "unroll_held_bytes", ["kind"]).add_metric([kind], size)
+            families.gauge("unroll_held_bytes", size, kind=kind)
         for (name, version), why in self._refused().items():
-            family = _family(families, GaugeMetricFamily, "unroll_bundle_refused", ["model", "version", "reason"])
-            family.add_metric([name, version, why[:_REASON_CHARACTERS]], 1)
+            families.gauge("unroll_bundle_refused", 1, model=name, version=version, reason=why[:_REASON_CHARACTERS])
         for model in self._models():
-            own = [model.name, model.version, model.device]
+            own = {"model": model.name, "version": model.version, "device": model.device}
             for name, value in model.gauges.items():
-                _family(families, GaugeMetricFamily, name, _MODEL).add_metric(own, value)
+                families.gauge(name, value, **own)
             for name, value in model.counters.items():
-                _family(families, CounterMetricFamily, name, _MODEL).add_metric(own, value)
+                families.of(CounterMetricFamily, name, *own).add_metric([*own.values()], value)
             for (name, label), counts in model.labelled.items():
-                family = _family(families, CounterMetricFamily, name, [*_MODEL, label])
-                for key, count in counts.items():
-                    family.add_metric([*own, key], count)
+                families.counters(name, counts, label, **own)
             for name, histogram in model.histograms.items():
-                family = _family(families, HistogramMetricFamily, name, _MODEL)
-                family.add_metric(own, buckets=histogram.buckets(), sum_value=histogram.sum)
+                families.histogram(name, histogram, **own)
         for route, figures in self._requests.items():
-            requests = _family(families, CounterMetricFamily, "unroll_requests", ["route", "status"])
-            for status, answered in figures.by_status.items():
-                requests.add_metric([route, str(status)], answered)
-            seconds = _family(families, HistogramMetricFamily, "unroll_request_seconds", ["route"])
-            seconds.add_metric([route], buckets=figures.seconds.buckets(), sum_value=figures.seconds.sum)
-        yield from families.values()
-        if self._store is not None:
-            yield from _store(self._store)
+            families.counters("unroll_requests", figures.by_status, "status", route=route)
+            families.histogram("unroll_request_seconds", figures.seconds, route=route)
+        if (store := self._store) is not None:
+            families.gauge("unroll_store_up", store.up)
+            families.counters("unroll_store_commits", store.commits, "outcome")
+            families.histogram("unroll_store_exchange_seconds", store.exchange_seconds)
+            if store.evicts is not None:
+                families.gauge("unroll_store_evicts", store.evicts)
+            for kind, size in store.bytes.items():
+                families.gauge("unroll_store_bytes", size, kind=kind)
+        return families.values()
+
+
+class _Families(dict[str, Any]):
+    """The families of a scrape by name, in the order of their first use."""
+
+    def of(self, kind: Callable[..., Metric], name: str, *labels: str) -> Any:
+        if name not in self:
+            self[name] = kind(name, HELP[name], labels=labels)
+        return self[name]
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        self.of(GaugeMetricFamily, name, *labels).add_metric([*labels.values()], float(value))
+
+    def counters(self, name: str, counts: Mapping[Any, int], by: str, **labels: str) -> None:
+        """Add one counter for each key, which is the value of the label `by`."""
+        family = self.of(CounterMetricFamily, name, *labels, by)
+        for key, count in counts.items():
+            family.add_metric([*labels.values(), str(key)], count)
+
+    def histogram(self, name: str, histogram: Histogram, **labels: str) -> None:
+        family = self.of(HistogramMetricFamily, name, *labels)
+        family.add_metric([*labels.values()], histogram.buckets(), histogram.sum)
 
 
 class _Single(registry.Collector):
@@ -196,27 +217,3 @@ class _Single(registry.Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield self._family
-
-
-def _store(figures: StoreFigures) -> Iterator[Metric]:
-    families: dict[str, Metric] = {}
-    _family(families, GaugeMetricFamily, "unroll_store_up", []).add_metric([], float(figures.up))
-    commits = _family(families, CounterMetricFamily, "unroll_store_commits", ["outcome"])
-    for outcome, count in figures.commits.items():
-        commits.add_metric([outcome], count)
-    seconds = _family(families, HistogramMetricFamily, "unroll_store_exchange_seconds", [])
-    seconds.add_metric([], figures.exchange_seconds.buckets(), sum_value=figures.exchange_seconds.sum)
-    if figures.evicts is not None:
-        _family(families, GaugeMetricFamily, "unroll_store_evicts", []).add_metric([], float(figures.evicts))
-    for kind, size in figures.bytes.items():
-        _family(families, GaugeMetricFamily, "unroll_store_bytes", ["kind"]).add_metric([kind], size)
-    yield from families.values()
-
-
-_MODEL = ["model", "version", "device"]
-
-
-def _family(families: dict, kind: type, name: str, labels: list[str]):  # type: ignore[no-untyped-def]
-    if name not in families:
-        families[name] = kind(name, HELP[name], labels=labels)
-    return families[name]

@@ -15,7 +15,6 @@ from unroll.service.access.held_bytes import SMALL
 from unroll.service.access.keys import INFER
 from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
-from unroll.service.api.error_responses import STATUS
 from unroll.service.api.inference_routes import Route
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
@@ -250,7 +249,7 @@ class HttpProtocol(LimitedProtocol):
         if self.cycle is self._exchange:
             self._fail(error)
         else:
-            self._refuse(Refused(STATUS[type(error)], "", error))
+            self._refuse(Refused(error.status, "", error))
         return False
 
     def _hold(self, size: int) -> UnrollError | None:

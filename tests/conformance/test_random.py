@@ -64,7 +64,7 @@ def test_random_models_are_never_silently_wrong(tree: Tree) -> None:
                         Recurrent("GRU", 10, 5, 2),
                     ),
                     "steps",
-                    time_first=True,
+                    layout="time first",
                     mask="left out",
                     seed=4,
                 ),
@@ -75,6 +75,10 @@ def test_random_models_are_never_silently_wrong(tree: Tree) -> None:
         ),
         pytest.param(
             *(Tree("tokens", 2, (Recurrent("GRU", 2, 3), Recurrent("GRU", 3, 3)), "kept"), "refused", "keeps_state"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *(Tree("missing", 1, (Recurrent("GRU", 1, 1, 2),), "step", mask="booleans", seed=6), "streams", ""),
             marks=pytest.mark.long,
         ),
     ],
@@ -88,7 +92,7 @@ def test_judge_gives_the_expected_outcome(tree: Tree, outcome: str, says: str) -
 
 def test_tree_matches_its_description() -> None:
     blocks = (Conv(2, 4, 3), Elementwise("gate", 4), Loop("peephole", 4, 2), Recurrent("LSTM", 2, 3, start="learned"))
-    tree = Tree("floats", 2, blocks, "dict", time_first=True, seed=3)
+    tree = Tree("floats", 2, blocks, "dict", layout="time last", seed=3)
     assert parse(repr(tree)) == tree
 
 

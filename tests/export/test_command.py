@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -171,10 +172,7 @@ def test_a_refusal_names_the_line(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_internal_export_error_is_reported_as_one(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lift(*_: object) -> None:
-        raise KeyError("lost")
-
-    monkeypatch.setattr("unroll.export.pipeline.lift", lift)
+    monkeypatch.setattr("unroll.export.pipeline.lift", mock.Mock(side_effect=KeyError("lost")))
     assert run("usermodel:Net", *TOKEN, "--name", "n", "--repository", "out") == 1
     assert "internal: this is a bug in unroll: KeyError: 'lost'" in capsys.readouterr().err
 

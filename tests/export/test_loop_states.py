@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import Oracle
 from torch import Tensor, nn
+from torch.nn import functional
 
 from conformance.kinds.kind import Forward, made
 from unroll.export import ExportError, export
@@ -79,6 +80,22 @@ def window(s: Any, x: Tensor) -> Tensor:
     for t in range(x.shape[1]):
         steps.append(x[:, t])
         outs.append(s.head(torch.stack(list(steps)).mean(0)))
+    return torch.stack(outs, 1)
+
+
+class Helper:
+    """No module; without `__dict__`."""
+
+    __slots__ = ("steps",)
+
+
+def window_in_a_helper(s: Any, x: Tensor) -> Tensor:
+    s.helper.steps = deque([zeros(x)] * 3, maxlen=3)
+    total, outs = zeros(x).double(), []
+    for t in range(x.shape[1]):
+        s.helper.steps.append(s.head(x[:, t]))
+        total = 0.5 * total + sum(s.helper.steps).double()
+        outs.append(total.float())
     return torch.stack(outs, 1)
 
 
@@ -217,6 +234,7 @@ def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
 
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
+    window_in_a_helper,
     *(two_loops, many_names, changed_in_place, in_a_scripted_function, in_a_custom_operator, layers_over_lists),
     *(from_the_first, row_after_row, count_of_all_rows, running, viewed, changed_through_a_view, dilated),
 ]
@@ -226,8 +244,27 @@ OTHERS: list[Forward] = [
 def test_loop_may_carry_its_inputs_and_results(few_steps: None, tmp_path: Path, forward: Forward) -> None:
     layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
     answers_step_by_step(
-        made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4), layers=layers), tmp_path
+        made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4), layers=layers, helper=Helper()), tmp_path
     )
+
+
+def greatest_of_three(s: Any, x: Tensor) -> Tensor:
+    padded = functional.pad(s.rnn(x)[0].mT, (2, 0), value=-torch.inf)
+    return functional.max_pool1d(padded, 3, stride=1).mT
+
+
+def with_weights_dropped(s: Any, x: Tensor) -> Tensor:
+    """In eval mode, dropout returns the parameter itself."""
+    s.rnn.weight_hh_l0 = functional.dropout(s.raw, 0.3, s.training)
+    y: Tensor = s.rnn(x)[0]
+    return y
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("forward", [greatest_of_three, with_weights_dropped])
+def test_pooling_and_assigned_weights_stream(few_steps: None, tmp_path: Path, forward: Forward) -> None:
+    rnn, raw = nn.GRU(4, 6, batch_first=True), nn.Parameter(torch.randn(18, 6))
+    answers_step_by_step(made(forward, rnn=rnn, raw=raw), tmp_path)
 
 
 def answers_step_by_step(module: nn.Module, tmp_path: Path) -> None:
@@ -296,6 +333,31 @@ def state_space(s: Any, x: Tensor) -> Tensor:
 def test_complex_states_are_pairs_of_real_numbers(few_steps: None, tmp_path: Path, module: Any) -> None:
     parts = {"r": nn.Parameter(torch.rand(4) / 2), "head": nn.Linear(4, 4)}
     answers_step_by_step(made(module, **parts) if module is state_space else module(), tmp_path)
+
+
+class CountedLoop(nn.Module):
+    """Loops over as many steps as its caller says, and also returns the state before the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.r = 1, nn.Parameter(torch.rand(4) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [zeros(x)]
+        for t in range(self.steps):
+            states.append(torch.tanh(x[:, t] + self.r * states[-1]))
+        return torch.stack(states, 1)
+
+
+def of_its_caller(s: Any, x: Tensor) -> Tensor:
+    s.loop.steps = x.shape[1]
+    y: Tensor = s.loop(x)[:, 1:]
+    return y
+
+
+@pytest.mark.long
+def test_loop_that_depends_on_its_caller_is_lifted_with_it(few_steps: None, tmp_path: Path) -> None:
+    answers_step_by_step(made(of_its_caller, loop=CountedLoop()), tmp_path)
 
 
 def decaying(s: Any, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Each refusal code has a section in the docs, and each message names the line in forward and the remedy."""
 
 import re
+from collections import deque
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,9 +12,25 @@ from torch.nn import functional
 
 from conformance.kinds.kind import gru, made
 from unroll.export import ExportError, export
-from unroll.export.errors import Code
+from unroll.export.errors import Code, first_line, untraceable
 
 PAGE = (Path(__file__).parents[2] / "docs" / "refusals.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "options", "says"),
+    [
+        (nn.GRU, {}, {}, "an instance of nn.Module to export, not the class GRU"),
+        (gru(), [torch.zeros(2, 7, 4)], {}, "a dict of tensors by the names of forward's arguments"),
+        (gru(), {}, {"max_error": "small"}, "rates and max_error are numbers"),
+        (gru(), {}, {"precision": "float8"}, "'float8' is none of float32, float16, int8"),
+        (gru(), {}, {"state": {"hx": 1}}, "names of inputs and outputs are strings"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_of_other_types_are_refused(module: Any, example: Any, options: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=says):
+        export(module, example, name="m", repository=tmp_path, **options)
 
 
 def test_every_code_has_its_section() -> None:
@@ -98,9 +115,101 @@ def squashed(s: Any, x: Tensor) -> Tensor:
     return torch.tanh(y).real
 
 
+def selected(s: Any, x: Tensor) -> Tensor:
+    h, outs = x.new_zeros(x.shape[0], 4), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(h + torch.index_select(x, 1, torch.tensor([t])).squeeze(1))
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = gru(), nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+class MadeLate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = gru(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rnn(x)[0]
+        self.head = self.head or nn.Linear(y.shape[-1], 3)
+        return self.head(y)
+
+
+class OwnTables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = gru()
+
+    def named_parameters(self, *args: Any, **options: Any) -> Any:
+        raise KeyError("no tables")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+class Filling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, steps, ys = x.new_zeros(x.shape[0], 6), deque(maxlen=3), []
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+            steps.append(h)
+            ys.append(sum(steps))
+        return torch.stack(ys, 1)
+
+
+class Inverted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = gru()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rnn(x)[0]
+        return y @ torch.linalg.inv(torch.eye(6) + y.mT @ y / 100)
+
+
+def bytewise(s: Any, x: Tensor) -> Tensor:
+    n, ys = torch.zeros(x.shape[0], 1, dtype=torch.uint8), []
+    for step in x.unbind(1):
+        n = n + 1
+        ys.append(step * n)
+    return torch.stack(ys, 1)
+
+
+def without_values(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x)[0][..., :0]
+
+
+def sparse(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x)[0].to_sparse()
+
+
 @pytest.mark.parametrize(
     ("forward", "says"),
     [
+        (selected, r"selects its time step with a tensor.*; select it with a number, as x\[:, t\]"),
+        (Lazy, r"'head.weight' has no values: before the export, call a module with lazy layers once"),
+        (MadeLate, r"makes parameters, as 'head.bias', in its first call.*make them in __init__"),
+        (OwnTables, r"code of the module fails.*KeyError: 'no tables' \(at .*test_refusals.py:\d+: raise KeyError"),
+        (Filling, r"\(at .*test_refusals.py:\d+: ys.append\(sum\(steps\)\)\).*start a list of earlier steps full"),
+        (bytewise, r"the loop of 'Made' carries torch.uint8; keep it .* as with n.long\(\)"),
+        (
+            Inverted,
+            r"inverts a matrix, .*\(at .*test_refusals.py:\d+: return y @ torch.linalg.inv.*ONNX has no operator",
+        ),
+        (without_values, r"output 'y' is \(2, \d, 0\), which holds no values; leave it out"),
+        (sparse, r"forward returns a sparse or nested tensor; return a padded one, as with y.to_dense\(\)"),
         (plain_length, r"the length to a plain number.*\(at .*test_refusals.py:\d+: steps = int\(x.shape\[1\]\)\)"),
         (row_by_row, r"layer 'rnn' depends on the batch size; call it once on the whole batch"),
         (WholeNumbers, r"\(at .*test_refusals.py:\d+: n = \(n \+ 8\) // .*\): compute in floats, as torch.floor"),
@@ -121,3 +230,14 @@ def test_a_refusal_names_the_line_and_the_remedy(few_steps: None, tmp_path: Path
         export(module, {"x": torch.randn(2, 5, 4)}, name="m", repository=tmp_path)
     assert re.search(says, str(refused.value)), refused.value
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loop_traced_for_one_batch_size_says_so() -> None:
+    error = RuntimeError("Constraints violated (batch)!\n  - You marked batch as dynamic but your code specialized it")
+    assert "'Filter' computes with one batch size only" in str(untraceable("'Filter'", error))
+
+
+def test_the_heading_of_a_message_is_followed_by_its_first_item() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        nn.LSTM(4, 6).load_state_dict(nn.LSTM(5, 6).state_dict())
+    assert "state_dict for LSTM: size mismatch for weight_ih_l0" in first_line(failed.value)

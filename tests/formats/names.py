@@ -3,7 +3,6 @@
 import contextlib
 import io
 import re
-from collections.abc import Iterator
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,8 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from unroll import cli
 from unroll.bundle.errors import REMEDIES
 from unroll.service.api.all_workers import metrics_of_all
-from unroll.service.api.error_responses import STATUS
-from unroll.service.core.errors import UnrollError
+from unroll.service.core.errors import with_codes
 from unroll.service.descriptions import PREFIX
 from unroll.service.settings import Settings
 from unroll.service.sources import CONFIG
@@ -51,19 +49,12 @@ def settings() -> list[str]:
 
 def codes() -> dict[str, int]:
     """Return the HTTP status of every error code."""
-    kinds = [kind for kind in _below(UnrollError) if hasattr(kind, "code")]
-    return {kind.code: STATUS[kind] for kind in sorted(kinds, key=lambda kind: kind.code)}
+    return {kind.code: kind.status for kind in sorted(with_codes(), key=lambda kind: kind.code)}
 
 
 def bundle_codes() -> list[str]:
     """Return the codes with which bundles are refused."""
     return sorted(REMEDIES)
-
-
-def _below(kind: type[UnrollError]) -> Iterator[type[UnrollError]]:
-    for below in kind.__subclasses__():
-        yield below
-        yield from _below(below)
 
 
 def routes(client: httpx.Client) -> list[str]:

@@ -20,8 +20,8 @@ from unroll.service.core.errors import (
 )
 from unroll.service.core.session_ids import check_id, new_id, owned, shown
 from unroll.service.models.served_model import ServedModel
+from unroll.service.scheduler.closed_sessions import replaced
 from unroll.service.scheduler.session import Life, Session
-from unroll.service.sessions.directory import replaced
 
 #: Maximum number of handles per connection.
 MAX_HANDLES = 65_536
@@ -98,10 +98,9 @@ class Handles:
         stranded = self._sessions.directory.find_stranded(self._name, before.id)
         if stranded is not None and stranded.origin != before.origin:
             raise replaced(before.id)
-        served, living = self._sessions.owner(self._name, None, before.id)
-        if living is None:
-            raise served.scheduler.sessions.closed.error(before.id, served.loop.clock.now())
-        session = living
+        served, session = self._sessions.owner(self._name, None, before.id)
+        if session is None:
+            raise served.ended(before.id)
         if session.origin != before.origin:
             raise replaced(before.id)
         served.scheduler.set_retry_depth(session, before.depth)
@@ -218,7 +217,4 @@ class Handles:
 def check_present(served: ServedModel, session: Session) -> None:
     """Raises SessionError if the session is no longer here."""
     if session.life is Life.LEAVING or session.life is Life.GONE:
-        table = served.scheduler.sessions
-        if session.id in table:
-            raise replaced(session.id)
-        raise table.closed.error(session.id, served.loop.clock.now())
+        raise served.scheduler.sessions.ended(session, served.loop.clock.now())

@@ -10,8 +10,8 @@ from unroll.service.core.errors import InvalidRequest, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.frames import encode_rolled
 from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.closed_sessions import replaced
 from unroll.service.scheduler.session import Session
-from unroll.service.sessions.directory import replaced
 
 
 class StreamRollouts:

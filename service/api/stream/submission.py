@@ -61,7 +61,7 @@ class RecurringFrames:
 
 @dataclass(slots=True, eq=False)
 class RecurringStep:
-    """Single steps of a session in separate frames; they join the open group.
+    """Single steps of a session in separate frames, which run with those of others.
 
     Attributes:
         position, values: Position and inputs of the last step, as sent by the client.
@@ -74,6 +74,7 @@ class RecurringStep:
     position: int | None = None
     values: bytes = b""
 
+    patient = True  # flow control limits the client
     write = staticmethod(Codec.rows_to_raw)
 
     def complete(self, outputs: bytes, position: int) -> None:
@@ -192,7 +193,7 @@ class FrameSubmitter:
         self._recurring.clear()
 
     def join(self, handle: int, position: int | None, values: bytes) -> bool:
-        """Join a frame of one step to the open group; False if it must be submitted as an ordinary frame."""
+        """Join a frame of one step to the steps that wait; False if it must be submitted as an ordinary frame."""
         if self.replies.closed:
             return False
         step = self._recurring.steps.get(handle)

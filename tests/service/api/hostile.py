@@ -425,6 +425,14 @@ _GRAPHS = {
         signal=np.zeros((1, 4096, 1), np.float32),
         step=np.int64(1),
     ),
+    "a layer that crashes on an empty sequence": fed(
+        "bundle_operator",
+        helper.make_node("GRU", ["sequence", "w", "r"], ["steps"], hidden_size=1),
+        helper.make_node("ReduceMax", ["steps"], ["extra"], keepdims=0),
+        sequence=np.zeros((1, 1, 1), np.float32),
+        w=np.zeros((1, 3, 1), np.float32),
+        r=np.zeros((1, 3, 1), np.float32),
+    ),
     "random numbers of a dropout": fed(
         "bundle_operator",
         helper.make_node("Dropout", ["zero", "ratio", "yes"], ["extra"]),

@@ -10,7 +10,6 @@ import wire
 from serving import Running, Serve, metric, metrics, raw_steps
 
 from unroll.service.api import (
-    error_responses,
     health_routes,
     inference_routes,
     native_routes,
@@ -193,10 +192,10 @@ def test_v1_errors_are_problems(document: dict) -> None:
 
 
 def test_the_inference_routes_name_every_status_they_may_answer(document: dict) -> None:
-    never = {error_responses.STATUS[core.Cancelled]}
-    sessions_only = {error_responses.STATUS[kind] for kind in (core.SessionClosed, core.SessionExists)}
-    raw_only = {error_responses.STATUS[core.UnsupportedMediaType]}
-    everything = {200, *error_responses.STATUS.values()} - never
+    never = {core.Cancelled.status}
+    sessions_only = {kind.status for kind in (core.SessionClosed, core.SessionExists)}
+    raw_only = {core.UnsupportedMediaType.status}
+    everything = {200, *(kind.status for kind in core.with_codes())} - never
     for path, expected in {
         "/v1/models/{model}/sessions/{session_id}/steps": everything,
         "/v1/models/{model}/sequences": everything - sessions_only,

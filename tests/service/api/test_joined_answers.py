@@ -14,6 +14,7 @@ from serving import Running
 
 from unroll.bundle import TensorSpec
 from unroll.service.scheduler.joined_steps import JoinedSteps
+from unroll.service.scheduler.lanes import Lanes
 
 ROUNDS, EACH = 20, 1
 
@@ -175,10 +176,11 @@ MORE_ODDITIES: list[Callable[[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize("model", ["gru", "two", "tokens", "hot"])
+@pytest.mark.parametrize(("model", "rows"), [("gru", 256), ("two", 2), ("tokens", 256), ("hot", 2)])
 def test_requests_read_together_get_the_same_answers_as_separately(
-    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, model: str
+    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, model: str, rows: int
 ) -> None:
+    """rows: of a batch."""
     specs, chance, joined = server.model(model).manifest.inputs, Random(model), []
     join = JoinedSteps.join
 
@@ -196,6 +198,7 @@ def test_requests_read_together_get_the_same_answers_as_separately(
         alone = [[answer_alone(server, each) for each in conversations] for _ in range(ROUNDS)]
         opened(client, conversations)
         monkeypatch.setattr(JoinedSteps, "join", counted)
+        monkeypatch.setattr(Lanes, "most_rows", lambda *args: rows)
         wires = [Wire(server.port) for _ in conversations]
         for wire in wires:
             stack.enter_context(closing(wire.socket))

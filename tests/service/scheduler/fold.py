@@ -63,6 +63,8 @@ def invalid_values(inputs: Tensors) -> dict[int, UnrollError]:
 class Joiner:
     """The listener of a joined step. Calls `then` with the outputs over time or with the error."""
 
+    patient = False
+
     def __init__(self, then: Callable[[list[int] | UnrollError], object]) -> None:
         self.then = then
 

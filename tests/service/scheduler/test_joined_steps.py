@@ -1,4 +1,4 @@
-"""Steps that arrive one by one while nothing else waits run as one group; until then they can be cancelled."""
+"""Steps that arrive one by one run as groups; until then they can be cancelled."""
 
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from fold import (
     inputs,
     join,
     run_until_idle,
+    scheduler,
     submit,
     submit_sequence,
     turn,
@@ -53,11 +54,56 @@ def joined(s: Scheduler, names: str, log: Log, step: int = 2) -> list[bool]:
 
 def test_joined_steps_run_in_one_batch_and_each_gets_its_reply(settled, engine):
     log = Log()
-    assert joined(settled, "abcd", log) == [True, True, True, False]  # a batch holds three rows
+    assert joined(settled, "abc", log) == [True] * 3
     assert turn(settled, engine).rows == 3
     assert log == dict.fromkeys("abc", fold([1, 2])[-1:])
     assert settled.idle
     settled.check_invariants()
+
+
+def test_steps_beyond_a_batch_form_further_groups_in_order_of_arrival(engine):
+    s, log, ids = scheduler(capacity=8), Log(), "zyxwvuts"  # a batch holds three rows
+    engine.rows += [-1] * 8
+    for name in ids:
+        assert join(s, s.open(name, 0), 1, log.of(name))
+    groups = []
+    while not s.idle:
+        batch = turn(s, engine)
+        s.check_invariants()
+        (group,) = batch.work
+        groups.append("".join(session.id for session in group.sessions))
+    assert groups == ["zyx", "wvu", "ts"]
+    assert log == dict.fromkeys(ids, fold([1]))
+
+
+def test_tenant_with_many_steps_leaves_room_for_one_with_a_single_step(engine):
+    s, log = scheduler(capacity=30, max_batch=4), Log()
+    engine.rows += [-1] * 30
+    flood = [s.open(owned("flood", str(i)), 0) for i in range(20)]
+    calm = s.open(owned("calm", "0"), 0)
+    assert all(join(s, session, 1, log.of(session.id)) for session in flood)
+    turn(s, engine)
+    for step in (1, 2):  # one of the four rows of each batch is as much as the calm tenant wants
+        assert join(s, calm, step, log.of("calm"))
+        assert turn(s, engine).rows == 4
+        assert log.pop("calm") == fold([1, 2])[step - 1 : step]
+    run_until_idle(s, engine)
+    assert log == {session.id: fold([1]) for session in flood}
+
+
+def test_groups_and_chunks_share_batches_with_more_steps_than_fit(settled, engine):
+    log, replies, more = Log(), [], []
+    s = scheduler(capacity=8)
+    engine.rows += [-1] * 8
+    sessions = [s.open(name, 0) for name in "abcdefgh"]
+    assert s.groups.submit(sessions[:2], [None] * 2, (np.array([[1], [1]]),), 0, LATER, replies.append) == []
+    alone = submit(s, "c", inputs(1), 0, LATER)
+    for session in sessions[3:]:
+        assert join(s, session, 1, log.of(session.id))
+    more += run_until_idle(s, engine)
+    assert [batch.rows for batch in more] == [3, 3, 2]
+    assert replies[0].outputs[0].tolist() == [fold([1])] * 2
+    assert [answer(alone), *log.values()] == [fold([1])] * 6
 
 
 def test_step_joins_only_at_the_position_of_an_idle_open_session(settled, engine):
@@ -73,21 +119,12 @@ def test_step_joins_only_at_the_position_of_an_idle_open_session(settled, engine
     run_until_idle(settled, engine)
 
 
-def test_steps_join_waiting_single_steps_up_to_the_batch_size(settled, engine):
-    log = Log()
-    alone = submit(settled, "a", inputs(2), 0, LATER)
-    assert joined(settled, "bcd", log) == [True, True, False]
-    assert turn(settled, engine).rows == 3
-    assert [answer(alone), *log.values()] == [fold([1, 2])[-1:]] * 3
-    settled.check_invariants()
-
-
-def test_no_step_joins_while_other_work_waits(settled, engine):
-    submit(settled, "a", inputs(2, 3), 0, LATER)
-    assert joined(settled, "b", Log()) == [False]
+def test_steps_join_while_chunks_of_other_lengths_wait(settled, engine):
+    log, chunk = Log(), submit(settled, "a", inputs(2, 3), 0, LATER)
+    assert joined(settled, "bc", log) == [True, True]
     run_until_idle(settled, engine)
-    assert joined(settled, "b", Log()) == [True]
-    run_until_idle(settled, engine)
+    assert answer(chunk) == fold([1, 2, 3])[1:]
+    assert log == dict.fromkeys("bc", fold([1, 2])[-1:])
 
 
 def test_steps_join_while_a_long_chunk_runs_in_separate_batches(settled, engine):
@@ -123,7 +160,6 @@ def test_joined_durable_steps_are_applied_as_the_store_commits_each(settled, eng
     for session in sessions:
         session.durable = Durable(Origin("ab" * 32, STORED, b"born" * 4).to_bytes(), b"token")
     assert joined(settled, "a", log, 2) + joined(settled, "b", log, 13) + joined(settled, "c", log, 2) == [True] * 3
-    assert joined(settled, "d", log) == [False]  # not a durable session
     engine.failing = {13}
     _, batch = settled.next_turn(0)
     outputs, failed = engine.run(batch)
@@ -140,9 +176,22 @@ def test_joined_durable_steps_are_applied_as_the_store_commits_each(settled, eng
     assert failure(behind) == "session_contended"
     assert [session.position for session in sessions] == [2, 1, 1]
     assert joined(settled, "abc", log) == [True, True, False]  # the copy is stale
-    settled.joined.refuse(sessions[0], SessionExpired("as asked"), 0)
-    settled.joined.refuse(sessions[1], SessionExpired("as asked"), 0)
+    settled.close(sessions[0], 0)
+    settled.close(sessions[1], 0)
     settled.next_turn(0)
+    settled.check_invariants()
+
+
+def test_steps_of_durable_and_memory_sessions_run_in_one_batch(settled, engine):
+    log, durable = Log(), find(settled, "b")
+    durable.durable = Durable(Origin("ab" * 32, STORED, b"born" * 4).to_bytes(), b"token")
+    assert joined(settled, "abc", log) == [True] * 3
+    _, batch = settled.next_turn(0)
+    pending = settled.complete(batch, *engine.run(batch), 0)
+    assert log == dict.fromkeys("ac", fold([1, 2])[-1:])
+    commits = settled.commits.of("model", pending, lambda slots: np.float32(slots)[:, None])
+    settled.commits.complete(pending, commits, [None], 3, 0, lambda slot, row: None)
+    assert log["b"] == fold([1, 2])[-1:]
     settled.check_invariants()
 
 
@@ -293,15 +342,13 @@ def test_steps_that_open_or_end_their_session_join(settled, engine):
     assert log["b"] == fold([1])
 
 
-@pytest.mark.parametrize("how", ["engine", "cancel", "refuse", "late"])
+@pytest.mark.parametrize("how", ["engine", "cancel", "late"])
 def test_session_whose_first_step_fails_is_closed_and_may_be_opened_again(s, engine, how):
     log, listener = Log(), Log().of("new")
     session = start(s, "new", log, 13, 0, listener if how == "cancel" else None)
     behind = submit(s, "new", inputs(3), 0, LATER)
     if how == "cancel":
         s.joined.cancel(session, listener, 0)
-    elif how == "refuse":
-        s.joined.refuse(session, SessionExpired("as asked"), 0)
     engine.failing = {13}
     run_until_idle(s, engine, now=51 if how == "late" else 0)
     assert failure(behind) == "session_closed"
@@ -417,17 +464,19 @@ def test_full_queue_reserves_a_place_for_a_tenant_without_waiting_work(settled, 
     assert scheduler.in_flight == 5
 
 
-def test_joined_steps_count_as_waiting_when_an_overload_begins(settled, engine, monkeypatch):
+@pytest.mark.parametrize("patient", [False, True])
+def test_overload_refuses_the_newest_steps_unless_they_are_patient(settled, engine, monkeypatch, patient):
+    monkeypatch.setattr(Joiner, "patient", patient)
     submit_sequence(settled, inputs(1), 0, LATER)
     _, batch = settled.next_turn(0)
     log = Log()
-    assert joined(settled, "abc", log) == [True, True, True]
-    chunks = [submit_sequence(settled, inputs(1), 0, LATER) for _ in range(6)]
+    assert joined(settled, "abc", log) == [True] * 3
+    chunks = [submit_sequence(settled, inputs(1), 0, LATER) for _ in range(3)]
     monkeypatch.setattr(settled.overload, "begins", lambda *_: True)
-    settled.pace.seconds_per_step, settled.overload.most_wait = 1.0, 4.5
+    settled.pace.seconds_per_step, settled.overload.most_wait = 1.0, 2.5
     settled.complete(batch, *engine.run(batch), 0, 1.0)
-    assert [chunk.outcome is None for chunk in chunks] == [True] + 5 * [
-        False
-    ]  # four steps wait, including the three that joined
+    assert [name for name, outcome in log.items() if outcome == "queue_full"] == ([] if patient else ["c"])
+    assert [chunk.outcome is None for chunk in chunks] == [patient, patient, False]
+    monkeypatch.undo()
     run_until_idle(settled, engine)
-    assert log == dict.fromkeys("abc", fold([1, 2])[-1:])
+    assert all(log[name] == fold([1, 2])[-1:] for name in ("abc" if patient else "ab"))

@@ -95,7 +95,7 @@ def test_lane_of_long_chunks_rejects_groups() -> None:
     session = s.open("a", 0)
     rejected = s.groups.submit([session], [0], (np.zeros((1, 5), np.int64),), 0, 1e9, lambda reply: None)
     assert rejected == [0], "long groups are rejected"
-    lanes = Lanes(s.traits, s.limits, s.workspaces, s.pace, lambda work, now: False)
+    lanes = Lanes(s.traits, s.limits, s.workspaces, s.pace, lambda work, now: False, lambda steps, now: [])
     lanes.put(Group([session], [0], (np.zeros((1, 5), np.int64),), 5, 1e9, lambda reply: None), 0)
     with pytest.raises(AssertionError, match="groups are short"):
         lanes.take(0)
@@ -108,7 +108,7 @@ def test_chunks_waiting_for_a_workspace_are_not_all_checked_before_each_batch() 
         looked.append(work)
         return False
 
-    lanes = Lanes(s.traits, s.limits, s.workspaces, s.pace, look)
+    lanes = Lanes(s.traits, s.limits, s.workspaces, s.pace, look, lambda steps, now: [])
     for _ in range(count):
         lanes.put(Chunk(inputs(*range(50))), 0.0)
     for number in range(20):
