@@ -17,6 +17,7 @@ A key is 32 random bytes, so its plain SHA-256 cannot be reversed by guessing. O
 a slow hash.
 """
 
+import fcntl
 import hashlib
 import os
 import secrets
