@@ -149,7 +149,7 @@ class LongSequences:
         inputs, rows = self.reference.inputs(trial), self.reference.begin(trial)
         exact = detached_copy(self.exact) if self.is_changed else self.exact
         log = OperationLog(exact, loops, places=places)
-        with log.running() if loops else Decided.undone():
+        with log.running() if loops else Decided.as_written():
             what = f"{trial.batch} sequences of {trial.time} time steps"
             returned = ask_original(what, exact, self.double, inputs, rows)
         outputs = self.double.outputs

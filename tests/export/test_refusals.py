@@ -17,6 +17,22 @@ from unroll.export.errors import Code, first_line, untraceable
 PAGE = (Path(__file__).parents[2] / "docs" / "refusals.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("module", "example", "options", "says"),
+    [
+        (nn.GRU, {}, {}, "an instance of nn.Module to export, not the class GRU"),
+        (gru(), [torch.zeros(2, 7, 4)], {}, "a dict of tensors by the names of forward's arguments"),
+        (gru(), {}, {"max_error": "small"}, "rates and max_error are numbers"),
+        (gru(), {}, {"precision": "float8"}, "'float8' is none of float32, float16, int8"),
+        (gru(), {}, {"state": {"hx": 1}}, "names of inputs and outputs are strings"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_of_other_types_are_refused(module: Any, example: Any, options: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=says):
+        export(module, example, name="m", repository=tmp_path, **options)
+
+
 def test_every_code_has_its_section() -> None:
     headings = re.findall(r"^### (.*)$", PAGE, re.MULTILINE)
     assert sorted(re.findall(r"`(\w+)`", " ".join(headings))) == sorted(get_args(Code))
