@@ -39,13 +39,13 @@ from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
 from unroll.export.options import ExportOptions, Progress
 from unroll.export.report import Report, notes_on
-from unroll.export.signature.arguments import check_arguments, resized
+from unroll.export.signature.arguments import check_arguments, check_types, resized
 from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
 from unroll.export.step_form import over_time
 from unroll.export.verification import decisions, parity, preconditions, probes
-from unroll.export.verification.decisions import Decided, Others, decide, notes_on_ways
+from unroll.export.verification.decisions import Decided, Undecided, decide, notes_on_ways
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
 from unroll.export.verification.large_numbers import LargeNumber
@@ -161,11 +161,12 @@ class Pipeline:
 
     def __init__(self, options: ExportOptions, progress: Progress) -> None:
         self._options, self._progress = options, progress
-        self._others = Others()
+        self._undecided = Undecided()
 
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
+            check_types(module, example_inputs)
             preconditions.check_weights(module)
             with random_states_kept(), _few_threads(module), _uncollected(), programs.in_python():
                 return self._run(module, example_inputs)
@@ -180,10 +181,10 @@ class Pipeline:
         if self._options.step:
             module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
-        ways, self._others = decide(prepared.exact, prepared.example)
+        ways, self._undecided = decide(prepared.exact, prepared.example)
         with Decided(ways) if ways else nullcontext():
             report = self._export(prepared)
-        return replace(report, notes=(*report.notes, *notes_on_ways(ways, self._others)))
+        return replace(report, notes=(*report.notes, *notes_on_ways(ways, self._undecided)))
 
     def _export(self, prepared: Prepared) -> Report:
         self._progress("running it as it is")
@@ -199,7 +200,7 @@ class Pipeline:
         self._progress("proving it equal to PyTorch")
         candidate = self._prove(traced, judged)
         candidate = self._reduce(candidate, lifted, traced, judged)
-        decisions.check(self._others)
+        decisions.check(self._undecided)
         self._progress("writing the bundle")
         return self._write(candidate, prepared, lifted, judged)
 

@@ -29,6 +29,14 @@ class JoinedSteps:
         self._admission, self._lanes = completion.admission, completion.lanes
         self._sessions, self._replay = completion.sessions, completion.replay
 
+    def open(self, session_id: str, now: float, deadline: float) -> Session | None:
+        """Open a session whose first step joins next; None if that would evict another, or the step could not join."""
+        fits = self._sessions.slots.has_free and self._replay.has_table and self._admission.has_room(now, deadline)
+        if not fits:
+            return None
+        self._completion.counters.opened += 1
+        return self._sessions.open(session_id, now)
+
     def join(
         self,
         session: Session,
