@@ -133,15 +133,19 @@ def _group(steps: list[Step], inputs: Tensors, *, is_durable: bool) -> Group:
     listeners = [step.listener for step in steps]
     group = Group(sessions, slice(0), inputs, 1, math.inf, partial(_answer, listeners), is_durable=is_durable)
     group.ready_at = sum([step.ready_at for step in steps]) / len(steps)
-    group.opened = {step.session for step in steps if step.opening is not None}
-    group.ending = {step.session for step in steps if step.final}
-    group.followers = [(row, follower) for row, step in enumerate(steps) for follower in step.followers]
-    for session in sessions:
-        progress = session.progress
+    group.opened, group.ending = opened, ending = set[Session](), set[Session]()
+    for row, step in enumerate(steps):
+        progress = step.session.progress
         assert progress is not None  # a session with a step is not in a cohort
         progress.active = group
         if progress.pending is not None:
             group.followed = True
+        if step.followers:
+            group.followers += [(row, follower) for follower in step.followers]
+        if step.opening is not None:
+            opened.add(step.session)
+        if step.final:
+            ending.add(step.session)
     return group
 
 
