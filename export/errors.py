@@ -80,7 +80,8 @@ def first_line(error: BaseException) -> str:
     text = _COLOUR.sub("", str(error)).strip()
     line = " ".join(text.split())
     if len(line) >= _MESSAGE:
-        line = text.splitlines()[0]
+        heading, *more = text.splitlines()
+        line = f"{heading} {more[0].strip()}" if heading.endswith(":") and more else heading
     first, *others = re.split(r"(?<=[.!?])\s+", line)
     for sentence in others:
         if len(first) + len(sentence) >= _MESSAGE:
@@ -102,6 +103,12 @@ def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambd
             f"{what} depends on the value of a tensor, as in `if x.sum() > 0` or int(x){source_line(error)}; a graph "
             "runs the same operations for every input: select row by row with torch.where(condition, a, b)"
             + (f", as {written}" if written else ""),
+        )
+    if fixed := re.search(r"marked (\w+) as dynamic but your code specialized it", text):
+        return ExportError(
+            "not_exportable",
+            f"{what} computes with one {'batch size' if fixed[1] == 'batch' else 'length'} only: a plain number, as "
+            "from len(x) or int(), or a comparison of sizes fixes it; compute with x.shape itself",
         )
     if unknown := _NO_OPERATOR.search(text):
         library = "torch" if unknown[1] in {"aten", "prims"} else unknown[1]

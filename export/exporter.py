@@ -77,7 +77,7 @@ def export(
     arguments = DeclaredArguments(frozenset(static), state, batch_first)
     options = ExportOptions(
         name=name,
-        version=version,
+        version=str(version),
         repository=Path(repository),
         replace=replace,
         arguments=arguments,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +62,12 @@ class ExportOptions:
             check_name(self.name, self.version)
         except BundleError as error:
             raise ExportError("bundle", error.message) from None
+        names = [*self.arguments.state, *self.arguments.state.values(), *self.rates, *(self.output_names or ())]
+        numbers = [*self.rates.values(), 0.0 if self.max_error is None else self.max_error]
+        if not all(isinstance(name, str) for name in names) or not all(isinstance(n, (int, float)) for n in numbers):
+            raise ExportError("input", "names of inputs and outputs are strings; rates and max_error are numbers")
+        if self.precision not in get_args(Precision):
+            raise ExportError("precision", f"{self.precision!r} is none of {', '.join(get_args(Precision))}")
         if self.time_last and not self.arguments.batch_first:
             raise ExportError("input", "time is either first or last in the inputs: give only one of the two options")
         if self.step and (self.time_last or not self.arguments.batch_first):

@@ -2,14 +2,12 @@
 
 import copy
 import gc
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -35,18 +33,19 @@ from unroll.export.lifting.observe import Observation, find_history, keep_squeez
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
 from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments, move_time
+from unroll.export.loading.random_weights import random_states_kept
 from unroll.export.onnx.graph import Trace, to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
 from unroll.export.options import ExportOptions, Progress
 from unroll.export.report import Report, notes_on
-from unroll.export.signature.arguments import check_arguments, resized
+from unroll.export.signature.arguments import check_arguments, check_types, resized
 from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
 from unroll.export.step_form import over_time
 from unroll.export.verification import decisions, parity, preconditions, probes
-from unroll.export.verification.decisions import Decided, Others, decide, notes_on_ways
+from unroll.export.verification.decisions import Decided, Undecided, decide, notes_on_ways
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
 from unroll.export.verification.large_numbers import LargeNumber
@@ -58,18 +57,6 @@ from unroll.export.verification.trials import Subject
 
 #: Models with fewer parameters run faster on one thread, because several would spin while they wait for each other.
 _SMALL = 2**25
-
-
-@contextmanager
-def _random_states() -> Iterator[None]:
-    """Preserve the caller's random states."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
 
 
 @contextmanager
@@ -174,13 +161,14 @@ class Pipeline:
 
     def __init__(self, options: ExportOptions, progress: Progress) -> None:
         self._options, self._progress = options, progress
-        self._others = Others()
+        self._undecided = Undecided()
 
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """Run all stages. Nothing is written if it raises ExportError."""
         try:
+            check_types(module, example_inputs)
             preconditions.check_weights(module)
-            with _random_states(), _few_threads(module), _uncollected(), programs.in_python():
+            with random_states_kept(), _few_threads(module), _uncollected(), programs.in_python():
                 return self._run(module, example_inputs)
         except ExportError:
             raise
@@ -193,10 +181,10 @@ class Pipeline:
         if self._options.step:
             module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
-        ways, self._others = decide(prepared.exact, prepared.example)
+        ways, self._undecided = decide(prepared.exact, prepared.example)
         with Decided(ways) if ways else nullcontext():
             report = self._export(prepared)
-        return replace(report, notes=(*report.notes, *notes_on_ways(ways, self._others)))
+        return replace(report, notes=(*report.notes, *notes_on_ways(ways, self._undecided)))
 
     def _export(self, prepared: Prepared) -> Report:
         self._progress("running it as it is")
@@ -212,7 +200,7 @@ class Pipeline:
         self._progress("proving it equal to PyTorch")
         candidate = self._prove(traced, judged)
         candidate = self._reduce(candidate, lifted, traced, judged)
-        decisions.check(self._others)
+        decisions.check(self._undecided)
         self._progress("writing the bundle")
         return self._write(candidate, prepared, lifted, judged)
 
@@ -327,16 +315,11 @@ class Pipeline:
         return Judged(replace(draft, streamable=reason is None, not_streamable_because=reason), samples)
 
     def _prove(self, traced: Traced, judged: Judged) -> Candidate:
-        manifest, samples = judged.manifest, judged.samples
-        reference, _, _ = traced.runners.subjects(samples, manifest)
+        reference, single, served = traced.runners.subjects(judged.samples, judged.manifest)
         golden = parity.make_golden(reference)
-        proven = parity.prove(golden, traced.runners, samples, manifest, traced.suspects)
-        manifest = replace(manifest, parity=proven)
-        _, _, served = traced.runners.subjects(samples, manifest)
-        padding = probes.padding_differs(served)
-        ragged = all(padding[entry.output] <= entry.tolerance for entry in manifest.parity)
-        bit_exact = probes.is_bit_exact(served) and not (ragged and any(padding.values()))
-        return Candidate(traced.content, golden, replace(manifest, ragged=ragged, bit_exact=bit_exact))
+        proven = parity.prove(golden, reference, single, served, traced.suspects)
+        manifest = probes.with_batching(served, replace(judged.manifest, parity=proven, ragged=True))
+        return Candidate(traced.content, golden, manifest)
 
     def _reduce(self, candidate: Candidate, lifted: Lifted, traced: Traced, judged: Judged) -> Candidate:
         """Convert to the requested precision, and apply the allowed error."""

@@ -9,10 +9,13 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from unroll import bundle
+
 #: Packages whose frames are skipped.
 _LIBRARIES = {"torch", "numpy", "sympy", "mpmath", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"}
 
-_OWN, _STANDARD = Path(__file__).resolve().parent, Path(sysconfig.get_path("stdlib"))
+_OWN = [Path(__file__).resolve().parent, Path(bundle.__file__).resolve().parent]
+_STANDARD = Path(sysconfig.get_path("stdlib"))
 
 #: The longest line of code to quote, in characters.
 _SHORT = 80
@@ -97,7 +100,7 @@ def is_users(filename: str) -> bool:
 
 
 def _is_own(filename: str) -> bool:
-    return Path(os.path.realpath(filename)).is_relative_to(_OWN)
+    return any(map(Path(os.path.realpath(filename)).is_relative_to, _OWN))
 
 
 def shown(filename: str) -> str:

@@ -7,7 +7,6 @@ any module that loops.
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, attempt
-from unroll.export.lifting.carried_state import handed_on
+from unroll.export.lifting.carried_state import handed_on, state_choices
 from unroll.export.lifting.kept_values import NOT_OWN
 from unroll.export.lifting.module_state import Attribute, described
 from unroll.export.loading.copies import detached_copy, detached_example
-from unroll.export.signature.arguments import DeclaredArguments, StateArgument, alike_rows, check_arguments
+from unroll.export.signature.arguments import DeclaredArguments, StateArgument, check_arguments
 from unroll.export.signature.outputs import continuing, first_difference, leaves
 
 #: Size of the sequences made from the example's steps.
@@ -192,12 +191,7 @@ def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, A
         _called(detached_copy(step), one)
         return {}
     starts = {key: _start(first.get(key, _ABSENT), after[key]) for key in changed}
-    for axes in product(*(alike_rows(tensor, batch) for tensor in pytree.tree_leaves(list(starts.values())))):
-        left = iter(axes)
-        found = {
-            key: StateArgument(tuple(tensors), tuple(next(left) for _ in tensors), structure)
-            for key, (tensors, structure) in zip(changed, map(pytree.tree_flatten, starts.values()), strict=True)
-        }
+    for found in state_choices(starts, batch):
         with suppress(ExportError):
             if _stays(step, one, found):
                 break

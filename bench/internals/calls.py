@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from uvicorn.server import ServerState
 
-from bench.http_client import post
+from bench.http_client import infer, post
 from bench.subjects import infer_request
 from bench.websocket_client import handshake, opening_message, steps_frame
 from unroll.service import app
@@ -254,21 +254,32 @@ async def _in_memory(server: Server) -> Figures:
     together = [await server.step(f"together-{i}", raw) for i in range(_TOGETHER)]
     in_json = [await server.step(f"json-{i}", text) for i in range(_TOGETHER)]
     crowd = [await server.step(f"crowd-{i}", raw) for i in range(_CROWD)]
-    infer = [await server.infer(i) for i in range(1, _TOGETHER + 1)]
+    inferred = [await server.infer(i) for i in range(1, _TOGETHER + 1)]
+    whole = server.connect()
+    await send([Request(whole, infer_request(_MODEL, _TOGETHER + 1, _ROW[0], start=True))])
+    of_one = Request(whole, infer(_MODEL, _ROW, sequence_id=_TOGETHER + 2, sequence_start=True, sequence_end=True))
     sequence = server.request(f"/v1/models/{_MODEL}/sequences", _STEPS * raw, **{"unroll-steps": str(_STEPS)})
     return {
         f"{_TOGETHER} raw steps in one turn": await count(together),
         f"{_TOGETHER} JSON steps in one turn": await count(in_json),
-        f"{_TOGETHER} infer steps in one turn": await count(infer),
+        f"{_TOGETHER} infer steps in one turn": await count(inferred),
         f"{_CROWD} raw steps in one turn": await count(crowd),
         "raw step": await count([await server.step("raw", raw)]),
         "JSON step": await count(in_json[:1]),
-        "infer step": await count(infer[:1]),
+        "infer step": await count(inferred[:1]),
+        "infer step that starts and ends a sequence": await count([of_one]),
         f"sequence of {_STEPS} steps": await count([sequence]),
         "session opened": await count([server.request(_SESSIONS, {})]),
         "frame of 1": await count([await server.frame([_ENTRIES])]),
         f"frame of {_ENTRIES}": await count([await server.frame(range(_ENTRIES))]),
     }
+
+
+async def _alone(server: Server) -> Figures:
+    connection = server.connect()
+    await send([Request(connection, post(_SESSIONS, {"session_id": "alone"}))])
+    step = Request(connection, post(f"{_SESSIONS}/alone/steps", _ROW.tobytes()))
+    return {"raw step of the only client": await count([step])}
 
 
 async def _durable(server: Server) -> Figures:
@@ -292,7 +303,7 @@ def measure() -> Figures:
             step = await server.step("keyed", _ROW.tobytes(), authorization=f"Bearer {secret}")
             return {"raw step with an API key": await count([step])}
 
-        figures = Server(repository).run(_in_memory)
+        figures = Server(repository).run(_in_memory) | Server(repository).run(_alone)
         figures |= Server(repository, keys=keys).run(with_key)
         return figures | Server(repository, store=f"file://{folder / 'store'}").run(_durable)
 
@@ -306,10 +317,10 @@ def total(counts: Counts, kind: str) -> int:
 
 def table(budgets: Figures, now: Figures) -> str:
     """Each path with its budget and its count of each kind."""
-    lines = [f"{'':<28}" + "".join(f"{kind:>10}{'now':>7}" for kind in KINDS)]
+    lines = [f"{'':<44}" + "".join(f"{kind:>10}{'now':>7}" for kind in KINDS)]
     for path, counts in now.items():
         pairs = [(total(budgets[path], kind), total(counts, kind)) for kind in KINDS]
-        lines.append(f"{path:<28}" + "".join(f"{may:>10}{takes:>7}" for may, takes in pairs))
+        lines.append(f"{path:<44}" + "".join(f"{may:>10}{takes:>7}" for may, takes in pairs))
     return "\n".join(lines)
 
 

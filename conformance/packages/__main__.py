@@ -60,7 +60,7 @@ def block(results: dict[str, Result], page: str) -> list[str]:
         start, module = f"| {entry.package} ", f" | {entry.module} | "
         kept = [line[2:-2].split(" | ") for line in before if line.startswith(start) and module in line]
         rows += [[cell.replace("\\|", "|") for cell in cells] for cells in kept]
-    counts = Counter(row[3].partition(":")[0] for row in rows)
+    counts = Counter(re.split("[:,]", row[3])[0] for row in rows)
     ratios = [float(row[7]) for row in rows if row[7]]
     packages = len({row[0].split()[0] for row in rows})
     head = ["package", "module", "weights", "result", "export, s", "served step, µs", "its own step, µs", "ratio"]
@@ -79,6 +79,8 @@ def block(results: dict[str, Result], page: str) -> list[str]:
 def _row(entry: Entry, result: Result) -> list[str]:
     reason = re.sub(r"\.tools/packages/\S+?/site-packages/", "", result.says)
     says = f"{result.outcome}: {reason}" if reason else result.outcome
+    if result.decisions and not reason:
+        says += f", the same {result.decisions:,} decisions"
     cost = [""] * 3
     if result.served_us and result.package_us:
         cost = [f"{result.served_us:.0f}", f"{result.package_us:.0f}", f"{result.served_us / result.package_us:.2f}"]

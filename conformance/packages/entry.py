@@ -17,6 +17,21 @@ Streaming = Callable[[Any, dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
+class Real:
+    """Real data, and what the package decides with it.
+
+    Attributes:
+        inputs: three sequences (3, time, ...) by input.
+        own: the decisions of the package with its own model.
+        decide: from the output (3, time, ...) of the served model to the decisions of the package with it.
+    """
+
+    inputs: dict[str, Tensor]
+    own: list[Any]
+    decide: Callable[[Any], list[Any]]
+
+
+@dataclass(frozen=True)
 class Entry:
     """One module.
 
@@ -30,6 +45,7 @@ class Entry:
         own: the package's own streaming call, if any.
         alone: install the package without its dependencies.
         needs: the dependencies that the module needs nevertheless.
+        real: makes real data for the module; without it, the data are random.
     """
 
     package: str
@@ -41,6 +57,7 @@ class Entry:
     own: Streaming | None = None
     alone: bool = False
     needs: tuple[str, ...] = ()
+    real: Callable[[], Real] | None = None
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""One virtual environment per package, in .tools/packages; each also sees the packages of the current environment."""
+"""Installs below .tools/packages: virtual environments, which also see the current one, and Debian packages."""
 
 import subprocess
 import sys
@@ -43,9 +43,23 @@ def python(package: str, alone: bool = False, needs: tuple[str, ...] = ()) -> Pa
     return found
 
 
-def _run(*command: str) -> None:
+def unpacked(package: str) -> Path:
+    """Unpack the files of a Debian package without installing it; returns their folder.
+
+    Raises:
+        NotInstalled: apt-get or dpkg failed.
+    """
+    folder = FOLDER / package
+    if not (folder / "usr").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _run("apt-get", "download", "-q", package, cwd=folder)
+        _run("dpkg", "-x", *map(str, folder.glob("*.deb")), str(folder))
+    return folder
+
+
+def _run(*command: str, cwd: Path = ROOT) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, cwd=cwd)
     except subprocess.TimeoutExpired as error:
         raise NotInstalled(f"not done within {_SECONDS} s: {' '.join(command)}") from error
     if done.returncode:

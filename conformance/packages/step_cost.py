@@ -38,14 +38,14 @@ def step_cost(entry: Entry, folder: Path, given: dict[str, Any]) -> tuple[float,
 
 def _served(folder: Path, given: dict[str, Any]) -> Callable[[], Any]:
     read = bundle.read(folder)
-    buffers = StepBuffers(Runner(read.model, read.manifest), read.manifest, 1)
-    for spec, array in zip(read.manifest.inputs, buffers.inputs, strict=True):
+    call = StepBuffers(Runner(read.model, read.manifest), read.manifest, 1).call(1)
+    for spec, array in zip(read.manifest.inputs, call.inputs, strict=True):
         array[:] = given[spec.name][:1, :1]
-    buffers.state[:] = read.manifest.blank_row()
+    call.state[:] = read.manifest.blank_row()
 
     def step() -> None:
-        buffers.run(1)
-        np.copyto(buffers.state, buffers.state_out)
+        call.run()
+        np.copyto(call.state, call.state_out)
 
     return step
 

@@ -51,6 +51,7 @@ class Result:
         error: the largest difference from the module's answer for the whole sequence, relative to the largest output.
         own: the same against the package's streaming call.
         steps: time steps per session.
+        decisions: how many decisions with real data were compared.
     """
 
     version: str
@@ -62,6 +63,7 @@ class Result:
     error: float | None = None
     own: float | None = None
     steps: int | None = None
+    decisions: int = 0
 
 
 def measure(entry: Entry) -> Result:
@@ -102,8 +104,12 @@ def _unroll(*words: str) -> "subprocess.CompletedProcess[str]":
 
 def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: Result) -> float:
     """Fills in the errors; returns what they may be."""
-    rng, result.steps = np.random.default_rng(5), _STEPS
-    given = {spec.name: _drawn(spec, rng) for spec in manifest.inputs}
+    rng, real = np.random.default_rng(5), entry.real() if entry.real else None
+    if real:
+        given = {name: values.numpy() for name, values in real.inputs.items()}
+    else:
+        given = {spec.name: _drawn(spec, rng) for spec in manifest.inputs}
+    result.steps = next(iter(given.values())).shape[1]
     if manifest.streamable:
         result.served_us, result.package_us = step_cost(entry, repository / "m" / "1", given)
     with torch.no_grad():
@@ -119,6 +125,10 @@ def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: 
         else:
             rows = [{name: array[row] for name, array in given.items()} for row in range(_SESSIONS)]
             served = [_by_name(answer) for answer in client.sequences("m", rows)]
+    if real:
+        result.decisions = len(real.own)
+        if real.decide(np.stack([row["y"] for row in served])) != real.own:
+            result.outcome, result.says = "wrong", "decisions differ"
     if not entry.step:
         result.error = max(_difference(np.stack([answer[name] for answer in served]), whole) for name in served[0])
     if entry.own and manifest.streamable:
@@ -149,9 +159,10 @@ def _sessions(client: Client, given: dict[str, Any], rng: np.random.Generator, t
     """
     sessions = [client.session("m") for _ in range(_SESSIONS)]
     at, pieces = [0] * _SESSIONS, [[] for _ in sessions]  # type: ignore[var-annotated]
-    while min(at) < _STEPS:
-        row = int(rng.choice([row for row in range(_SESSIONS) if at[row] < _STEPS]))
-        end = min(_STEPS, at[row] + int(rng.choice(_CHUNKS)))
+    steps = next(iter(given.values())).shape[1]
+    while min(at) < steps:
+        row = int(rng.choice([row for row in range(_SESSIONS) if at[row] < steps]))
+        end = min(steps, at[row] + int(rng.choice(_CHUNKS)))
         pieces[row].append(
             _by_name(sessions[row].steps({name: array[row, at[row] : end] for name, array in given.items()}))
         )

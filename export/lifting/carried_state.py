@@ -1,9 +1,9 @@
 """State that forward passes to its next call: a cache that it takes and returns, or keeps in an attribute."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from unroll.export.lifting.state_row import fits_row
 from unroll.export.lifting.tape import Call, Part, Tape
 from unroll.export.signature.arguments import StateArgument, alike_rows
 from unroll.export.signature.outputs import continuing, leaves
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,10 +103,10 @@ def handed_on(
     Raises:
         ExportError: input, if an output does not match its argument, or if the rows of a state differ.
     """
-    flat = {name: pytree.tree_flatten(example[name]) for name in state}
     copied = pytree.tree_map_only(Tensor, Tensor.clone, example)  # forward may change its states in place
     returned = leaves(attempt("the example", lambda: model(**copied)))
-    for name, (tensors, _) in flat.items():
+    for name in state:
+        tensors = pytree.tree_leaves(example[name])
         if _shapes(returned, state[name], example[name]) != [tensor.shape for tensor in tensors]:
             there = ", ".join(f"{key or 'y'} {tuple(tensor.shape)}" for key, tensor in returned)
             raise ExportError(
@@ -112,20 +114,25 @@ def handed_on(
                 f"state {name!r} is {', '.join(str(tuple(t.shape)) for t in tensors)}, and forward has no output "
                 f"{state[name]!r} of that shape: it returns {there}",
             )
-    everything = [tensor for tensors, _ in flat.values() for tensor in tensors]
-    choices = list(product(*(alike_rows(tensor, batch) for tensor in everything)))
-    for axes in choices:
-        left = iter(axes)
-        found = {
-            name: StateArgument(tuple(tensors), tuple(next(left) for _ in tensors), structure)
-            for name, (tensors, structure) in flat.items()
-        }
+    choices = list(state_choices({name: example[name] for name in state}, batch))
+    for found in choices:
         if len(choices) == 1 or _fits(model, alone(), found, state):
             return found
     raise ExportError(
         "input",
         f"state {', '.join(map(repr, state))}: give the initial state of a new client, the same in every row",
     )
+
+
+def state_choices(values: Mapping[Key, Any], batch: int) -> Iterator[dict[Key, StateArgument]]:
+    """The states with these initial values, for each choice of axes along which they may be `batch` equal rows."""
+    flat = {key: pytree.tree_flatten(value) for key, value in values.items()}
+    for axes in product(*(alike_rows(tensor, batch) for tensors, _ in flat.values() for tensor in tensors)):
+        left = iter(axes)
+        yield {
+            key: StateArgument(tuple(tensors), tuple(next(left) for _ in tensors), structure)
+            for key, (tensors, structure) in flat.items()
+        }
 
 
 def _fits(

@@ -26,19 +26,8 @@ _CLOSE = 1e-5
 
 #: Functions that do the same to real and imaginary parts.
 _EACH = {
-    *(
-        "__getitem__",
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "transpose",
-        "permute",
-        "movedim",
-        "expand",
-        "repeat",
-        "tile",
-    ),
+    *("__getitem__", "view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "movedim", "expand"),
+    *("repeat", "tile"),
     *("flatten", "unflatten", "contiguous", "clone", "detach", "select", "narrow", "index_select", "flip", "roll"),
     *("unbind", "chunk", "split", "sum", "mean", "cumsum", "neg", "zeros_like", "broadcast_to", "t", "T", "mT"),
 }

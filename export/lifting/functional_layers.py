@@ -25,6 +25,9 @@ _LAYERS: dict[Any, tuple[Callable[..., nn.RNNBase], int]] = {
     torch.rnn_relu: (partial(nn.RNN, nonlinearity="relu"), 1),
 }
 
+#: The arguments of these functions.
+_ARGUMENTS = ["input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"]
+
 
 @dataclass(frozen=True, slots=True)
 class _Call:
@@ -46,27 +49,16 @@ class _Call:
         if function not in _LAYERS or sys._getframe(2).f_code.co_filename == nn.GRU.forward.__code__.co_filename:
             return None
 
-        def bound(
-            input: Tensor,
-            hx: Any,
-            params: Any,
-            has_biases: bool,
-            num_layers: int,
-            dropout: float,
-            train: bool,
-            bidirectional: bool,
-            batch_first: bool,
-        ) -> "_Call | None":
-            if not isinstance(has_biases, bool):
-                raise ExportError(
-                    "packed_sequence",
-                    f"forward gives the parts of a packed sequence to torch.{function.__name__}; give the "
-                    "PackedSequence to a recurrent layer, or the padded tensor to the function",
-                )
-            options = {"num_layers": num_layers, "bias": has_biases, "bidirectional": bidirectional}
-            return cls(function, input, hx, list(params), options | {"batch_first": batch_first})
-
-        return bound(*args, **kwargs)
+        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        if not isinstance(given["has_biases"], bool):
+            raise ExportError(
+                "packed_sequence",
+                f"forward gives the parts of a packed sequence to torch.{function.__name__}; give the PackedSequence "
+                "to a recurrent layer, or the padded tensor to the function",
+            )
+        options = {name: given[name] for name in ("num_layers", "bidirectional", "batch_first")}
+        options["bias"] = given["has_biases"]
+        return cls(function, given["input"], given["hx"], list(given["params"]), options)
 
     def layer(self) -> nn.RNNBase:
         """A layer without weights; each call passes its own."""

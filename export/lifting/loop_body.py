@@ -199,6 +199,15 @@ def why_in_place(one: fx.GraphModule) -> str:
     )
 
 
+def why_selected(one: fx.GraphModule) -> str:
+    """Explain what to change in a loop that selects its time step with a tensor; empty if it does not."""
+    for node in one.graph.nodes:
+        if node.target is torch.ops.aten.index_select.default and node.args[2].op == "get_attr":
+            line = traced_line(node.meta.get("stack_trace") or "")
+            return f"selects its time step with a tensor{line}; select it with a number, as x[:, t]"
+    return ""
+
+
 def _differing_number(operations: list[fx.Node], size: int) -> str:
     """Explain that an operation uses a different number in each of three time steps; empty if none does."""
     for turns in zip(*(operations[turn * size : (turn + 1) * size] for turn in range(3)), strict=True):

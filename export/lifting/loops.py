@@ -4,7 +4,8 @@ A module that loops does more work for a longer sequence. Comparing answers tell
 backwards over the sequence, computes the same as the module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from unroll.export.lifting.loop_body import (
     uneven_line,
     why_in_place,
     why_no_body,
+    why_selected,
 )
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import Piece, replayed
@@ -94,18 +96,51 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
     for path in loops:
         if any(path != other and (not other or path.startswith(other + ".")) for other in loops):
             continue
-        name = path or type(model).__name__
-        if not len(base[path]) == len(wide[path]) == len(long[path]):
-            raise _refusal(name, "the number of its calls depends on the length")
-        module, calls = model.get_submodule(path), [seen[path][0] for seen in (base, wide, long)]
-        by_row = calls[0].work != calls[1].work
+        if any(_is_lifted(model.get_submodule(caller)) for caller in _callers(path)):
+            continue
         try:
-            _lift(module, name, tape, *calls, *(_watch(model, partial(run, _MANY_ROWS))[path] if by_row else ()))
-        except ExportError as error:
-            try:
-                _split(model, path, name, tape, run)
-            except (CannotSplitError, ExportError, RuntimeError):  # user code, or a module within torch.vmap
-                raise (_row_loop(name, error) if by_row else error) from None
+            _lift_at(model, path, tape, run, base, wide, long)
+        except ExportError:
+            if not any(_lift_caller(model, caller, tape, base, wide, long) for caller in _callers(path)):
+                raise
+
+
+def _lift_at(model: nn.Module, path: str, tape: Tape, run: Resized, *seen: dict[str, list[Seen]]) -> None:
+    """Lift the module at `path`, or its loops one by one."""
+    name, calls = path or type(model).__name__, [each[path] for each in seen]
+    if len({len(each) for each in calls}) > 1:
+        raise _refusal(name, "the number of its calls depends on the length")
+    first = [each[0] for each in calls]
+    by_row = first[0].work != first[1].work
+    try:
+        many = _watch(model, partial(run, _MANY_ROWS))[path] if by_row else ()
+        _lift(model.get_submodule(path), name, tape, *first, *many)
+    except ExportError as error:
+        try:
+            _split(model, path, name, tape, run)
+        except (CannotSplitError, ExportError, RuntimeError):  # user code, or a module within torch.vmap
+            raise (_row_loop(name, error) if by_row else error) from None
+
+
+def _callers(path: str) -> Iterator[str]:
+    """The paths of the modules around the one at `path`, from the inside out."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _lift_caller(model: nn.Module, path: str, tape: Tape, *seen: dict[str, list[Seen]]) -> bool:
+    """Lift a module together with a loop that it calls, and may set up or use in part. Returns whether it is lifted."""
+    module, calls = model.get_submodule(path), [each.get(path, []) for each in seen]
+    if any(len(each) != 1 for each in calls) or any(map(_is_lifted, module.modules())):
+        return False
+    with suppress(ExportError):
+        _lift(module, path or type(model).__name__, tape, *(each[0] for each in calls))
+    return _is_lifted(module)
+
+
+def _is_lifted(module: nn.Module) -> bool:
+    return hasattr(module, "unroll_scan")
 
 
 def _work(calls: list[Seen]) -> list[int]:
@@ -268,7 +303,7 @@ def _find(flat: nn.Module, name: str, inputs: list[Axes], outputs: list[Axes], c
                 if all(_is_same(scan, seen) for seen in calls):
                     return scan
         if (turns, functional) == _TRACES[0]:
-            why = why_no_body(one, more) or why_in_place(one)
+            why = why_selected(one) or why_no_body(one, more) or why_in_place(one)
     if why:
         raise ExportError("calls_depend_on_time", f"{name!r} {why}")
     counted = [_traced(flat, name, _longer(whole, inputs, turns), inputs, False) for turns in (1, 3, 5)]

@@ -57,7 +57,7 @@ def _check_references(module: nn.Module) -> None:
             raise ExportError(
                 "not_copyable",
                 f"{path!r} is a {kind} that refers to a module, so copies of the model run the original one; make it a "
-                "method, or assign the module itself to an attribute",
+                "method, assign the module itself to an attribute, or export the plain layer with its weights",
             )
 
 
@@ -77,7 +77,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     own = [value for _, value in held_objects(module) if attributes(value) and copies_itself(value)]
     for value in own:
         with suppress(TypeError):  # a class that derives from one of C has more than attributes
-            memo[id(value)] = object.__new__(type(value))
+            memo[id(value)] = object.__new__(_kind(value))
     for value in own:
         if id(value) in memo:
             _fill(memo[id(value)], value, memo)
@@ -88,6 +88,13 @@ def copies_itself(value: Any) -> bool:
     """Has the class of `value` copying methods of the user's?"""
     owner = next((kind for kind in type(value).__mro__ if _COPYING & vars(kind).keys()), object)
     return not is_foreign(owner) and not owner.__module__.startswith("unroll.")
+
+
+def _kind(value: Any) -> type:
+    """The class of a copy: a subclass, if there is no `__dict__` to put another copying method into."""
+    kind = type(value)
+    own = {"__slots__": (), "__deepcopy__": _whole}
+    return kind if hasattr(value, "__dict__") else type(kind.__name__, (kind,), own)
 
 
 def _whole(value: Any, memo: dict[int, Any]) -> Any:

@@ -149,9 +149,9 @@ def in_python() -> Iterator[None]:
 
 def _on_cpu(operator: CustomOpDef, *args: Any, **kwargs: Any) -> Any:
     """Call an operator's own function, or the one that was registered for CPUs."""
-    kernels = operator._backend_fns
-    if "cpu" not in kernels and f"{operator._qualname.replace('::', '/')}/CPU" in torch.library._impls:
-        return operator._opoverload._op_dk(torch.DispatchKey.CPU, *args, **kwargs)
+    kernels, key = operator._backend_fns, torch.DispatchKey.CPU
+    if "cpu" not in kernels and operator._opoverload.has_kernel_for_dispatch_key(key):
+        return operator._opoverload._op_dk(key, *args, **kwargs)
     return kernels.get("cpu", operator._init_fn)(*args, **kwargs)
 
 

@@ -37,15 +37,21 @@ def _is_same(one: Tensor, other: Tensor | None) -> bool:
 
 
 @contextmanager
-def other_random_numbers() -> Iterator[None]:
-    """Use different random numbers, and restore the random state afterwards."""
+def random_states_kept() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and PyTorch at the end."""
     before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(2_718_281_828)
-            random.seed(2_718_281_828)
-            np.random.seed(2_718_281_828)
             yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
+
+
+@contextmanager
+def other_random_numbers() -> Iterator[None]:
+    """Use different random numbers."""
+    with random_states_kept():
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(2_718_281_828)
+        yield

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import onnx
+import onnx_ir
 import torch
 from onnxscript import TracedOnnxFunction
 from onnxscript.rewriter import _ir_utils, _matcher
@@ -67,12 +68,10 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
                 raise no_operator(what) from error
             raise untraceable("forward", error, partial(_place, traced)) from error
     assert program is not None
+    _finish(program.model)
     model = program.model_proto
-    _rename(model.graph)
-    _drop_copies(model.graph)
-    _drop_unused(model.graph)
     _check(model, traced)
-    return _bare(model), suspects
+    return model, suspects
 
 
 def _place(program: ExportedProgram | None, operator: str) -> str:
@@ -128,68 +127,32 @@ def _leave_vmap() -> None:
         torch._C._functorch._vmap_decrement_nesting()
 
 
-def _rename(graph: onnx.GraphProto) -> None:
-    """Give inputs and outputs their public names, which the exporter may have used inside the graph."""
+def _finish(model: onnx_ir.Model) -> None:
+    """Give values their public names, and remove what the exporter wrote but a graph does not need.
 
-    def renamed(name: str) -> str:
-        return name.removeprefix(_PUBLIC) if name.startswith(_PUBLIC) or not name else f"/{name}"
-
-    for value in [*graph.input, *graph.output, *graph.initializer, *graph.value_info]:
-        value.name = renamed(value.name)
-    for node in graph.node:
-        node.input[:] = map(renamed, node.input)
-        node.output[:] = map(renamed, node.output)
-        for inner in _inner_graphs(node):
-            _rename(inner)
-
-
-def _drop_copies(graph: onnx.GraphProto) -> None:
-    """Remove Splits into one part, which only copy: the exporter writes them for the state of unidirectional layers."""
-    kept = {value.name for value in graph.output}
-    copies: dict[str, str] = {}
-    for node in graph.node:
-        if node.op_type == "Split" and len(node.output) == 1 and node.output[0] not in kept:
-            copies[node.output[0]] = copies.get(node.input[0], node.input[0])
-    for node in graph.node:
-        node.input[:] = [copies.get(name, name) for name in node.input]
-    nodes = [node for node in graph.node if not copies.keys() & set(node.output)]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Drop constants that the exporter wrote for arguments of operators that we translate."""
-    used = _read(graph)
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
-def _read(graph: onnx.GraphProto) -> set[str]:
-    """The names that a graph reads or returns, including those of inner graphs."""
-    inner = [_read(within) for node in graph.node for within in _inner_graphs(node)]
-    return set().union(*(node.input for node in graph.node), (value.name for value in graph.output), *inner)
-
-
-def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Remove the exporter's metadata (stack traces, local paths), so that equal models have equal bytes."""
-    del model.metadata_props[:]
-    model.doc_string = ""
-    _bare_graph(model.graph)
-    return model
-
-
-def _bare_graph(graph: onnx.GraphProto) -> None:
-    for item in [graph, *graph.node, *graph.initializer, *graph.input, *graph.output]:
-        del item.metadata_props[:]
-        item.doc_string = ""
-    del graph.value_info[:]
-    for node in graph.node:
-        node.name = ""
-        for inner in _inner_graphs(node):
-            _bare_graph(inner)
-
-
-def _inner_graphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    """The bodies of a Scan or an If."""
-    return [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else a.graphs)]
+    These are copies, unused constants, and metadata (stack traces, local paths): equal models have equal bytes.
+    """
+    bare: list[Any] = [model]
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in graph:
+            # The exporter splits the state of unidirectional layers into one part.
+            copied = node.inputs[0] if node.op_type == "Split" and len(node.outputs) == 1 else None
+            if copied is not None and not node.outputs[0].is_graph_output():
+                node.outputs[0].replace_all_uses_with(copied)
+                graph.remove(node, safe=True)
+        for name, constant in [*graph.initializers.items()]:
+            if not constant.uses() and not constant.is_graph_output():
+                graph.initializers.pop(name)
+        values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+        for value in values:
+            if value.name:
+                is_public = value.name.startswith(_PUBLIC)
+                value.name = value.name.removeprefix(_PUBLIC) if is_public else f"/{value.name}"
+            if not value.is_graph_input() and not value.is_graph_output():
+                value.type = value.shape = None
+        bare += [graph, *graph, *values, *(value.const_value for value in graph.initializers.values())]
+        for node in graph:
+            node.name = None
+    for item in bare:
+        item.metadata_props.clear()
+        item.doc_string = None

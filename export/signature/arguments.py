@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
@@ -52,6 +53,15 @@ class StateArgument:
         sizes = [[batch if i == axis else -1 for i in range(t.dim())] for t, axis in zip(rows, self.axes, strict=True)]
         expanded = [row.expand(size) for row, size in zip(rows, sizes, strict=True)]
         return pytree.tree_unflatten(expanded, self.structure)
+
+
+def check_types(module: Any, example: Any) -> None:
+    """Raise ExportError(input) unless these are a module, or a program, and forward's arguments by name."""
+    if not isinstance(module, (nn.Module, ExportedProgram)):
+        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise ExportError("input", f"give an instance of nn.Module to export, not {what}")
+    if not isinstance(example, dict) or not all(isinstance(name, str) for name in example):
+        raise ExportError("input", "give the example inputs as a dict of tensors by the names of forward's arguments")
 
 
 def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:

@@ -289,7 +289,7 @@ def _watched(code: CodeType) -> dict[int, _Watched]:
             expression = _expression(before, 1)
             for part in expression:
                 found.pop(part.offset, None)
-            if reads := _reads(expression):
+            if not _asks_kind(expression) and (reads := _reads(expression)):
                 found[each.offset] = _Watched(each, True, expression, reads)
         else:
             expression = _expression(before, 1 - dis.stack_effect(each.opcode, each.arg))
@@ -297,6 +297,12 @@ def _watched(code: CodeType) -> dict[int, _Watched]:
                 found[each.offset] = _Watched(each, False, expression, reads)
         before.append(each)
     return found
+
+
+def _asks_kind(expression: tuple[dis.Instruction, ...]) -> bool:
+    """Is it `isinstance` of a variable, which is the same for every number?"""
+    operations = [each.opname for each in expression if each.opname == "CALL" or each.opname.endswith("_OP")]
+    return operations == ["CALL"] and next(each.argval for each in expression if each.argval) == "isinstance"
 
 
 def _computes(each: dis.Instruction, expression: tuple[dis.Instruction, ...]) -> bool:

@@ -72,16 +72,16 @@ _VARIANTS: list[_Variant] = [
 
 
 @dataclass
-class Others:
+class Undecided:
     """The conditions that were not decided.
 
     Attributes:
-        moved: conditions that some inputs make go another way than the example does.
-        unmoved: conditions that went one way for every input tried, with that way.
+        varied: conditions that some inputs make go another way than the example does.
+        constant: conditions that went one way for every input tried, with that way.
     """
 
-    moved: list[Site] = field(default_factory=list)
-    unmoved: dict[Site, bool] = field(default_factory=dict)
+    varied: list[Site] = field(default_factory=list)
+    constant: dict[Site, bool] = field(default_factory=dict)
 
 
 class Decided(Observer):
@@ -92,7 +92,7 @@ class Decided(Observer):
         most: how many conditions one call may evaluate before it raises; None for no limit.
     """
 
-    _undone = False
+    _as_written = False
 
     def __init__(self, ways: dict[Site, bool], most: int | None = None) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Decided(Observer):
         self._left = self._most = most
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not Tensor.__bool__ or self._undone:
+        if func is not Tensor.__bool__ or self._as_written:
             return func(*args, **(kwargs or {}))
         frame = sys._getframe(1)
         while frame.f_code.co_name == "__torch_function__" and frame.f_back:  # skip the modes above this one
@@ -123,16 +123,16 @@ class Decided(Observer):
 
     @classmethod
     @contextmanager
-    def undone(cls) -> Iterator[None]:
+    def as_written(cls) -> Iterator[None]:
         """Evaluate conditions as written, without forcing any."""
-        before, cls._undone = cls._undone, True
+        before, cls._as_written = cls._as_written, True
         try:
             yield
         finally:
-            cls._undone = before
+            cls._as_written = before
 
 
-def decide(exact: nn.Module, example: dict[str, Any]) -> tuple[dict[Site, bool], Others]:
+def decide(exact: nn.Module, example: dict[str, Any]) -> tuple[dict[Site, bool], Undecided]:
     """Find the conditions that can be forced to one way for all inputs.
 
     Args:
@@ -147,7 +147,7 @@ def decide(exact: nn.Module, example: dict[str, Any]) -> tuple[dict[Site, bool],
     with suppress(Exception):
         _answers(exact, inputs, watch)
     if not watch.seen:
-        return {}, Others()
+        return {}, Undecided()
     usual, expected = {site: set(seen) for site, seen in watch.seen.items()}, []
     for given in _tried(inputs, _numbers(watch)):
         with suppress(Exception):
@@ -159,10 +159,10 @@ def decide(exact: nn.Module, example: dict[str, Any]) -> tuple[dict[Site, bool],
         with suppress(Exception):
             same = bool(decided) and all(_is_same(exact, given, met, own) for given, own in expected)
             if same and watch.seen.keys() <= decided.keys() | met.seen.keys():
-                return decided, Others()
-    moved = [site for site, seen in watch.seen.items() if seen != usual.get(site, seen)]
-    unmoved = {site: next(iter(seen)) for site, seen in watch.seen.items() if len(seen) == 1 and site not in moved}
-    return {}, Others(moved, unmoved)
+                return decided, Undecided()
+    varied = [site for site, seen in watch.seen.items() if seen != usual.get(site, seen)]
+    constant = {site: next(iter(seen)) for site, seen in watch.seen.items() if len(seen) == 1 and site not in varied}
+    return {}, Undecided(varied, constant)
 
 
 def _is_same(exact: nn.Module, given: dict[str, Any], decided: Decided, own: list[Tensor]) -> bool:
@@ -225,9 +225,9 @@ def _ways(site: Site, seen: set[bool]) -> list[bool | None]:
     return [way] if raises else [None]
 
 
-def check(others: Others) -> None:
+def check(undecided: Undecided) -> None:
     """Raise ExportError(not_exportable) if a condition varied: the trace of a loop may have kept only one arm."""
-    for code, line, _ in others.moved:
+    for code, line, _ in undecided.varied:
         raise ExportError(
             "not_exportable",
             f"forward branches on the value of a tensor at {shown(code.co_filename)}:{line}, but a graph runs the same "
@@ -235,11 +235,11 @@ def check(others: Others) -> None:
         )
 
 
-def notes_on_ways(ways: dict[Site, bool], others: Others) -> list[str]:
+def notes_on_ways(ways: dict[Site, bool], undecided: Undecided) -> list[str]:
     """Notes for the export report."""
     found = [
         (ways, "forward answers the same either way, or raises the other way"),
-        (others.unmoved, "no tested input changes it; use torch.where if one can"),
+        (undecided.constant, "no tested input changes it; use torch.where if one can"),
     ]
     return [
         f"the bundle always takes one branch at {shown(code.co_filename)}:{line}, as if its condition were {way}: {why}"

@@ -29,20 +29,8 @@ _METHODS = {"size", "dim"}
 
 #: Methods of tensors and strings allowed in printed text.
 _SHOWN = {
-    "item",
-    "mean",
-    "sum",
-    "norm",
-    "max",
-    "min",
-    "abs",
-    "std",
-    "detach",
-    "cpu",
-    "numpy",
-    "tolist",
-    "format",
-    "shape",
+    *("item", "mean", "sum", "norm", "max", "min", "abs", "std"),
+    *("detach", "cpu", "numpy", "tolist", "format", "shape"),
 }
 
 #: The instructions of a statement that only calls a function.

@@ -72,25 +72,25 @@ def _check_cuts(golden: Golden, reference: Subject) -> None:
 
 
 def prove(
-    golden: Golden, runners: Runners, samples: Samples, manifest: Manifest, suspects: list[tuple[int, int]]
+    golden: Golden, reference: Subject, single: Subject, served: Subject, suspects: list[tuple[int, int]]
 ) -> tuple[Parity, ...]:
     """Measure onnxruntime and PyTorch in float32 against PyTorch in float64.
 
     The tolerance is 4 times PyTorch's own float32 error plus 1e-7 of the output's scale.
 
     Args:
+        reference, single, served: the model in PyTorch in both precisions, and on onnxruntime.
         suspects: sizes (batch, time) to try in addition to the golden vectors.
 
     Raises:
         ExportError: parity, if onnxruntime exceeds the tolerance.
     """
     expected = golden.expected
-    reference, single, served = runners.subjects(samples, manifest)
     own = _own_error(golden, reference, single)
     tolerance = {name: _tolerance(own[name], array) for name, array in expected.items()}
     draft = tuple(Parity(name, 0.0, own[name], tolerance[name]) for name in expected)
     try:
-        worst = Verifier(served.run, replace(manifest, parity=draft)).replay(golden)
+        worst = Verifier(served.run, replace(served.manifest, parity=draft)).replay(golden)
     except GoldenMismatch as error:
         raise ExportError("parity", f"onnxruntime and PyTorch disagree: {error}") from None
     for batch, time in (*trials.SIZES, *suspects):

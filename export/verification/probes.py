@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from unroll.bundle import Manifest
 from unroll.bundle.golden import Arrays
 from unroll.bundle.verification import Differences, random_chunks, select_rows
 from unroll.export.errors import ExportError
@@ -166,6 +167,14 @@ def _looks_ahead(subject: Subject, inputs: Arrays, rows: np.ndarray) -> str | No
             if spec.time and not _close(one[spec.name][:, :now], two[spec.name][:, :now]):
                 return spec.name
     return None
+
+
+def with_batching(served: Subject, manifest: Manifest) -> Manifest:
+    """Find `bit_exact`, and whether `ragged` holds, for the model on onnxruntime."""
+    padding = padding_differs(served)
+    ragged = manifest.ragged and all(padding[entry.output] <= entry.tolerance for entry in manifest.parity)
+    bit_exact = is_bit_exact(served) and not (ragged and any(padding.values()))
+    return replace(manifest, ragged=ragged, bit_exact=bit_exact)
 
 
 def padding_differs(served: Subject) -> Differences:

@@ -54,15 +54,11 @@ def reduce(
         if precision == "float16":
             own = _error(replace(served, run=_half_runner(streaming)), reference, golden)
             bounds = {name: max(bound, 4 * own[name]) for name, bound in bounds.items()}
-        padding = probes.padding_differs(served)
+        parity = tuple(_entry(entry, measured[entry.output], bounds[entry.output]) for entry in manifest.parity)
+        manifest = probes.with_batching(served, replace(manifest, precision=precision, parity=parity))
     except ExportError as error:
         raise ExportError("precision", f"{precision}: {error}") from error
-    parity = tuple(_entry(entry, measured[entry.output], bounds[entry.output]) for entry in manifest.parity)
-    ragged = manifest.ragged and all(padding[entry.output] <= entry.tolerance for entry in parity)
-    exact = probes.is_bit_exact(served) and not (ragged and any(padding.values()))
-    return Candidate(
-        content, golden, replace(manifest, precision=precision, parity=parity, ragged=ragged, bit_exact=exact)
-    )
+    return Candidate(content, golden, manifest)
 
 
 def limit(manifest: Manifest, most: float | None) -> Manifest:

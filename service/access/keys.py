@@ -17,6 +17,7 @@ A key is 32 random bytes, so its plain SHA-256 cannot be reversed by guessing. O
 a slow hash.
 """
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -139,6 +140,16 @@ def new_key(name: str, tenant: str, scopes: Sequence[str]) -> tuple[str, str]:
 def add_key(path: Path, name: str, tenant: str, scopes: Sequence[str]) -> str:
     """Add a new key to the file, creating it if necessary. Returns the key. Raises KeysRefused, OSError."""
     secret, entry = new_key(name, tenant, scopes)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # two processes would each remove the other's key
+        _append(path, entry)
+    finally:
+        os.close(folder)
+    return secret
+
+
+def _append(path: Path, entry: str) -> None:
     before = ""
     if path.exists():
         KeyRing.read(path)
@@ -153,4 +164,3 @@ def add_key(path: Path, name: str, tenant: str, scopes: Sequence[str]) -> str:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    return secret

@@ -41,17 +41,24 @@ _log = structlog.get_logger(__name__)
 
 
 class RepeatedInferStep(RepeatedStep):
-    """A step of a sequence; a previous step has found its session."""
+    """A step of a sequence; a previous step has found its session, or this one opens another."""
 
-    __slots__ = ("_id", "_name", "_plan", "_request_id")
+    __slots__ = ("_id", "_name", "_plan", "_request_id", "_version")
 
     failure = staticmethod(open_inference_error)
 
     def __init__(
-        self, name: str, parsed: InferRequest, app: AppState, served: ServedModel, request: Request, *args: Any
+        self,
+        name: str,
+        version: str | None,
+        parsed: InferRequest,
+        app: AppState,
+        served: ServedModel,
+        request: Request,
+        *args: Any,
     ) -> None:
         super().__init__(app, served, request, *args)
-        self._name = name
+        self._name, self._version = name, version
         self._id = request.session
         self._plan, self._request_id = _plan(served, name, parsed), parsed.id
         self.write = self._plan.rows
@@ -63,7 +70,7 @@ class RepeatedInferStep(RepeatedStep):
                 request.body, request.whole_number(HEADER_LENGTH), self._app.limits.max_json_bytes
             )
             sequence = parsed.sequence
-            if sequence is None or sequence.id != self._id or sequence.start:
+            if sequence is None or (sequence.id != self._id and not sequence.start):
                 return None
             if sequence.end and (sequence.position is not None or self._session.durable is not None):
                 return None
@@ -75,11 +82,33 @@ class RepeatedInferStep(RepeatedStep):
                 step = self._served.codec.to_raw(batch[0])
             self._plan, self._request_id = _plan(self._served, self._name, parsed), parsed.id
             self._timeout = parsed.header.timeout or self._app.limits.request_timeout
+            self._opening = None
+            if sequence.start and not self._open(sequence, step, request):
+                return None
         except UnrollError:
             return None
         self.write, self._ends = self._plan.rows, sequence.end
         request.session, request.position = sequence.id, sequence.position
         return step
+
+    def _open(self, sequence: SequenceParameters, step: bytes, request: Request) -> bool:
+        """Open the session of a request with START; False if it takes more than a free row."""
+        app, served, session_id = self._app, self._served, request.own(sequence.id)
+        if sequence.position is not None or app.sessions.has_store or app.draining or served.manifest.static:
+            return False
+        if not app.sessions.directory.is_unused(self._name, session_id):
+            return False
+        if app.models.resolve(self._name, self._version) is not served:
+            return False
+        check_id(session_id)
+        served.codec.from_raw(step, None)  # an invalid step opens nothing
+        app.sessions.refuse_another(request.tenant)
+        now = served.loop.clock.now()
+        session = served.scheduler.joined.open(session_id, now, now + self._timeout)
+        if session is None:
+            return False
+        self._session, self._id, self._opening = session, sequence.id, Opening(session_id)
+        return True
 
     def complete(self, written: tuple[bytes, ...], position: int) -> None:
         self._respond(self._plan.encode_row(self._request_id, written, position))
@@ -175,7 +204,7 @@ def _sequence_steps(
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     if chunk.length > 1:
         return submit_chunk(served.loop, chunk, timeout, settled)
-    step = RepeatedInferStep(name, parsed, app, served, request, respond, timeout)
+    step = RepeatedInferStep(name, version, parsed, app, served, request, respond, timeout)
     cancel = step.submit(chunk, settled)
     if request.text is not None:
         request.repeat = step

@@ -12,7 +12,7 @@ from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
-from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.session import OPEN, Session
 from unroll.service.sessions.attempts import ATTEMPTS
@@ -37,7 +37,19 @@ class RepeatedStep:
     """
 
     __slots__ = (
-        *("_again", "_app", "_ends", "_left", "_position", "_respond", "_served", "_session", "_step", "_tenant"),
+        *(
+            "_again",
+            "_app",
+            "_ends",
+            "_left",
+            "_opening",
+            "_position",
+            "_respond",
+            "_served",
+            "_session",
+            "_step",
+            "_tenant",
+        ),
         *("_timeout", "_unwanted", "write"),
     )
 
@@ -60,6 +72,7 @@ class RepeatedStep:
         self._timeout = timeout
         self._left = 1
         self._ends = False
+        self._opening: Opening | None = None
         self._unwanted = False
         self._again, self._respond = request.again, respond
         self.write = served.codec.rows_to_raw
@@ -82,8 +95,10 @@ class RepeatedStep:
         if self._session.durable is not None:
             request.again = self._again
             self._step, self._position, self._left = step, request.position, ATTEMPTS
-        join = self._served.loop.join
-        if not join(self._session, request.position, step, self._timeout, self, ends=self._ends):
+        join, app = self._served.loop.join, self._app
+        clients = 0 if app.streams else len(app.connections.http)
+        place = self._session, request.position, step, self._timeout, self
+        if not join(*place, opening=self._opening, ends=self._ends, clients=clients):
             if not self._is_behind(request.position):
                 return None
             self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)

@@ -1,6 +1,7 @@
 """The engine that keeps the state rows in host memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import BatchResult, Rows, Tensors
 from unroll.service.engine.rows import all_finite, non_finite, one_by_one
-from unroll.service.engine.runner import BoundCall, Runner
+from unroll.service.engine.runner import Runner
 from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.slots import INITIAL
 
@@ -68,40 +69,51 @@ class HostEngine:
 
     def _run_steps(self, rows: Rows) -> tuple[Tensors, np.ndarray]:
         """Run single steps. Returns the outputs, and the new states in memory that the next call overwrites."""
-        buffers, count = self._buffers, len(rows.lens)
-        for bound, array in zip(buffers.inputs, rows.inputs, strict=True):
-            bound[:count] = array
-        self.read_rows(rows.sources, out=buffers.state[:count])
-        buffers.run(count)
-        return tuple([array[:count].copy() for array in buffers.outputs]), buffers.state_out[:count]
+        call = self._buffers.call(len(rows.lens))
+        for bound, array in zip(call.inputs, rows.inputs, strict=True):
+            bound[...] = array
+        self.read_rows(rows.sources, out=call.state)
+        call.run()
+        return tuple([array.copy() for array in call.outputs]), call.state_out
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """Single steps of some rows, on bound memory: fill `inputs` and `state`; `run` fills `outputs` and `state_out`.
+
+    Attributes:
+        inputs: Each (rows, 1, *shape).
+        outputs: Each (rows, 1, *shape), or (rows, *shape) without time.
+        state, state_out: (rows, state_size) float32.
+    """
+
+    inputs: list[np.ndarray]
+    state: np.ndarray
+    outputs: list[np.ndarray]
+    state_out: np.ndarray
+    run: Callable[[], None]
 
 
 class StepBuffers:
-    """Single-step calls of up to `max_rows` rows, on bound memory.
-
-    Fill the first rows of `inputs` and `state`; `run` fills the same rows of `outputs` and `state_out`, which the next
-    call overwrites.
-
-    Attributes:
-        inputs: Each (max_rows, 1, *shape).
-        outputs: Each (max_rows, 1, *shape), or (max_rows, *shape) without time.
-        state, state_out: (max_rows, state_size) float32.
-    """
+    """Calls of up to `max_rows` rows, all on the same memory."""
 
     def __init__(self, runner: Runner, manifest: Manifest, max_rows: int) -> None:
-        self.inputs = [np.zeros((max_rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
-        self.outputs = [np.zeros((max_rows, *(1,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs]
-        self.state = np.zeros((max_rows, manifest.state_size), np.float32)
-        self.state_out = np.zeros_like(self.state)
+        self._inputs = [np.zeros((max_rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
+        self._outputs = [np.zeros((max_rows, *(1,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs]
+        self._state = np.zeros((max_rows, manifest.state_size), np.float32)
+        self._state_out = np.zeros_like(self._state)
         self._runner = runner
-        self._calls: dict[int, BoundCall] = {}
+        self._calls: dict[int, StepCall] = {}
 
-    def run(self, rows: int) -> None:
+    def call(self, rows: int) -> StepCall:
         call = self._calls.get(rows)
         if call is None:
-            call = self._calls[rows] = self._runner.bind(
-                [TensorRef.of(array[:rows]) for array in (*self.inputs, self.state)],
+            inputs, outputs = [array[:rows] for array in self._inputs], [array[:rows] for array in self._outputs]
+            state, state_out = self._state[:rows], self._state_out[:rows]
+            bound = self._runner.bind(
+                [TensorRef.of(array) for array in (*inputs, state)],
                 np.ones(rows, np.int32),
-                [TensorRef.of(array[:rows]) for array in (*self.outputs, self.state_out)],
+                [TensorRef.of(array) for array in (*outputs, state_out)],
             )
-        call.run()
+            call = self._calls[rows] = StepCall(inputs, state, outputs, state_out, bound.run)
+        return call

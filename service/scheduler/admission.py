@@ -166,6 +166,11 @@ class Admission:
         self.waiting_steps += steps
         return True
 
+    def has_room(self, now: float, deadline: float) -> bool:
+        """Whether `take` would accept a chunk, which does not call this, because it runs for every step."""
+        wait = self.estimated_wait()
+        return self.in_flight < self._max_queue and now + wait <= deadline and wait <= self.overload.most_wait
+
     def check_invariants(self) -> None:
         """Raises AssertionError. Call it only when there is no work."""
         assert self.in_flight == 0, f"{self.in_flight} chunks are lost"

@@ -98,16 +98,18 @@ class ClosedSessions:
         self._put(session_id, Tombstone(cause, now, opened_with), last)
         self._of(session_id).tombstones.move_to_end(session_id)
         self._expire(tenant_of(session_id), now)
-        self._expire(next(iter(self._of_tenants)), now)  # and one other tenant's, in turn
+        if len(self._of_tenants) > 1:
+            self._expire(next(iter(self._of_tenants)), now)  # and one other tenant's, in turn
         while self._count > self._limits.tombstones:
             most = max(self._of_tenants.values(), key=lambda ends: len(ends.tombstones))
             self.forget(next(iter(most.tombstones)))
 
     def forget(self, session_id: str) -> None:
         tenant = tenant_of(session_id)
-        if (ends := self._of_tenants.get(tenant)) is None:
+        ends = self._of_tenants.get(tenant, _NOTHING)
+        if session_id not in ends.tombstones:
             return
-        self._count -= session_id in ends.tombstones
+        self._count -= 1
         self._bytes -= ends.nbytes
         ends.forget(session_id)
         self._bytes += ends.nbytes

@@ -29,6 +29,14 @@ class JoinedSteps:
         self._admission, self._lanes = completion.admission, completion.lanes
         self._sessions, self._replay = completion.sessions, completion.replay
 
+    def open(self, session_id: str, now: float, deadline: float) -> Session | None:
+        """Open a session whose first step joins next; None if that would evict another, or the step could not join."""
+        fits = self._sessions.slots.has_free and self._replay.has_table and self._admission.has_room(now, deadline)
+        if not fits:
+            return None
+        self._completion.counters.opened += 1
+        return self._sessions.open(session_id, now)
+
     def join(
         self,
         session: Session,
@@ -125,15 +133,19 @@ def _group(steps: list[Step], inputs: Tensors, *, is_durable: bool) -> Group:
     listeners = [step.listener for step in steps]
     group = Group(sessions, slice(0), inputs, 1, math.inf, partial(_answer, listeners), is_durable=is_durable)
     group.ready_at = sum([step.ready_at for step in steps]) / len(steps)
-    group.opened = {step.session for step in steps if step.opening is not None}
-    group.ending = {step.session for step in steps if step.final}
-    group.followers = [(row, follower) for row, step in enumerate(steps) for follower in step.followers]
-    for session in sessions:
-        progress = session.progress
+    group.opened, group.ending = opened, ending = set[Session](), set[Session]()
+    for row, step in enumerate(steps):
+        progress = step.session.progress
         assert progress is not None  # a session with a step is not in a cohort
         progress.active = group
         if progress.pending is not None:
             group.followed = True
+        if step.followers:
+            group.followers += [(row, follower) for follower in step.followers]
+        if step.opening is not None:
+            opened.add(step.session)
+        if step.final:
+            ending.add(step.session)
     return group
 
 

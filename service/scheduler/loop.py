@@ -17,7 +17,7 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Action, Chunk, PendingCommit, StepListener
+from unroll.service.scheduler.chunk import Action, Chunk, Opening, PendingCommit, StepListener
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
@@ -67,6 +67,7 @@ class Loop:
         self.engine = engine.engine
         self.store = store
         self.clock = clock
+        self._admission = scheduler.admission
         self._executor = engine.executor
         self._cost = engine.cost
         self._on_batch = on_batch
@@ -159,16 +160,39 @@ class Loop:
         timeout: float,
         listener: StepListener,
         *,
+        opening: Opening | None = None,
         ends: bool = False,
+        clients: int = 0,
     ) -> bool:
-        """Queue the next step of a session, see `JoinedSteps.join`."""
+        """Queue the next step of a session, see `JoinedSteps.join`.
+
+        clients: How many can have a step in flight; 0 if not known. Once all have one, none need wait for another turn.
+        """
         if session.durable is not None:
             self._refresh(session)
         now = self.clock.now()
-        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, ends=ends):
+        if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, opening, ends=ends):
             return False
-        self._work.set()
+        if self._admission.in_flight != clients or not self._run_steps(clients, now):
+            self._work.set()
         return True
+
+    def _run_steps(self, count: int, now: float) -> bool:
+        """Run so many single steps without a turn, whose cost a single client feels; False if other work waits, too."""
+        if self.scheduler.lanes.single_steps < count or self._cost(count, 1) > LAUNCHED_SECONDS:
+            return False
+        try:
+            actions, batch = self.scheduler.next_turn(now)
+            for action in actions:
+                self._act(action)
+            if batch.rows:
+                failpoints.reach("batched")
+                started = perf_counter()
+                result = self._launch(batch) or partial(self.engine.run, batch)
+                self._complete(batch, started, result())
+        except Exception as error:  # noqa: BLE001 it must end the loop instead of a connection
+            self._crash = error
+        return self._crash is None and self.scheduler.idle
 
     def leave_joined(self, session: Session, listener: StepListener) -> None:
         """Cancel a joined step, unless a batch has taken it."""
@@ -204,6 +228,12 @@ class Loop:
         await self._gather_work()
         if self._crash is not None:
             raise self._crash
+        if self.scheduler.idle and not self._launched:
+            self.scheduler.sessions.expire(self.clock.now())
+            self.scheduler.pace.rest()
+            self._work.clear()
+            await self._work.wait()
+            return
         if len(self._launched) == MAX_LAUNCHED:
             await self._end(self._launched.popleft())
         actions, batch = self.scheduler.next_turn(self.clock.now())
@@ -220,10 +250,8 @@ class Loop:
 
     async def _begin(self, batch: Batch) -> None:
         """Launch the batch if the device runs asynchronously, so that replies can be sent; else run it."""
-        for slot, row in batch.uploads:
-            self.engine.write(slot, row)
         started = perf_counter()
-        result = self.engine.launch(batch)
+        result = self._launch(batch)
         launched = result is not None
         if result is None:
             while self._launched:
@@ -238,6 +266,12 @@ class Loop:
         else:
             await self._end(begun)
 
+    def _launch(self, batch: Batch) -> Callable[[], BatchResult] | None:
+        """Write the states that the batch starts from, and launch it if the device runs asynchronously."""
+        for slot, row in batch.uploads:
+            self.engine.write(slot, row)
+        return self.engine.launch(batch)
+
     async def _gather_work(self) -> None:
         """Yield to the event loop until a poll of the sockets brings no more work, or the batch is full.
 
@@ -251,17 +285,19 @@ class Loop:
                 return
 
     async def _end(self, begun: "_BegunBatch") -> None:
-        outputs, failed = begun.result() if begun.future is None else await begun.future
+        self._complete(begun.batch, begun.started, begun.result() if begun.future is None else await begun.future)
+
+    def _complete(self, batch: Batch, started: float, result: BatchResult) -> None:
         failpoints.reach("ran")
         ended = perf_counter()
-        seconds, self._ended = ended - max(begun.started, self._ended), ended
-        for chunk in begun.batch.readback:
+        seconds, self._ended = ended - max(started, self._ended), ended
+        for chunk in batch.readback:
             assert chunk.workspace is not None
             chunk.state_row = self.engine.read(chunk.workspace)
-        commits = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
-        self._on_batch(begun.batch, len(failed), seconds)
+        commits = self.scheduler.complete(batch, *result, self.clock.now(), seconds)
+        self._on_batch(batch, len(result[1]), seconds)
         if commits:
-            task = asyncio.create_task(self._commit(commits, begun.batch.rows), name=f"commit {self.name}")
+            task = asyncio.create_task(self._commit(commits, batch.rows), name=f"commit {self.name}")
             self._commits.add(task)
             task.add_done_callback(self._committed)
 

@@ -89,6 +89,11 @@ class ReplayCache:
         self._replace(session, None)
         return True
 
+    @property
+    def has_table(self) -> bool:
+        """Whether steps are small enough for the table."""
+        return self._steps is not None
+
     def has_row(self, session: Session) -> bool:
         """Whether the table has the session's single steps, so that there is always room for the reply."""
         return session.depth == 1 and self._steps is not None

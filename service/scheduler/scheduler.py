@@ -83,14 +83,14 @@ class Scheduler:
             sessions, self.counters.count_gone, self.replay.write_last_step, spill, self.replay.forget
         )
         self.pace = Pace(limits)
-        self._lanes = Lanes(
+        self.lanes = Lanes(
             traits, limits, self.workspaces, self.pace, self._is_over, lambda steps, now: self.joined.group(steps, now)
         )
-        self._admission = Admission(limits, self.pace, self.counters, self._lanes.owners)
-        self.overload = self._admission.overload
-        self._queues = SessionQueues(self._lanes, self.sessions)
+        self.admission = Admission(limits, self.pace, self.counters, self.lanes.owners)
+        self.overload = self.admission.overload
+        self._queues = SessionQueues(self.lanes, self.sessions)
         self._completion = Completion(
-            traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
+            traits, self.admission, self.lanes, self._queues, self.sessions, self.replay, self.counters
         )
         self.groups = Groups(self._completion)
         self.commits = Commits(self._completion, self.groups)
@@ -108,14 +108,14 @@ class Scheduler:
     @property
     def in_flight(self) -> int:
         """Chunks accepted and not yet answered."""
-        return self._admission.in_flight
+        return self.admission.in_flight
 
     @property
     def idle(self) -> bool:
-        return not self._queues.actions and self._lanes.idle
+        return not self._queues.actions and self.lanes.idle
 
     def __repr__(self) -> str:
-        return f"<Scheduler {self._admission.in_flight} chunks in flight, {self.sessions!r}>"
+        return f"<Scheduler {self.admission.in_flight} chunks in flight, {self.sessions!r}>"
 
     # ── accepting work ───────────────────────────────────────────────────────────────────────────
 
@@ -141,8 +141,8 @@ class Scheduler:
         chunk.deadline, session = deadline, chunk.session
         if session is None:
             if chunk.opening is None:
-                self._admission.admit(chunk, self._lanes.next_steps(chunk), now)
-                self._lanes.put(chunk, now)
+                self.admission.admit(chunk, self.lanes.next_steps(chunk), now)
+                self.lanes.put(chunk, now)
                 return chunk
             session = chunk.session = self._open_with(chunk, chunk.opening, now)
         progress = self.sessions.require_open(session, now)
@@ -155,7 +155,7 @@ class Scheduler:
             self.sessions.require_open(session, now)  # a failed step closes the session that it opened
             if chunk.start != progress.expected:
                 return self._recognise(session, chunk)
-        self._admission.admit(chunk, self._lanes.next_steps(chunk), now)
+        self.admission.admit(chunk, self.lanes.next_steps(chunk), now)
         progress.expected += chunk.length
         self._queues.add(progress, chunk, now)
         return chunk
@@ -232,11 +232,8 @@ class Scheduler:
     def next_turn(self, now: float) -> tuple[list[Action], Batch]:
         """The actions to run first, and the batch, which is empty if nothing is waiting."""
         self.sessions.expire(now)
-        batch = self._lanes.take(now)
-        actions = self._queues.take_actions() if self._queues.actions else []
-        if not batch.rows and not actions:
-            self.pace.rest()
-        return actions, batch
+        batch = self.lanes.take(now)
+        return self._queues.take_actions() if self._queues.actions else [], batch
 
     def complete_action(self, action: Action, outcome: object, now: float) -> None:
         """Answer an action that has run, and activate the session's next work."""
@@ -268,7 +265,7 @@ class Scheduler:
         self.counters.padded_steps += batch.rows * longest - steps
         if seconds is not None:
             first = batch.work[0]
-            self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
+            self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self.lanes.is_long(first.length))
         if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
             self.replay.write_steps(batch.targets, batch.inputs, outputs, failed)
         take_in, outputs_of = self._completion.take_in, batch.outputs_of
@@ -288,13 +285,13 @@ class Scheduler:
                 take_in(work, outputs_of(row, ran, outputs, self.traits), ran, now)
             row += 1
         self._completion.batch_rows = 0
-        if self._admission.begins_overload(batch.rows, now):
+        if self.admission.begins_overload(batch.rows, now):
             self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, at the current pace."""
-        return self._admission.estimated_wait()
+        return self.admission.estimated_wait()
 
     def check_room(self, now: float, deadline: float, session_id: str) -> None:
         """Check that a chunk that opens this session would be accepted now.
@@ -302,7 +299,7 @@ class Scheduler:
         Raises QueueFull, DeadlineUnreachable or CapacityExhausted.
         """
         self.sessions.check_room()
-        self._admission.check(now, deadline, tenant_of(session_id) or 0, patient=False)
+        self.admission.check(now, deadline, tenant_of(session_id) or 0, patient=False)
 
     def _open_with(self, chunk: Chunk, opening: Opening, now: float) -> Session:
         """Open the chunk's session. Raises SessionGone for a late duplicate of a chunk that opened one before."""
@@ -348,8 +345,8 @@ class Scheduler:
         """Raises AssertionError if the data structures are inconsistent. Call it only while no batch is running."""
         self.sessions.check_invariants()
         self.replay.check_invariants(self.sessions.everyone)
-        self._lanes.check_invariants()
-        waiting = [work for work in self._lanes if work.outcome is None]
+        self.lanes.check_invariants()
+        waiting = [work for work in self.lanes if work.outcome is None]
         owned: dict[int, Work] = {id(work): work for work in waiting}
         for cohort in self.sessions.cohorts:
             assert cohort.active is None or cohort.active in waiting, cohort
@@ -360,4 +357,4 @@ class Scheduler:
         rows = [len(work.sessions) if isinstance(work, Group) else 1 for work in owned.values() if work.length]
         assert sum(rows) == self.in_flight, f"{self.in_flight - sum(rows)} chunks are in flight without an owner"
         if self.idle:
-            self._admission.check_invariants()
+            self.admission.check_invariants()

@@ -56,6 +56,10 @@ class SessionDirectory:
                 return model, session
         return self.spilled.bring_back(name, session_id)
 
+    def is_unused(self, name: str, session_id: str) -> bool:
+        """Whether it is certain, without a lookup among spilled sessions, that no open session has this id."""
+        return not len(self.spilled) and not any(session_id in m.scheduler.sessions for m in self.versions.of(name))
+
     def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
         """The session and its version.
 

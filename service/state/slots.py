@@ -32,5 +32,9 @@ class Slots:
         self._returned.append(slot)
 
     @property
+    def has_free(self) -> bool:
+        return bool(self._returned) or self._fresh < self.end
+
+    @property
     def taken(self) -> int:
         return self._fresh - self._first - len(self._returned)

@@ -52,8 +52,8 @@ class _Tensor:
 
     def __init__(self, count: int, shape: tuple[int, ...], spec: TensorSpec) -> None:
         self.rows = np.zeros((count, *shape), spec.numpy)
-        self._size, self._item = spec.size, np.dtype((np.void, spec.nbytes))
+        self._item = np.dtype((np.void, spec.nbytes))
         self._items = self.rows.reshape(count, spec.size).view(self._item)[:, 0]
 
     def put(self, slots: Sequence[int] | np.ndarray, rows: np.ndarray) -> None:
-        self._items[slots] = np.ascontiguousarray(rows).reshape(len(rows), self._size).view(self._item)[:, 0]
+        self._items[slots] = np.frombuffer(np.ascontiguousarray(rows), self._item)

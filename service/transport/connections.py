@@ -79,7 +79,6 @@ class Connections:
     def __init__(self, limits: ConnectionLimits, figures: ConnectionFigures | None = None) -> None:
         """Raises ValueError if there are too few descriptors."""
         self._figures = figures or ConnectionFigures()
-        self._figures.open = self
         affordable = _affordable()
         self._most = limits.connections or affordable
         if self._most > affordable:
@@ -88,6 +87,7 @@ class Connections:
             )
         self._most_of_one = limits.per_address
         self._watched: OrderedDict[Connection, str] = OrderedDict()
+        self._figures.open, self._figures.http = self, self._watched
         self._probes: OrderedDict[Connection, str] = OrderedDict()
         self._streams = 0
         self._addresses: Counter[str] = Counter()

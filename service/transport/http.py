@@ -4,7 +4,6 @@ A request to these routes needs no task and no ASGI messages. Its work starts wh
 reply is one write. A lost connection cancels the work immediately.
 """
 
-import asyncio
 import functools
 from time import perf_counter
 from typing import Any
@@ -317,7 +316,7 @@ class HttpProtocol(LimitedProtocol):
         failpoints.reach("before_reply")
         if self.transport.is_closing():
             return
-        _send(self.transport, answer, exchange.keep_alive)
+        self.transport.write(_encoded(answer, exchange.keep_alive))
         if not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -326,7 +325,7 @@ class HttpProtocol(LimitedProtocol):
         """Answer an invalid request after the earlier ones, and close the connection."""
         answer = refused.answer(is_v2=self.url.startswith(b"/v2"))
         log_answer(self.unroll.request_log, "invalid HTTP", refused.status, refused.error)
-        self._last_words = _head_of(answer, keep_alive=False) + answer.body
+        self._last_words = _encoded(answer, keep_alive=False)
         cycle = self.cycle
         if not self._in_body:
             if not self._busy():
@@ -392,20 +391,13 @@ _MOST_DIGITS = 18
 _MOST_MISSES = 8
 
 
-def _send(transport: asyncio.Transport, answer: Answer, keep_alive: bool) -> None:
-    head = _head_of(answer, keep_alive)
-    if len(answer.body) > LONG_BYTES:
-        transport.writelines((head, answer.body))  # does not copy it
-    else:
-        transport.write(head + answer.body)
-
-
-def _head_of(answer: Answer, keep_alive: bool) -> bytes:
-    return b"%b%b%bcontent-length: %d\r\n\r\n" % (
+def _encoded(answer: Answer, keep_alive: bool) -> bytes:
+    return b"%b%b%bcontent-length: %d\r\n\r\n%b" % (
         _head(answer.status, answer.media_type),
         answer.fields,
         b"" if keep_alive else b"connection: close\r\n",
         len(answer.body),
+        answer.body,
     )
 
 

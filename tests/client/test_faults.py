@@ -88,7 +88,7 @@ def test_temporary_refusal_is_retried_until_the_timeout(server: Running) -> None
         (streamed,) = stream.open()
         with client.session("gru") as session:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(server.model("gru").scheduler._admission, "_max_queue", 0)
+                patch.setattr(server.model("gru").scheduler.admission, "_max_queue", 0)
                 for stepping in (session, streamed):
                     with pytest.raises(errors.QueueFull):
                         stepping.step([1.0, 2.0, 3.0])

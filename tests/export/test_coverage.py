@@ -300,6 +300,15 @@ class Locked(Drops):
         self.lock = threading.Lock()
 
 
+class Shared:
+    """Has no `__dict__`, and its copies are itself."""
+
+    __slots__ = ("gain",)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
+        return self
+
+
 class Gained(nn.Module):
     """Scales by the gain of a helper, and writes to everything that it holds."""
 
@@ -315,8 +324,8 @@ class Gained(nn.Module):
         return self.plain[0](x) * (helper[0] if isinstance(helper, list) else helper.gain)
 
 
-@pytest.mark.parametrize("kind", [Drops, Rebuilds, Locked])
-def test_a_helper_that_copies_itself_keeps_its_values(kind: type[Drops]) -> None:
+@pytest.mark.parametrize("kind", [Drops, Rebuilds, Locked, Shared])
+def test_a_helper_that_copies_itself_keeps_its_values(kind: Any) -> None:
     helper, x = kind(), torch.randn(2, 3)
     helper.gain = torch.full((3,), 5.0)
     module = Gained(helper)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from conformance.kinds.kind import made
 from unroll.export.errors import ExportError
 from unroll.export.source_lines import as_where
-from unroll.export.verification.decisions import Decided, Others, check, decide, notes_on_ways
+from unroll.export.verification.decisions import Decided, Undecided, check, decide, notes_on_ways
 
 
 def reset(s: Any, x: Tensor, done: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def narrow(s: Any, x: Tensor, done: Tensor) -> Tensor:
     return y
 
 
-def decided(forward: Any) -> tuple[nn.Module, dict[str, Tensor], tuple[dict[Any, bool], Others]]:
+def decided(forward: Any) -> tuple[nn.Module, dict[str, Tensor], tuple[dict[Any, bool], Undecided]]:
     model = made(forward, rnn=nn.GRU(4, 6, batch_first=True), cell=nn.GRUCell(4, 6)).eval().double()
     example = {"x": torch.randn(2, 7, 4), "done": (torch.rand(2, 7) < 0.3).float()}
     return model, example, decide(model, example)
@@ -167,7 +167,7 @@ def test_reverted_forward_is_unchanged() -> None:
         model(x=x, done=zeros)
     with Decided(dict.fromkeys(watch.seen, True)):
         torch.testing.assert_close(model(x=x, done=zeros), 2 * expected)
-        with Decided.undone():
+        with Decided.as_written():
             torch.testing.assert_close(model(x=x, done=zeros), expected)
 
 

@@ -335,6 +335,31 @@ def test_complex_states_are_pairs_of_real_numbers(few_steps: None, tmp_path: Pat
     answers_step_by_step(made(module, **parts) if module is state_space else module(), tmp_path)
 
 
+class CountedLoop(nn.Module):
+    """Loops over as many steps as its caller says, and also returns the state before the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.r = 1, nn.Parameter(torch.rand(4) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [zeros(x)]
+        for t in range(self.steps):
+            states.append(torch.tanh(x[:, t] + self.r * states[-1]))
+        return torch.stack(states, 1)
+
+
+def of_its_caller(s: Any, x: Tensor) -> Tensor:
+    s.loop.steps = x.shape[1]
+    y: Tensor = s.loop(x)[:, 1:]
+    return y
+
+
+@pytest.mark.long
+def test_loop_that_depends_on_its_caller_is_lifted_with_it(few_steps: None, tmp_path: Path) -> None:
+    answers_step_by_step(made(of_its_caller, loop=CountedLoop()), tmp_path)
+
+
 def decaying(s: Any, x: Tensor) -> Tensor:
     h, outs = zeros(x), []
     for step in x.unbind(1):

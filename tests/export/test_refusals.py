@@ -12,9 +12,25 @@ from torch.nn import functional
 
 from conformance.kinds.kind import gru, made
 from unroll.export import ExportError, export
-from unroll.export.errors import Code
+from unroll.export.errors import Code, first_line, untraceable
 
 PAGE = (Path(__file__).parents[2] / "docs" / "refusals.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "options", "says"),
+    [
+        (nn.GRU, {}, {}, "an instance of nn.Module to export, not the class GRU"),
+        (gru(), [torch.zeros(2, 7, 4)], {}, "a dict of tensors by the names of forward's arguments"),
+        (gru(), {}, {"max_error": "small"}, "rates and max_error are numbers"),
+        (gru(), {}, {"precision": "float8"}, "'float8' is none of float32, float16, int8"),
+        (gru(), {}, {"state": {"hx": 1}}, "names of inputs and outputs are strings"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_of_other_types_are_refused(module: Any, example: Any, options: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=says):
+        export(module, example, name="m", repository=tmp_path, **options)
 
 
 def test_every_code_has_its_section() -> None:
@@ -99,6 +115,14 @@ def squashed(s: Any, x: Tensor) -> Tensor:
     return torch.tanh(y).real
 
 
+def selected(s: Any, x: Tensor) -> Tensor:
+    h, outs = x.new_zeros(x.shape[0], 4), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(h + torch.index_select(x, 1, torch.tensor([t])).squeeze(1))
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
 class Lazy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -174,6 +198,7 @@ def sparse(s: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "says"),
     [
+        (selected, r"selects its time step with a tensor.*; select it with a number, as x\[:, t\]"),
         (Lazy, r"'head.weight' has no values: before the export, call a module with lazy layers once"),
         (MadeLate, r"makes parameters, as 'head.bias', in its first call.*make them in __init__"),
         (OwnTables, r"code of the module fails.*KeyError: 'no tables' \(at .*test_refusals.py:\d+: raise KeyError"),
@@ -205,3 +230,14 @@ def test_a_refusal_names_the_line_and_the_remedy(few_steps: None, tmp_path: Path
         export(module, {"x": torch.randn(2, 5, 4)}, name="m", repository=tmp_path)
     assert re.search(says, str(refused.value)), refused.value
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loop_traced_for_one_batch_size_says_so() -> None:
+    error = RuntimeError("Constraints violated (batch)!\n  - You marked batch as dynamic but your code specialized it")
+    assert "'Filter' computes with one batch size only" in str(untraceable("'Filter'", error))
+
+
+def test_the_heading_of_a_message_is_followed_by_its_first_item() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        nn.LSTM(4, 6).load_state_dict(nn.LSTM(5, 6).state_dict())
+    assert "state_dict for LSTM: size mismatch for weight_ih_l0" in first_line(failed.value)

@@ -8,7 +8,8 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -54,27 +55,55 @@ async def step_calmly(running: Running, key: str, calm: Calm, over: asyncio.Futu
     await asyncio.gather(*map(one, range(_CALM_CLIENTS)))
 
 
-async def run(folder: Path, seconds: float) -> tuple[Calm, Calm, Answers]:
-    """Measure the calm clients without and with the flood; also return the flood's answers."""
+def _serve(folder: Path, *tenants: str) -> tuple[Running, dict[str, str]]:
+    """Start a server. Return it, and the key of each tenant."""
     repository = tiny_repository(folder)
-    keys = {tenant: new_key(tenant, tenant, ["infer"]) for tenant in ("calm", "flood")}
+    keys = {tenant: new_key(tenant, tenant, ["infer"]) for tenant in tenants}
     file = folder / "keys.toml"
     file.write_text("\n".join(entry for _, entry in keys.values()))
-    running = await asyncio.to_thread(Running, Settings(repository=repository, keys=file, max_batch=_ROWS))
-    alone, under = Calm(), Calm()
+    running = Running(Settings(repository=repository, keys=file, max_batch=_ROWS))
+    return running, {tenant: secret for tenant, (secret, _) in keys.items()}
+
+
+async def _flood(running: Running, key: str, seconds: float) -> asyncio.Future[Answers]:
+    """Flood the server from another process. Returns once it has begun."""
     command = [sys.executable, "-m", "faults.open_loop", str(running.port), str(seconds)]
-    environment = os.environ | {"UNROLL_API_KEY": keys["flood"][0]}
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT / "tests", env=os.environ | {"UNROLL_API_KEY": key}, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+
+    async def answers() -> Answers:
+        return Answers(**json.loads((await process.communicate())[0]))
+
+    return asyncio.ensure_future(answers())
+
+
+async def run(folder: Path, seconds: float) -> tuple[Calm, Calm, Answers]:
+    """Measure the calm clients without and with the flood; also return the flood's answers."""
+    running, keys = await asyncio.to_thread(_serve, folder, "calm", "flood")
+    alone, under = Calm(), Calm()
     with SlowEngine(running.model(MODEL).loop, _BATCH_SECONDS):
-        await step_calmly(running, keys["calm"][0], alone, asyncio.ensure_future(asyncio.sleep(seconds)))
-        process = await asyncio.create_subprocess_exec(
-            *command, cwd=ROOT / "tests", env=environment, stdout=asyncio.subprocess.PIPE
-        )
-        assert process.stdout is not None
-        await process.stdout.readline()  # the flood has begun
-        answer = asyncio.ensure_future(process.communicate())
-        await step_calmly(running, keys["calm"][0], under, answer)
+        await step_calmly(running, keys["calm"], alone, asyncio.ensure_future(asyncio.sleep(seconds)))
+        flooding = await _flood(running, keys["flood"], seconds)
+        await step_calmly(running, keys["calm"], under, flooding)
     await asyncio.to_thread(running.stop)
-    return alone, under, Answers(**json.loads(answer.result()[0]))
+    return alone, under, flooding.result()
+
+
+async def shares(folder: Path, floods: Mapping[str, int], seconds: float) -> dict[str, int]:
+    """Let each tenant flood from so many processes. Returns the number of its requests that were accepted."""
+    running, keys = await asyncio.to_thread(_serve, folder, *floods)
+    with SlowEngine(running.model(MODEL).loop, _BATCH_SECONDS):
+        flooding = [
+            (tenant, await _flood(running, keys[tenant], seconds)) for tenant in floods for _ in range(floods[tenant])
+        ]
+        accepted = Counter[str]()
+        for tenant, answers in flooding:
+            accepted[tenant] += len((await answers).seconds["200"])
+    await asyncio.to_thread(running.stop)
+    return dict(accepted)
 
 
 def table(alone: Calm, under: Calm, flood: Answers) -> str:

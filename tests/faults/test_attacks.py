@@ -34,6 +34,12 @@ async def test_flooding_tenant_is_refused_and_calm_tenant_waits_few_batches(tmp_
     assert max(waited) < 10, "it waited behind the queue of the flooding tenant"
 
 
+@pytest.mark.long
+async def test_flooding_tenants_have_equal_shares_however_much_they_send(tmp_path: Path) -> None:
+    accepted = await flood.shares(tmp_path, {"small": 1, "large": 3}, seconds=4.0)
+    assert accepted["small"] > 0.35 * sum(accepted.values()), accepted
+
+
 @pytest.fixture
 def frozen_objects() -> Iterator[None]:
     """Spare the garbage collector the objects of other tests, as `unroll serve` spares it those that stay."""

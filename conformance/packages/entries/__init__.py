@@ -1,6 +1,11 @@
 """All entries. A package is imported only when its module is built, in an environment that has it."""
 
-from conformance.packages.entries import agents, cells, forecasting, language, sequences, speech, spiking, steps
+import importlib
+import pkgutil
+
 from conformance.packages.entry import ENTRIES
 
-__all__ = ["ENTRIES", "agents", "cells", "forecasting", "language", "sequences", "speech", "spiking", "steps"]
+__all__ = ["ENTRIES"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -72,7 +72,7 @@ def pypots_grud() -> nn.Module:
 
 @entry("tsai", "TCN, whose answer is a mean over time", "x:float32:3", alone=True, needs=("fastai", "fastcore"))
 def tsai_tcn() -> nn.Module:
-    bare("tsai", "tsai.models")
+    bare("torchvision", "tsai", "tsai.models")
     from tsai.models.TCN import TCN
 
     class Network(nn.Module):
@@ -89,7 +89,7 @@ def tsai_tcn() -> nn.Module:
 
 @entry("tsai", "LSTM, whose answer is of the last step", "x:float32:3", alone=True, needs=("fastai", "fastcore"))
 def tsai_lstm() -> nn.Module:
-    bare("tsai", "tsai.models")
+    bare("torchvision", "tsai", "tsai.models")
     from tsai.models.RNN import LSTM
 
     class Network(nn.Module):

@@ -1,6 +1,5 @@
 """Packages for texts."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,33 +36,6 @@ def flair_language_model() -> nn.Module:
             return y.transpose(0, 1)
 
     return Model()
-
-
-@entry("g2p-en", "the encoder's weights in a class", "x:int64:", trained=True, alone=True)
-def g2p_encoder() -> nn.Module:
-    import importlib.util
-
-    import numpy as np
-
-    (folder,) = importlib.util.find_spec("g2p_en").submodule_search_locations  # type: ignore[union-attr, misc]
-    weights = {name: torch.from_numpy(array) for name, array in np.load(Path(folder) / "checkpoint20.npz").items()}
-
-    class Encoder(nn.Module):
-        """G2p.predict's loop over letters, as a layer: the package computes it in NumPy."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding.from_pretrained(weights["enc_emb"])
-            self.rnn = nn.GRU(weights["enc_emb"].shape[1], weights["enc_w_hh"].shape[1], batch_first=True)
-            for name in ("w_ih", "w_hh", "b_ih", "b_hh"):
-                parameter = getattr(self.rnn, name.replace("w_", "weight_").replace("b_", "bias_") + "_l0")
-                parameter.data = weights[f"enc_{name}"].clone()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.rnn(self.embed(x))[0]
-            return y
-
-    return Encoder()
 
 
 class _Logits(nn.Module):

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from conformance.packages.entry import entry
 
@@ -174,60 +173,6 @@ def sb3_policy() -> nn.Module:
             return run(x.flatten(0, 1), state, starts.flatten(), self.lstm)[0].view(*x.shape[:2], 8)
 
     return Policy()
-
-
-def _silero_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    from silero_vad import load_silero_vad
-
-    script = load_silero_vad()
-    return torch.cat([script(step, 16000) for step in inputs["x"].unbind(1)])
-
-
-@entry("silero-vad", "the detector's weights in a class", "x:float32:512", trained=True, own=_silero_steps)
-def silero() -> nn.Module:
-    from silero_vad import load_silero_vad
-
-    model, script = Silero(), load_silero_vad()._model.state_dict()
-    weights = {"stft_conv.weight": script["stft.forward_basis_buffer"]}
-    for theirs, ours in _SILERO_NAMES.items():
-        for kind in [name.removeprefix(theirs) for name in script if name.startswith(theirs)]:
-            weights[ours + kind] = script[theirs + kind]
-    model.load_state_dict(weights)
-    return model
-
-
-_SILERO_NAMES = {f"encoder.{number}.reparam_conv": f"conv{number + 1}" for number in range(4)} | {
-    "decoder.rnn": "lstm_cell",
-    "decoder.decoder.2": "final_conv",
-}
-
-
-class Silero(nn.Module):
-    """The detector at 16 kHz. A time step holds 32 ms, and the last 4 ms of the previous one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stft_conv = nn.Conv1d(1, 258, 256, stride=128, bias=False)
-        self.conv1 = nn.Conv1d(129, 128, 3, padding=1)
-        self.conv2 = nn.Conv1d(128, 64, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv1d(64, 64, 3, stride=2, padding=1)
-        self.conv4 = nn.Conv1d(64, 128, 3, padding=1)
-        self.lstm_cell, self.final_conv = nn.LSTMCell(128, 128), nn.Conv1d(128, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, time, _ = x.shape
-        context = functional.pad(x[..., -64:][:, :-1], (0, 0, 1, 0))
-        y = torch.cat([context, x], 2).flatten(0, 1)
-        y = self.stft_conv(functional.pad(y, (0, 64), "reflect").unsqueeze(1))
-        y = (y[:, :129].square() + y[:, 129:].square()).sqrt()
-        for convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
-            y = convolution(y).relu()
-        h = c = x.new_zeros(batch, 128)
-        outputs = []
-        for step in y.reshape(batch, time, 128).unbind(1):
-            h, c = self.lstm_cell(step, (h, c))
-            outputs.append(self.final_conv(h.relu().unsqueeze(2)).sigmoid().squeeze(2))
-        return torch.stack(outputs, 1)
 
 
 @entry("norse", "LIF between linear layers", "x:float32:4")

@@ -66,22 +66,6 @@ def df_grouped() -> nn.Module:
     return First(GroupedGRU(16, 16, num_layers=2, groups=2, add_outputs=True))
 
 
-@entry(
-    "resemblyzer",
-    "VoiceEncoder",
-    "mels:float32:40",
-    trained=True,
-    alone=True,
-    needs=("librosa", "webrtcvad", "setuptools<81"),
-)
-def voice_encoder() -> nn.Module:
-    bare("resemblyzer")
-    from resemblyzer.voice_encoder import VoiceEncoder
-
-    encoder: nn.Module = VoiceEncoder("cpu", verbose=False)
-    return encoder
-
-
 @entry("speechbrain", "LiGRU, 2 layers", "x:float32:4")
 def speechbrain_ligru() -> nn.Module:
     from speechbrain.nnet.RNN import LiGRU

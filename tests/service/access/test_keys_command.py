@@ -2,12 +2,14 @@
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from unroll import cli
 from unroll.service.access.gate import Gate
+from unroll.service.access.keys import add_key
 
 
 def keys(*words: str) -> int:
@@ -42,6 +44,14 @@ def test_keys_are_added_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         "expired": False,
     }
     assert found["tenants"]["acme"]["sessions"] == 7
+
+
+def test_keys_that_are_added_at_once_are_all_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    with ThreadPoolExecutor(8) as pool:
+        secrets = [*pool.map(lambda i: add_key(path, f"key {i}", "acme", ["infer"]), range(16))]
+    gate = Gate(path)
+    assert {gate.admit({b"x-api-key": secret.encode()}, "infer", changes=True) for secret in secrets} == {"acme"}
 
 
 def test_new_file_is_readable_only_by_its_owner(tmp_path: Path) -> None:

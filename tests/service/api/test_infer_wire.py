@@ -366,6 +366,38 @@ def test_tensors_in_shared_memory_are_refused_in_words(client: httpx.Client, whe
     assert "does not support" in answer.json()["error"]
 
 
+def test_a_connection_that_steps_starts_further_sequences_as_any_other(serve: Serve, oracle) -> None:  # type: ignore[no-untyped-def]
+    running: Running = serve(session_capacity=4, spill_bytes=0)
+    whole, counters = oracle("lstm"), running.model("lstm").scheduler.counters
+    rng = np.random.default_rng(1)
+    with httpx.Client(base_url=running.url) as client:
+
+        def step(name: str, x: np.ndarray, **flags: bool) -> httpx.Response:
+            return wire.infer(client, "lstm", x[np.newaxis, np.newaxis], sequence_id=name, **flags)
+
+        def run(name: str, steps: int, *, ends: bool = True) -> None:
+            xs = rng.standard_normal((steps, 3)).astype(np.float32)
+            answers = [
+                step(name, x, sequence_start=i == 0, sequence_end=ends and i == steps - 1) for i, x in enumerate(xs)
+            ]
+            outputs = [wire.outputs(answer)[1]["y"][0, 0] for answer in answers]
+            assert np.array_equal(outputs, whole(xs))
+
+        run("first", 3)
+        run("of-one", 1)
+        assert step("of-one", X[0, 0]).json()["code"] == "session_closed"
+        run("first", 2, ends=False)
+        run("first", 2)  # it replaces the open sequence
+        assert (counters.opened, counters.restarted) == (4, 1)
+        assert step("bad", X[0, 0] * np.nan, sequence_start=True).json()["code"] == "non_finite_input"
+        assert step("bad", X[0, 0]).json()["code"] == "session_unknown", "a refused start opens nothing"
+        assert step("x" * 129, X[0, 0], sequence_start=True).json()["code"] == "malformed_request"
+        for i in range(6):
+            run(f"room-{i}", 2, ends=False)
+        assert step("room-0", X[0, 0]).json()["code"] == "session_evicted"
+        assert (counters.opened, counters.chunks) == (10, 20)
+
+
 def test_a_step_after_the_end_asks_for_start_in_tritons_words(client: httpx.Client) -> None:
     x = np.zeros((1, 1, 3), np.float32)
     for place in ({"sequence_start": True}, {"sequence_end": True}):

@@ -4,10 +4,12 @@ A new route without a rule here fails `test_every_route_has_a_rule`.
 """
 
 import asyncio
+import hashlib
 import json
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -185,6 +187,56 @@ def test_the_scope_of_every_route(keyed: Keyed, method: str, template: str) -> N
             assert code(answer) == (403, "forbidden")
     if template.endswith("/infer"):
         keyed.clients["acme"].delete("/v1/models/gru/sessions/none").raise_for_status()
+
+
+#: Requests that contain a valid key where the server does not look, or in another form: path and headers.
+MISPLACED = {
+    "Bearer and a tab": ("", "Authorization: Bearer\t{key}"),
+    "no scheme": ("", "Authorization: {key}"),
+    "another scheme": ("", "Authorization: Token {key}"),
+    "in quotes": ("", 'Authorization: Bearer "{key}"'),
+    "Bearer in the other header": ("", "X-API-Key: Bearer {key}"),
+    "a list": ("", "X-API-Key: {key},{key}"),
+    "longer": ("", "X-API-Key: {key}A"),
+    "its digest": ("", "X-API-Key: {digest}"),
+    "behind a wrong one": ("", "X-API-Key: none\r\nAuthorization: Bearer {key}"),
+    "behind an empty one": ("", "X-API-Key:\r\nAuthorization: Bearer {key}"),
+    "a cookie": ("", "Cookie: X-API-Key={key}"),
+    "for a proxy": ("", "Proxy-Authorization: Bearer {key}"),
+    "in the query": ("?api_key={key}&access_token={key}", "Accept: */*"),
+    "a ticket": ("", "Authorization: Bearer {ticket}"),
+    "a ticket as a protocol": ("", "Sec-WebSocket-Protocol: unroll.ticket.{ticket}"),
+    "a name of another proxy": ("", "X-Forwarded-User: acme"),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_a_misplaced_key_admits_nobody(keyed: Keyed, name: str) -> None:
+    key, ticket = keyed.secrets["acme"], keyed.clients["acme"].post("/v1/tickets").json()["ticket"]
+    words = {"key": key, "digest": hashlib.sha256(key.encode()).hexdigest(), "ticket": ticket}
+    query, headers = (text.format(**words) for text in MISPLACED[name])
+    wire = Wire(keyed.running.port)
+    with closing(wire.socket):
+        wire.send(f"GET /v1/models{query} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n".encode())
+        status, _, body = wire.answer()
+    assert status == 401, body
+
+
+def test_each_request_of_a_connection_has_its_own_key(keyed: Keyed) -> None:
+    """The head of a step that a connection repeats is not parsed again, and its key may be another one."""
+    path, key = keyed.open("acme", "one connection"), keyed.secrets["acme"]
+    step = partial(request, f"{path}/steps".replace(" ", "%20"), X[:1].tobytes())
+    own, none = step(f"X-API-Key: {key}"), step()
+    stranger, other = step(f"X-API-Key: {key[:-1]}-"), step(f"X-API-Key: {keyed.secrets['other']}")
+    page = step(f"X-API-Key: {key}", "Origin: http://other.example")
+    wire = Wire(keyed.running.port)
+    with closing(wire.socket):
+        for sent, expected in ((own, 200), (own, 200), (stranger, 401), (own, 200), (other, 404), (page, 403)):
+            wire.send(sent)
+            assert wire.answer()[0] == expected
+        wire.send(own + none + own)
+        assert [wire.answer()[0] for _ in range(3)] == [200, 401, 200]
+    assert keyed.clients["acme"].delete(path).json()["position"] == 5
 
 
 def test_models_are_loaded_by_post_only(keyed: Keyed) -> None:

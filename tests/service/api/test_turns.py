@@ -252,7 +252,7 @@ def test_entries_refused_for_lack_of_room_do_not_block_the_loop(
     with connect(f"ws://{watched.address}/v1/models/lstm/stream", compression=None, max_size=None) as socket:
         socket.send(control("open", sessions=[{"handle": handle} for handle in _HANDLES]))
         socket.recv()
-        monkeypatch.setattr(watched.model("lstm").scheduler._admission, "_max_queue", 0)
+        monkeypatch.setattr(watched.model("lstm").scheduler.admission, "_max_queue", 0)
         holds_briefly(act)
 
 

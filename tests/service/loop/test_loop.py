@@ -331,7 +331,8 @@ async def test_session_is_in_at_most_one_launched_batch():
         assert engine.log == ["launch 0", "result 0", "launch 1", "result 1"]
 
 
-async def test_a_device_that_fails_ends_the_loop():
+@pytest.mark.parametrize("is_joined", [False, True])
+async def test_a_device_that_fails_ends_the_loop(is_joined: bool):
     engine = LaunchingEngine()
     engine.fails = DeviceFailed("it has fallen off the bus")
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
@@ -339,10 +340,38 @@ async def test_a_device_that_fails_ends_the_loop():
         thread = EngineThread(engine, executor, lambda rows, steps: 0.0)
         loop = Loop("m", scheduler, thread, None, ManualClock())
         task = asyncio.create_task(loop.run())
-        waiting = asyncio.create_task(sequences(loop, 10))
+        if is_joined:
+            assert loop.join(scheduler.open("a", 0), None, bytes(4), 10, Listener(), clients=1)
+        else:
+            waiting = asyncio.create_task(sequences(loop, 10))
         with pytest.raises(DeviceFailed, match="off the bus"):
             await task
-        waiting.cancel()
+        if not is_joined:
+            waiting.cancel()
+
+
+@pytest.mark.parametrize("make", [GatedEngine, LaunchingEngine])
+async def test_the_last_step_that_can_arrive_runs_at_once_with_those_before_it(make: Callable[[], GatedEngine]):
+    async with running(0.0, make) as (loop, _, _, engine):
+        engine.gate.set()
+        if isinstance(engine, LaunchingEngine):
+            engine.done.release(1)
+        first, last = Listener(), Listener()
+        loop.join(loop.scheduler.open("a", 0), None, bytes(4), 10, first, clients=2)
+        assert not engine.batches
+        loop.join(loop.scheduler.open("b", 0), None, bytes(4), 10, last, clients=2)
+        assert (engine.batches, first.position.result(), last.position.result()) == ([2], 1, 1)
+
+
+async def test_the_last_step_waits_for_its_turn_while_other_work_is_in_flight():
+    async with running(0.0) as (loop, _, _, engine):
+        engine.gate.set()
+        replies, listener = list[object](), Listener()
+        loop.submit_sequences([(X[0][:1],)], 10, replies.append)
+        assert loop.join(loop.scheduler.open("a", 0), None, bytes(4), 10, listener, clients=1)
+        assert not engine.batches
+        assert await listener.position == 1
+        assert (engine.batches, len(replies)) == ([2], 1)
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(0.001, 0.0), (0.015, 0.001)])

@@ -23,9 +23,10 @@ BAD = 99
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(ragged=st.booleans(), cuttable=st.booleans())
-    def begin(self, ragged: bool, cuttable: bool) -> None:
-        self.scheduler = scheduler(ragged=ragged, cuttable=cuttable, capacity=3, max_queue=1000)
+    @initialize(ragged=st.booleans(), cuttable=st.booleans(), rows=st.integers(1, 3))
+    def begin(self, ragged: bool, cuttable: bool, rows: int) -> None:
+        """rows: of a batch, so that steps often wait for more than one."""
+        self.scheduler = scheduler(ragged=ragged, cuttable=cuttable, capacity=3, max_batch=rows, max_queue=1000)
         self.engine = FoldEngine(self.scheduler.rows)
         self.engine.failing = {BAD}
         self.now = self.begun = 0.0
