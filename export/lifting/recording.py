@@ -132,7 +132,7 @@ class Recorder(TorchFunctionMode):
             self._inside = False
             y, state = result
             flat = (y, *(state if isinstance(state, tuple) else (state,)))
-            self._add(path, (args, kwargs), flat, self.raw)
+            self._add(path, mapped((args, kwargs), self._reference), flat, self.raw)
 
         return hook
 
@@ -141,21 +141,15 @@ class Recorder(TorchFunctionMode):
         self.raw += 1
         if self._inside:
             return func(*args, **kwargs)
-        if func is Tensor.__iter__:
-            func, args = Tensor.unbind, (args[0], 0)
-            made = func(*args)
-            self._add(func, (args, {}), made, raw)
-            return iter(made)
         described = mapped((args, kwargs), self._reference)
         result = func(*args, **kwargs)
         if any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
-            self._add(func, described, result, raw, done=True)
+            self._add(func, described, result, raw)
         elif func is Tensor.__setitem__:
-            self._add(func, described, args[0], raw, done=True)
+            self._add(func, described, args[0], raw)
         return result
 
-    def _add(self, func: Any, arguments: Any, result: Any, raw: int, *, done: bool = False) -> None:
-        described = arguments if done else mapped(arguments, self._reference)
+    def _add(self, func: Any, described: Any, result: Any, raw: int) -> None:
         number = len(self.ops)
         # The key includes the parameters: several layers called by one line of code are separate loops.
         owned = tuple(leaf.name for leaf in leaves_of(described) if isinstance(leaf, Own))

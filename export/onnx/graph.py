@@ -127,6 +127,17 @@ def _leave_vmap() -> None:
         torch._C._functorch._vmap_decrement_nesting()
 
 
+def _add_lengths(graph: onnx_ir.Graph, layer: onnx_ir.Node) -> None:
+    """Add `sequence_lens` to a layer that a loop calls in each step: without it, onnxruntime crashes on no rows."""
+    tape, x = onnx_ir.tape.Tape(), layer.inputs[0]
+    time, batch = (tape.op("Shape", [x], {"start": axis, "end": axis + 1}) for axis in (0, 1))
+    lens = tape.op("Cast", [tape.op("Expand", [time, batch])], {"to": onnx_ir.DataType.INT32})
+    for number, node in enumerate(tape.nodes):
+        node.outputs[0].name = f"{layer.outputs[0].name}_lengths_{number}"
+    graph.insert_before(layer, tape.nodes)
+    layer.replace_input_with(4, lens)
+
+
 def _finish(model: onnx_ir.Model) -> None:
     """Give values their public names, and remove what the exporter wrote but a graph does not need.
 
@@ -140,6 +151,8 @@ def _finish(model: onnx_ir.Model) -> None:
             if copied is not None and not node.outputs[0].is_graph_output():
                 node.outputs[0].replace_all_uses_with(copied)
                 graph.remove(node, safe=True)
+            if node.op_type in {"GRU", "LSTM"} and node.inputs[4:5] == (None,):
+                _add_lengths(graph, node)
         for name, constant in [*graph.initializers.items()]:
             if not constant.uses() and not constant.is_graph_output():
                 graph.initializers.pop(name)

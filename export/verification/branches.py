@@ -341,7 +341,7 @@ def _kind(each: dis.Instruction) -> str:
         return "name"
     if each.opname in {"LOAD_CONST", "LOAD_SMALL_INT"} and isinstance(each.argval, (int, float)):
         return "number"
-    return "compare" if each.opname == "COMPARE_OP" else each.opname
+    return each.opname
 
 
 def _jumps_if(jump: dis.Instruction) -> bool:
