@@ -103,10 +103,10 @@ class Response:
 Exchange = Generator[Request, Response, T]
 
 
-def json_request(method: str, path: str, document: Mapping[str, Any]) -> Request:
-    """A request with a JSON body; members that are None are omitted."""
+def post_json(path: str, document: Mapping[str, Any]) -> Request:
+    """A POST request with a JSON body; members that are None are omitted."""
     members = {name: value for name, value in document.items() if value is not None}
-    return Request(method, path, json.dumps(members).encode(), {"Content-Type": JSON})
+    return Request("POST", path, json.dumps(members).encode(), {"Content-Type": JSON})
 
 
 def model_path(model: str) -> str:

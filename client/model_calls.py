@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from unroll.client.errors import InvalidInput
-from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path
+from unroll.client.exchange import RAW, Exchange, Request, Response, model_path, post_json
 from unroll.client.tensors import ArrayLike, Arrays, Model, listed
 
 
@@ -56,7 +56,7 @@ def sequence(model: Model, inputs: ArrayLike, static: Mapping[str, ArrayLike] | 
         return model.outputs_of(split_outputs(model, response.checked(), response.body, steps))
     named = {spec.name: [array.tolist()] for spec, array in zip(model.inputs, arrays, strict=True)}
     document = {"inputs": named, "static": {name: [value] for name, value in first.items()}}
-    response = yield json_request("POST", path, document)
+    response = yield post_json(path, document)
     several = listed(model.outputs, response.checked().json()["outputs"])
     return model.outputs_of([np.array(rows[0], spec.numpy) for spec, rows in zip(model.outputs, several, strict=True)])
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unroll.client.errors import InvalidInput, ModelUnavailable, ServerError
-from unroll.client.exchange import Request, json_request
+from unroll.client.exchange import Request, post_json
 from unroll.client.retries import RETRIED, Retries
 from unroll.client.session_calls import SessionCalls
 from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor, listed, named
@@ -124,7 +124,7 @@ class RolloutCall(Rollout):
         super().__init__(session.model, session.position, wish, session.last_outputs())
         self._session = session
         snapshot = None if session.sealed is None else base64.b64encode(session.sealed).decode()
-        self._request = json_request("POST", f"{session.path}/rollout", {**self.members, "snapshot": snapshot})
+        self._request = post_json(f"{session.path}/rollout", {**self.members, "snapshot": snapshot})
 
     def begin(self) -> Request:
         """The request, to send for the first time or again."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 import numpy as np
 
 from unroll.client.errors import InvalidInput, SessionClosed, SessionExists, SessionGone, SessionUnknown
-from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path, session_path
+from unroll.client.exchange import RAW, Exchange, Request, Response, model_path, post_json, session_path
 from unroll.client.model_calls import Catalogue, split_outputs
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
@@ -88,7 +88,7 @@ class SessionCalls:
             "static": first,
             "snapshot": None if content is None else base64.b64encode(content).decode(),
         }
-        response = yield json_request("POST", f"{model_path(model)}/sessions", document)
+        response = yield post_json(f"{model_path(model)}/sessions", document)
         error = response.error()
         if (
             isinstance(error, SessionExists)
@@ -174,7 +174,7 @@ class SessionCalls:
         if self.sealed is not None:
             return (yield from self._reopen(session_id, _unsealed(self.sealed)))
         fork_id = session_id or secrets.token_urlsafe(16)
-        response = yield json_request("POST", f"{self.path}/fork", {"session_id": fork_id})
+        response = yield post_json(f"{self.path}/fork", {"session_id": fork_id})
         error = response.error()
         if isinstance(error, SessionExists) and response.repeated and error.members.get("position") == self.position:
             return (yield from self.attach(self._catalogue, self.model.name, fork_id))

@@ -15,11 +15,6 @@ from unroll.service.telemetry.request_log import RequestLog
 ERROR = "unroll.error"
 
 
-def log_error(log: RequestLog, route: str, error: UnrollError, **known: str | int | None) -> None:
-    """Log a refusal without an HTTP response of its own, such as that of a frame's entry."""
-    log_answer(log, route, error.status, error, **known)
-
-
 def log_answer(log: RequestLog, route: str, status: int, error: UnrollError | None, **known: str | int | None) -> None:
     """Log an answer if its status reaches the log's minimum. known: the request's `model`, `session`, `position`."""
     if status < log.least_status:

@@ -102,7 +102,7 @@ def parse(body: bytes, header_length: int | None, json_limit: int) -> InferReque
 
 def read(document: dict[str, Any], binary: memoryview) -> InferRequest:
     """Build a request from parsed JSON. Raises InvalidRequest."""
-    parameters = _object(document, "parameters")
+    parameters = _parameters(document)
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidRequest("'id' must be a string")
@@ -241,10 +241,10 @@ def describe(
     return {**head, "outputs": entries}, b"".join(binary)
 
 
-def _object(parent: dict[str, Any], key: str) -> dict[str, Any]:
-    value = parent.get(key, {})
+def _parameters(parent: dict[str, Any]) -> dict[str, Any]:
+    value = parent.get("parameters", {})
     if not isinstance(value, dict):
-        raise InvalidRequest(f"{key!r} must be an object")
+        raise InvalidRequest("'parameters' must be an object")
     return value
 
 
@@ -291,7 +291,7 @@ def _requested(outputs: Any, binary_by_default: bool) -> tuple[tuple[str, bool],
         raise InvalidRequest("'outputs' must be a list of objects with a 'name'")
     requested = []
     for output in outputs:
-        parameters = _object(output, "parameters")
+        parameters = _parameters(output)
         _refuse_shared_memory(f"output {output['name']!r}", parameters)
         if "classification" in parameters:
             raise InvalidRequest("the classification extension is not supported: request the output, and sort it")
@@ -322,7 +322,7 @@ def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple
         raise InvalidShape(f"input {spec.name!r} must have the shape {expected}, not {shape}")
     if (elements := math.prod(shape)) > _MAX_ELEMENTS:
         raise InvalidShape(f"input {spec.name!r} is too large")
-    parameters = _object(item, "parameters")
+    parameters = _parameters(item)
     _refuse_shared_memory(f"input {spec.name!r}", parameters)
     size = _whole(parameters, "binary_data_size")
     if size is not None:

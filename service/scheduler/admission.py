@@ -22,9 +22,9 @@ class Pace:
     seconds_per_step: moving average over all work, including overhead; initialised by the warm-up.
     """
 
-    def __init__(self, limits: SchedulerLimits, seconds_per_step: float = 0.0) -> None:
+    def __init__(self, limits: SchedulerLimits) -> None:
         self._limits = limits
-        self.seconds_per_step = seconds_per_step
+        self.seconds_per_step = 0.0
         self._in_pieces = 0.0  # seconds per step of long work
         self._last_piece: float | None = None  # when the last piece ended; None after an idle period
         self._last_other = -math.inf  # when other work last ended

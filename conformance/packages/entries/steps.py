@@ -1,6 +1,7 @@
 """Modules that compute one step, exported with `--step`, and the loops in which their users call them."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ def with_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return torch.cat(outputs)
 
 
+@cache
 def _trained_policy() -> Any:
     from sb3_contrib import RecurrentPPO
 
     sizes = {"lstm_hidden_size": 16}
     ppo = RecurrentPPO("MlpLstmPolicy", "Pendulum-v1", n_steps=64, seed=1, policy_kwargs=sizes, device="cpu")
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         return ppo.learn(128).policy
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from unroll.service.api.answer_log import log_error
+from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
 from unroll.service.api.stream.allowance import ENTRIES_PER_ERROR, ERRORS, TOO_MUCH, Allowance
@@ -171,8 +171,8 @@ class Connection:
     def _log(self, error: UnrollError, handle: int | None, position: int | None, session_id: str | None) -> None:
         found = None if handle is None else self._handles.find(handle)
         session = session_id if found is None else shown(found[1].id)
-        name = split_reference(self._model)[0]
-        log_error(self._app.request_log, "v1/stream", error, model=name, session=session, position=position)
+        known = {"model": split_reference(self._model)[0], "session": session, "position": position}
+        log_answer(self._app.request_log, "v1/stream", error.status, error, **known)
         wrong = type(error) is InvalidRequest or isinstance(error, BodyTooLarge)
         if wrong and self._errors.take(1 if handle is None else 1 / ENTRIES_PER_ERROR):
             self._link.close(TOO_MUCH, f"too many malformed messages: the limit is {ERRORS[0]:g} per second")

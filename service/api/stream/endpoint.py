@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from unroll.service.api.admission import admit_stream
-from unroll.service.api.answer_log import log_answer, log_error
+from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem, problem_of, problem_responses, reason
 from unroll.service.api.parameters import split_reference
@@ -52,7 +52,7 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
             link.tenant = "" if key is None else key.tenant
             connection = Connection(server, link.tenant, model, link, asyncio.get_running_loop().call_soon)
         except UnrollError as error:
-            log_error(server.request_log, "v1/stream", error, model=split_reference(model)[0])
+            log_answer(server.request_log, "v1/stream", error.status, error, model=split_reference(model)[0])
             await _deny(websocket, problem(error))
             return
         slow_reader = SlowReaderTimer(link, connection.on_writable, stalled_seconds)
