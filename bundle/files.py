@@ -69,8 +69,8 @@ class Bundle:
 def discover(repository: Path) -> list[Path]:
     """Return the bundles of a repository: its folders `<name>/<version>`, ordered by name and version number.
 
-    A folder counts if it contains any file of a bundle, even if its name is no version. So does a version that cannot be
-    listed, such as a file, and a folder `<name>` that cannot. `read` reports the problem. Hidden folders do not count.
+    A folder counts if it contains any file of a bundle and is not hidden, whatever its name. So does a version that
+    cannot be listed, such as a file, and a folder `<name>` that cannot. `read` reports the problem.
 
     Raises:
         OSError: The repository cannot be listed.
