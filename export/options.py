@@ -62,10 +62,14 @@ class ExportOptions:
             check_name(self.name, self.version)
         except BundleError as error:
             raise ExportError("bundle", error.message) from None
-        names = [*self.arguments.state, *self.arguments.state.values(), *self.rates, *(self.output_names or ())]
+        state: Any = self.arguments.state
+        continued = state.values() if isinstance(state, Mapping) else [None]
+        names = [*state, *continued, *self.rates, *(self.output_names or ())]
         numbers = [*self.rates.values(), 0.0 if self.max_error is None else self.max_error]
         if not all(isinstance(name, str) for name in names) or not all(isinstance(n, (int, float)) for n in numbers):
-            raise ExportError("input", "names of inputs and outputs are strings; rates and max_error are numbers")
+            raise ExportError(
+                "input", "names of inputs and outputs are strings, as in state={'h': 'y1'}; rates and max_error numbers"
+            )
         if self.precision not in get_args(Precision):
             raise ExportError("precision", f"{self.precision!r} is none of {', '.join(get_args(Precision))}")
         if self.time_last and not self.arguments.batch_first:

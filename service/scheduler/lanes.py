@@ -75,11 +75,6 @@ class Lanes:
     def idle(self) -> bool:
         return not self._starved and not self._lanes
 
-    @property
-    def single_steps(self) -> int:
-        """How many single steps are ready."""
-        return len(self._lanes.get(1, ()))
-
     def is_long(self, steps: int) -> bool:
         """Whether a chunk of this many steps runs in pieces."""
         return steps > self._longest

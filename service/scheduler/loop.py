@@ -74,6 +74,7 @@ class Loop:
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._launched: deque[_BegunBatch] = deque()
+        self._running = 0  # batches that have begun and not ended
         self._commits: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
         self._ended = 0.0  # when the last batch ended
@@ -178,8 +179,8 @@ class Loop:
         return True
 
     def _run_steps(self, count: int, now: float) -> bool:
-        """Run so many single steps without a turn, whose cost a single client feels; False if other work waits, too."""
-        if self.scheduler.lanes.single_steps < count or self._cost(count, 1) > LAUNCHED_SECONDS:
+        """Run so many single steps without a turn, whose cost a single client feels; False if there is other work."""
+        if self._running or self._admission.waiting_steps != count or self._cost(count, 1) > LAUNCHED_SECONDS:
             return False
         try:
             actions, batch = self.scheduler.next_turn(now)
@@ -268,6 +269,7 @@ class Loop:
 
     def _launch(self, batch: Batch) -> Callable[[], BatchResult] | None:
         """Write the states that the batch starts from, and launch it if the device runs asynchronously."""
+        self._running += 1
         for slot, row in batch.uploads:
             self.engine.write(slot, row)
         return self.engine.launch(batch)
@@ -289,6 +291,7 @@ class Loop:
 
     def _complete(self, batch: Batch, started: float, result: BatchResult) -> None:
         failpoints.reach("ran")
+        self._running -= 1
         ended = perf_counter()
         seconds, self._ended = ended - max(started, self._ended), ended
         for chunk in batch.readback:

@@ -22,9 +22,10 @@ PAGE = (Path(__file__).parents[2] / "docs" / "refusals.md").read_text()
     [
         (nn.GRU, {}, {}, "an instance of nn.Module to export, not the class GRU"),
         (gru(), [torch.zeros(2, 7, 4)], {}, "a dict of tensors by the names of forward's arguments"),
-        (gru(), {}, {"max_error": "small"}, "rates and max_error are numbers"),
+        (gru(), {}, {"max_error": "small"}, "rates and max_error numbers"),
         (gru(), {}, {"precision": "float8"}, "'float8' is none of float32, float16, int8"),
         (gru(), {}, {"state": {"hx": 1}}, "names of inputs and outputs are strings"),
+        (gru(), {}, {"state": ["hx"]}, "as in state={'h': 'y1'}"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,6 +1,5 @@
 """`unroll export`."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -149,8 +148,6 @@ class Export:
     json: Json = False
 
     def run(self) -> int:
-        gc.disable()  # while torch is imported, the collector takes a fifth of the time and finds nothing
         from unroll.export.command import run
 
-        gc.enable()
         return run(self)

@@ -374,6 +374,33 @@ async def test_the_last_step_waits_for_its_turn_while_other_work_is_in_flight():
         assert (engine.batches, len(replies)) == ([2], 1)
 
 
+async def test_the_last_step_waits_for_the_engines_thread_even_behind_cancelled_steps():
+    async with running(1e-4) as (loop, _, _, engine):
+        scheduler, listener = loop.scheduler, Listener()
+        long = asyncio.create_task(steps(loop, scheduler.open("long", 0).id, (np.zeros(400, np.float32),), 10))
+        await engine.began()
+        left = scheduler.open("left", 0)
+        loop.join(left, None, bytes(4), 10, gone := Listener())
+        loop.leave_joined(left, gone)
+        loop.join(scheduler.open("last", 0), None, bytes(4), 10, listener, clients=2)
+        assert len(engine.batches) == 1, "two threads called the engine at once"
+        engine.gate.set()
+        assert (await listener.position, (await long).position) == (1, 400)
+
+
+async def test_the_last_step_waits_for_its_turn_while_a_long_chunk_waits_even_behind_cancelled_steps():
+    async with running(1e-4) as (loop, _, _, engine):
+        engine.gate.set()
+        scheduler, listener = loop.scheduler, Listener()
+        loop.submit(Chunk((np.zeros(400, np.float32),), scheduler.open("long", 0)), 10, lambda outcome: None)
+        left = scheduler.open("left", 0)
+        loop.join(left, None, bytes(4), 10, gone := Listener())
+        loop.leave_joined(left, gone)
+        loop.join(scheduler.open("last", 0), None, bytes(4), 10, listener, clients=2)
+        assert not engine.batches
+        assert await listener.position == 1
+
+
 @pytest.mark.parametrize(("seconds", "pause"), [(0.001, 0.0), (0.015, 0.001)])
 async def test_after_a_long_slice_the_next_waits_longer(
     monkeypatch: pytest.MonkeyPatch, seconds: float, pause: float
