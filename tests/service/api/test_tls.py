@@ -1,5 +1,6 @@
 """TLS in the server: HTTP, streams, client certificates, and a new certificate while streams run."""
 
+import asyncio
 import signal
 import socket
 import ssl
@@ -127,6 +128,21 @@ def test_an_answer_that_is_not_read_is_counted_and_timed(secure: Running, author
     until(lambda: not secure.uvicorn.server_state.connections, "the end of the connection")
     assert not any(secure.server.held.by_kind.values())
     wire.socket.close()
+
+
+def test_a_refused_stream_leaves_nothing_behind_without_uvloop(
+    serve: Serve, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio's TLS transport breaks when it is closed twice."""
+    monkeypatch.setattr("uvicorn.loops.auto.auto_loop_factory", lambda **_: asyncio.SelectorEventLoop)
+    running = serve(tls_cert=authority.certificate("server"))
+    assert type(running.uvicorn.loop) is asyncio.SelectorEventLoop
+    for sent, status in ((UPGRADE.replace(b"dGhl", b"-"), 400), (UPGRADE.replace(b"lstm", b"no"), 404)):
+        wire = secured(running, authority.context())
+        wire.send(sent + masked(PING, b"early"))
+        assert wire.head()[0] == status
+        wire.socket.close()
+    until(lambda: not running.uvicorn.server_state.connections, "no connection")
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", b"GET /livez HTTP/1.1\r\n\r\n"], ids=["silent", "half", "http"])
