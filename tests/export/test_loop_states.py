@@ -262,7 +262,7 @@ def with_weights_dropped(s: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.long
 def position_before_a_linear_layer(s: Any, x: Tensor) -> Tensor:
-    y: Tensor = s.head(s.rnn(x + torch.arange(x.shape[1])[:, None] * 0.1)[0])
+    y: Tensor = s.rnn(s.head(x + torch.arange(x.shape[1])[:, None] * 0.1))[0]
     return y
 
 
@@ -279,7 +279,7 @@ def selected_bools(s: Any, x: Tensor) -> Tensor:
 def earliest_of_a_deque(s: Any, x: Tensor) -> Tensor:
     steps, outs = deque([zeros(x)] * 3, maxlen=3), []
     for t in range(x.shape[1]):
-        outs.append(s.small(x[:, t] - steps[0]))
+        outs.append(s.head(x[:, t] - steps[0]))
         steps.append(x[:, t])
     y: Tensor = s.rnn(torch.stack(outs, 1))[0]
     return y
@@ -294,8 +294,7 @@ def earliest_of_a_deque(s: Any, x: Tensor) -> Tensor:
 )
 def test_what_surrounds_a_layer_streams(few_steps: None, tmp_path: Path, forward: Forward) -> None:
     rnn, raw = nn.GRU(4, 6, batch_first=True), nn.Parameter(torch.randn(18, 6))
-    layers = {"head": nn.Linear(6, 3), "small": nn.Linear(4, 4)}
-    answers_step_by_step(made(forward, rnn=rnn, raw=raw, **layers), tmp_path)
+    answers_step_by_step(made(forward, rnn=rnn, raw=raw, head=nn.Linear(4, 4)), tmp_path)
 
 
 def answers_step_by_step(module: nn.Module, tmp_path: Path) -> None:
