@@ -18,6 +18,7 @@ from serving import Running, Serve
 from waiting import PATIENCE, until
 
 import unroll
+from unroll.service.access.certificate import TlsFiles, TlsRefused
 from unroll.service.settings import Settings
 
 
@@ -220,14 +221,22 @@ def test_an_encrypted_key_is_opened_by_the_password_of_a_file(
     how = serialization.BestAvailableEncryption(b"a password")
     form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     (tmp_path / "key.pem").write_bytes(key.private_bytes(*form, how))
-    (tmp_path / "password").write_text("a password\n")
-    files = {"tls_cert": authority.certificate("server"), "tls_key": tmp_path / "key.pem"}
+    password = tmp_path / "password"
+    password.write_bytes(b"a password\r\n")
     (tmp_path / "cert.pem").write_bytes(whole[whole.index(b"-----BEGIN CERT") :])
-    files["tls_cert"] = tmp_path / "cert.pem"
-    running = serve(**files, tls_password_file=tmp_path / "password")
+    files = {"cert": tmp_path / "cert.pem", "key": tmp_path / "key.pem"}
+    running = serve(tls_cert=files["cert"], tls_key=files["key"], tls_password_file=password)
     assert httpx.get(f"{running.url}/livez", verify=authority.context()).status_code == 200
-    with pytest.raises(ValueError, match="add --tls-password-file"):
-        serve(**files)
+    with pytest.raises(TlsRefused, match="add --tls-password-file"):
+        TlsFiles(**files).load()
+    for content, reason in (
+        (b"\n", "has 1 to 1024 bytes, not 0"),
+        (b"x" * 1025, "has 1 to 1024 bytes, not 1025"),
+        (b"another", "check the password"),
+    ):
+        password.write_bytes(content)
+        with pytest.raises(TlsRefused, match=reason):
+            TlsFiles(**files, password=password).load()
 
 
 @pytest.mark.parametrize(
