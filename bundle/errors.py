@@ -4,7 +4,7 @@
 REMEDIES = {
     "bundle_file": "copy the bundle's files into its folder again",
     "bundle_too_large": "export the model again; export never writes a bundle that large",
-    "bundle_name": "export the model again under another name",
+    "bundle_name": "name the folder as the manifest does, or export the model again under another name",
     "bundle_manifest": "export the model again",
     "bundle_digest": "copy all files of one export into the folder, then send SIGHUP",
     "bundle_golden": "export the model again",

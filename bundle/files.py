@@ -11,6 +11,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from unroll.bundle.errors import BundleError
@@ -68,22 +69,22 @@ class Bundle:
 def discover(repository: Path) -> list[Path]:
     """Return the bundles of a repository: its folders `<name>/<version>`, ordered by name and version number.
 
-    A folder counts if it contains any file of a bundle. So does a folder that cannot be listed, even `<name>` itself;
-    `read` reports the problem.
+    A folder counts if it contains any file of a bundle and is not hidden, whatever its name. So does a version that
+    cannot be listed, such as a file, and a folder `<name>` that cannot. `read` reports the problem.
 
     Raises:
         OSError: The repository cannot be listed.
     """
     found: list[Path] = []
-    for folder in sorted(repository.iterdir()):
+    for folder in sorted(_not_hidden(repository)):
         try:
-            versions = [path for path in folder.iterdir() if is_version(path.name) and _may_be_bundle(path)]
+            versions = list(filter(_may_be_bundle, _not_hidden(folder)))
         except NotADirectoryError:
             continue
         except OSError:
             found += [folder] if is_name(folder.name) else []  # not lost+found
         else:
-            found += sorted(versions, key=lambda path: int(path.name))
+            found += sorted(versions, key=lambda path: (int(path.name) if is_version(path.name) else inf, path.name))
     return found
 
 
@@ -95,11 +96,15 @@ def stated_digest(path: Path) -> str | None:
         return None
 
 
+def _not_hidden(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
 def _may_be_bundle(path: Path) -> bool:
     try:
         return any(file.name in {MODEL, MANIFEST, GOLDEN} for file in path.iterdir())
-    except OSError as error:
-        return not isinstance(error, NotADirectoryError)
+    except OSError:
+        return is_version(path.name)
 
 
 def read(path: Path, allowed_operators: Collection[str] | None = ()) -> Bundle:

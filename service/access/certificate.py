@@ -8,6 +8,9 @@ import structlog
 
 _log = structlog.get_logger(__name__)
 
+#: The limit of Python's `ssl`.
+_MOST_PASSWORD_BYTES = 1024
+
 
 class TlsRefused(ValueError):
     """The certificate, its key or the CA cannot be used; the message says why and what to do."""
@@ -38,6 +41,7 @@ class TlsFiles:
         except OSError as error:  # ssl.SSLError is one
             files = f"--tls-cert {self.cert}" + ("" if self.key is None else f", --tls-key {self.key}")
             how = "; if the key is in a separate file, use --tls-key" if self.key is None else ""
+            how += "" if self.password is None else "; if it is encrypted, check the password in --tls-password-file"
             raise TlsRefused(f"{files}: no certificate with its key in PEM ({_reason(error)}){how}") from error
         if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
@@ -51,9 +55,13 @@ class TlsFiles:
         if self.password is None:
             raise TlsRefused("the key of --tls-cert is encrypted: add --tls-password-file")
         try:
-            return self.password.read_bytes().strip()
+            password = self.password.read_bytes().strip()
         except OSError as error:
             raise TlsRefused(f"--tls-password-file {self.password}: {_reason(error)}") from error
+        if not 0 < len(password) <= _MOST_PASSWORD_BYTES:
+            bounds = f"1 to {_MOST_PASSWORD_BYTES} bytes, not {len(password)}"
+            raise TlsRefused(f"--tls-password-file {self.password}: a password has {bounds}")
+        return password
 
 
 class Tls:

@@ -48,8 +48,7 @@ def read_contents(repository: Path) -> Contents:
     announced = {(printable(path.parent.name), path.name) for path in folders}
     contents = Contents({}, {}, set(), announced)
     for path in paths:
-        name, version = (*path.relative_to(repository).parts, "")[:2]
-        name = printable(name)
+        name, version = map(printable, (*path.relative_to(repository).parts, "")[:2])
         announced.discard((name, version))
         if _is_there(path / MARK) and (digest := stated_digest(path)) is not None:
             contents.retired.add((name, digest))

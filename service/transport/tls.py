@@ -24,6 +24,10 @@ class _InParts:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
+    def close(self) -> None:
+        if not self._transport.is_closing():  # a second `close` makes asyncio's transport unusable
+            self._transport.close()
+
     def write(self, data: bytes) -> None:
         begin = 0
         while len(data) - begin > _PART_BYTES and not self._transport.get_write_buffer_size():

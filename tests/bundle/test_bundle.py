@@ -132,12 +132,15 @@ def test_invalid_version_is_refused(version: str) -> None:
 
 
 def test_discover_sorts_versions_as_numbers(tmp_path: Path) -> None:
-    for folder in ("b/1", "a/10", "a/9", "a/latest", "a/.writing-x"):
+    for folder in ("b/1", "a/10", "a/9", "a/v1", "a/01", "a/.writing-x", ".git/v1"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "manifest.json").write_text("{}")
-    (tmp_path / "a/11").mkdir()
+    for folder in ("a/11", "a/logs", "lost+found"):
+        (tmp_path / folder).mkdir()
+    for file in ("a/8", "a/notes", "README"):
+        (tmp_path / file).touch()
     found = [str(path.relative_to(tmp_path)) for path in bundle.discover(tmp_path)]
-    assert found == ["a/9", "a/10", "b/1"]
+    assert found == ["a/8", "a/9", "a/10", "a/01", "a/v1", "b/1"]
 
 
 def test_unlistable_folder_is_not_a_bundle(tmp_path: Path) -> None:

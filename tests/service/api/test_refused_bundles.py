@@ -17,6 +17,7 @@ from serving import Running, metric
 from waiting import PATIENCE, until
 
 from unroll.bundle import discover
+from unroll.bundle.errors import printable
 from unroll.service.models import loading
 from unroll.service.settings import Settings
 
@@ -42,7 +43,7 @@ def second(running: Running, shelf: Path, repository: Path) -> Iterator[Path]:
     yield shelf / "gru" / "2"
     for path in shelf.glob("gru/*"):
         if path.name != "1":
-            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     running.rescan_now()
 
 
@@ -56,6 +57,26 @@ def test_damaged_bundle_affects_no_other_bundle(running: Running, second: Path, 
     damage(second)
     running.rescan_now()
     assert reason in running.server.models.refused[("gru", "2")]
+    assert versions(running) == ["1"]
+
+
+@pytest.mark.parametrize("name", ["v1", "01", "latest\n"])
+def test_folder_whose_name_is_no_version_is_refused(running: Running, second: Path, name: str) -> None:
+    second.rename(second.with_name(name))
+    running.rescan_now()
+    [((_, version), why)] = running.server.models.refused.items()
+    assert version == printable(name)
+    assert why.startswith(f"bundle_name: version {name!r}: use up to 18 digits")
+    assert versions(running) == ["1"]
+
+
+def test_file_in_place_of_a_version_is_refused(running: Running, second: Path) -> None:
+    shutil.rmtree(second)
+    second.touch()
+    running.rescan_now()
+    assert running.server.models.refused[("gru", "2")].startswith(
+        "bundle_file: manifest.json cannot be read: Not a dir"
+    )
     assert versions(running) == ["1"]
 
 

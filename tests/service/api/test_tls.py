@@ -1,5 +1,6 @@
 """TLS in the server: HTTP, streams, client certificates, and a new certificate while streams run."""
 
+import asyncio
 import signal
 import socket
 import ssl
@@ -17,6 +18,7 @@ from serving import Running, Serve
 from waiting import PATIENCE, until
 
 import unroll
+from unroll.service.access.certificate import TlsFiles, TlsRefused
 from unroll.service.settings import Settings
 
 
@@ -128,6 +130,21 @@ def test_an_answer_that_is_not_read_is_counted_and_timed(secure: Running, author
     wire.socket.close()
 
 
+def test_a_refused_stream_leaves_nothing_behind_without_uvloop(
+    serve: Serve, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio's TLS transport breaks when it is closed twice."""
+    monkeypatch.setattr("uvicorn.loops.auto.auto_loop_factory", lambda **_: asyncio.SelectorEventLoop)
+    running = serve(tls_cert=authority.certificate("server"))
+    assert type(running.uvicorn.loop) is asyncio.SelectorEventLoop
+    for sent, status in ((UPGRADE.replace(b"dGhl", b"-"), 400), (UPGRADE.replace(b"lstm", b"no"), 404)):
+        wire = secured(running, authority.context())
+        wire.send(sent + masked(PING, b"early"))
+        assert wire.head()[0] == status
+        wire.socket.close()
+    until(lambda: not running.uvicorn.server_state.connections, "no connection")
+
+
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", b"GET /livez HTTP/1.1\r\n\r\n"], ids=["silent", "half", "http"])
 def test_a_handshake_that_does_not_come_is_ended(secure: Running, sent: bytes) -> None:
     wire = Wire(secure.port)
@@ -204,14 +221,22 @@ def test_an_encrypted_key_is_opened_by_the_password_of_a_file(
     how = serialization.BestAvailableEncryption(b"a password")
     form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     (tmp_path / "key.pem").write_bytes(key.private_bytes(*form, how))
-    (tmp_path / "password").write_text("a password\n")
-    files = {"tls_cert": authority.certificate("server"), "tls_key": tmp_path / "key.pem"}
+    password = tmp_path / "password"
+    password.write_bytes(b"a password\r\n")
     (tmp_path / "cert.pem").write_bytes(whole[whole.index(b"-----BEGIN CERT") :])
-    files["tls_cert"] = tmp_path / "cert.pem"
-    running = serve(**files, tls_password_file=tmp_path / "password")
+    files = {"cert": tmp_path / "cert.pem", "key": tmp_path / "key.pem"}
+    running = serve(tls_cert=files["cert"], tls_key=files["key"], tls_password_file=password)
     assert httpx.get(f"{running.url}/livez", verify=authority.context()).status_code == 200
-    with pytest.raises(ValueError, match="add --tls-password-file"):
-        serve(**files)
+    with pytest.raises(TlsRefused, match="add --tls-password-file"):
+        TlsFiles(**files).load()
+    for content, reason in (
+        (b"\n", "has 1 to 1024 bytes, not 0"),
+        (b"x" * 1025, "has 1 to 1024 bytes, not 1025"),
+        (b"another", "check the password"),
+    ):
+        password.write_bytes(content)
+        with pytest.raises(TlsRefused, match=reason):
+            TlsFiles(**files, password=password).load()
 
 
 @pytest.mark.parametrize(
