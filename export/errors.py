@@ -119,6 +119,12 @@ def untraceable(what: str, error: Exception, place: Callable[[str], str] = lambd
             f"{what} makes a tensor where torch.export cannot follow: in another thread, with gradients, or outside of "
             f"PyTorch; compute it in forward itself{source_line(error)}",
         )
+    if "is not in the constants dictionary" in text:
+        return ExportError(
+            "not_exportable",
+            f"{what} keeps a tensor that it computes, as a cache of derived weights does, and torch.export cannot "
+            "follow that; compute it once in __init__ and register it as a buffer, or compute it in every call",
+        )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 
 

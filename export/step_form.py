@@ -7,6 +7,7 @@ any module that loops.
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting.carried_state import handed_on, state_choices
 from unroll.export.lifting.kept_values import NOT_OWN
-from unroll.export.lifting.module_state import Attribute, described
+from unroll.export.lifting.module_state import Attribute, described, is_read
 from unroll.export.loading.copies import detached_copy, detached_example
 from unroll.export.signature.arguments import DeclaredArguments, StateArgument, check_arguments
 from unroll.export.signature.outputs import continuing, first_difference, leaves
@@ -186,7 +187,12 @@ def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, A
         _called(tried, arguments)
         seen.append({key: _cloned(value) for key, value in _held(tried).items()})
     first, before, after = seen
-    changed = [key for key, value in after.items() if key not in before or _differs(before[key], value)]
+    changed = [
+        key
+        for key, value in after.items()
+        if (key not in before or _differs(before[key], value))
+        and is_read(tried, key, partial(_called, arguments=example))
+    ]
     if not changed:
         _called(detached_copy(step), one)
         return {}

@@ -29,8 +29,8 @@ def step_cost(entry: Entry, folder: Path, given: dict[str, Any]) -> tuple[float,
         given: inputs (batch, time, ...) by name.
     """
     torch.set_num_threads(1)
+    served, own = _served(folder, given), _own(entry, given)  # a package may train its module
     with torch.inference_mode():
-        served, own = _served(folder, given), _own(entry, given)
         turns = [(_per_call(served), _per_call(own)) for _ in range(_TURNS + 1)][1:]
     ours, theirs = (1e6 * median(side) for side in zip(*turns, strict=True))
     return ours, theirs / (_STEPS if entry.own else 1)

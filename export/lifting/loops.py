@@ -341,7 +341,10 @@ def _traced(flat: nn.Module, name: str, tensors: list[Tensor], inputs: list[Axes
 def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:
     """The axes of the states, from two batch sizes; None if the states differ in more than the batch."""
     fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
-    after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
+    try:
+        after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
+    except IndexError:  # the step reads another time step than its own
+        return None
     for dtype in {tensor.dtype for tensor in after[0] if not fits_row(tensor.dtype)}:
         change = COMPLEX if dtype.is_complex else "keep it as a float, an int64 or a bool, as with n.long()"
         raise ExportError("dtype", f"the loop of {name!r} carries {dtype}; {change}")

@@ -59,7 +59,7 @@ def find_module_state(model: nn.Module, example: dict[str, Any], static: frozens
     if first_difference(first, again) is None:
         del changed[0]  # only the first call makes it, like a table
     found = computed | {(path, name) for keys in changed for path, name, _ in keys}
-    return sorted(attribute for attribute in found if _is_read(model, attribute, example))
+    return sorted(attribute for attribute in found if is_read(model, attribute, lambda tried: tried(**example)))
 
 
 def find_fitted(model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]]) -> list[Attribute]:
@@ -116,13 +116,13 @@ def _another_example(example: dict[str, Any], static: frozenset[str]) -> dict[st
     return {name: flipped(value, 1 if name in static else 2) for name, value in example.items()}
 
 
-def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) -> bool:
-    """Does forward compute a tensor from the attribute, or does its value affect the result?"""
+def is_read(model: nn.Module, attribute: Attribute, run: Callable[[nn.Module], Any]) -> bool:
+    """Does `run` compute a tensor from the model's attribute, or does its value affect the result?"""
     path, name = attribute
     followed = copy.deepcopy(model)
     value = getattr(followed.get_submodule(path), name)
     with ComputedFrom(tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))) as computed:
-        returned = followed(**example)
+        returned = run(followed)
     made = [tensor for *other, _, tensor in _tensors(followed) if tuple(other) != attribute]
     if any(tensor in computed for tensor in [*made, *(tensor for _, tensor in leaves(returned))]):
         return True
@@ -130,7 +130,7 @@ def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) ->
     owner = changed.get_submodule(path)
     setattr(owner, name, pytree.tree_map(_another, getattr(owner, name)))
     try:
-        return first_difference(plain(**example), changed(**example)) is not None
+        return first_difference(run(plain), run(changed)) is not None
     except Exception:  # noqa: BLE001 user code: an exception also counts as a difference
         return True
 

@@ -154,9 +154,9 @@ def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
         raise ExportError(
             "no_recurrent_layer",
             "forward carries no state from one time step to the next: it has no nn.LSTM, nn.GRU or nn.RNN, no Python "
-            "loop over time, and no convolution, delay or cumsum that looks only back. If it computes all time steps "
-            "at once, as with fft or a parallel scan, write it as a loop over them, as h = a[:, t] * h + b[:, t], or "
-            "export a forward of one step with --step",
+            "loop over time, and no convolution, delay or cumsum that looks only back (a mean over time looks ahead). "
+            "If it computes all time steps at once, as with fft or a parallel scan, write it as a loop over them, as "
+            "h = a[:, t] * h + b[:, t], or export a forward of one step with --step",
         )
     return layouts[0]
 

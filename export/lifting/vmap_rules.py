@@ -59,6 +59,7 @@ _BY_ROWS = {
     functional.batch_norm: 0,
     functional.group_norm: 0,
     functional.instance_norm: 0,
+    functional.linear: 0,
     torch.conv1d: 2,
     torch.conv2d: 3,
 }
@@ -137,7 +138,7 @@ class OneByOne(TorchFunctionMode):
             return args[0] if args[0].dtype == dtype else torch.ops.aten._to_copy.default(args[0], dtype=dtype)
         if func is functional.linear and args and args[0].dim() == 1:  # PyTorch cannot trace it for a view
             return func(args[0].clone(memory_format=torch.contiguous_format), *args[1:], **kwargs)
-        if func in _BY_ROWS and args:
+        if func in _BY_ROWS and args and (func is not functional.linear or args[0].dim() > 2):
             leaves, structure = pytree.tree_flatten((args, kwargs))
             given = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             call = f"{func.__name__} {given} {structure}"

@@ -21,6 +21,7 @@ def translation_table() -> dict[Callable, Callable]:
         torch.ops.aten.sum.dim_IntList: _sum,
         torch.ops.aten.atan2.default: _atan2,
         torch.ops.aten.signbit.default: _signbit,
+        torch.ops.aten.where.self: _where,
         torch.ops.aten.copysign.Tensor: _copysign,
         torch.ops.aten.logaddexp.default: _logaddexp,
         torch.ops.aten.log_sigmoid_forward.default: lambda x: (_log_sigmoid(x), x),
@@ -74,6 +75,13 @@ def _signbit(x: Any) -> Any:
     number: Any = op.Constant(value_float=0.0)
     zero = op.CastLike(number, x)
     return _is_negative(x, zero) if x.dtype.is_floating_point() else op.Less(x, zero)
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    """onnxruntime has no Where of bools."""
+    if x.dtype != DataType.BOOL:
+        return op.Where(condition, x, y)
+    return op.Or(op.And(condition, x), op.And(op.Not(condition), y))
 
 
 def _log_sigmoid(x: Any) -> Any:

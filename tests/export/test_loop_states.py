@@ -261,10 +261,40 @@ def with_weights_dropped(s: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("forward", [greatest_of_three, with_weights_dropped])
-def test_pooling_and_assigned_weights_stream(few_steps: None, tmp_path: Path, forward: Forward) -> None:
+def position_before_a_linear_layer(s: Any, x: Tensor) -> Tensor:
+    y: Tensor = s.rnn(s.head(x + torch.arange(x.shape[1])[:, None] * 0.1))[0]
+    return y
+
+
+def selected_bools(s: Any, x: Tensor) -> Tensor:
+    """Hysteresis: two thresholds."""
+    size, on, outs = x.abs().mean(-1), torch.zeros(x.shape[0], dtype=torch.bool), []
+    for t in range(x.shape[1]):
+        on = torch.where(on, size[:, t] > 0.6, size[:, t] > 0.9)
+        outs.append(on)
+    y: Tensor = s.rnn(x * torch.stack(outs, 1)[..., None])[0]
+    return y
+
+
+def earliest_of_a_deque(s: Any, x: Tensor) -> Tensor:
+    steps, outs = deque([zeros(x)] * 3, maxlen=3), []
+    for t in range(x.shape[1]):
+        outs.append(s.head(x[:, t] - steps[0]))
+        steps.append(x[:, t])
+    y: Tensor = s.rnn(torch.stack(outs, 1))[0]
+    return y
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(greatest_of_three, with_weights_dropped),
+        *(position_before_a_linear_layer, selected_bools, earliest_of_a_deque),
+    ],
+)
+def test_what_surrounds_a_layer_streams(few_steps: None, tmp_path: Path, forward: Forward) -> None:
     rnn, raw = nn.GRU(4, 6, batch_first=True), nn.Parameter(torch.randn(18, 6))
-    answers_step_by_step(made(forward, rnn=rnn, raw=raw), tmp_path)
+    answers_step_by_step(made(forward, rnn=rnn, raw=raw, head=nn.Linear(4, 4)), tmp_path)
 
 
 def answers_step_by_step(module: nn.Module, tmp_path: Path) -> None:

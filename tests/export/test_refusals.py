@@ -238,6 +238,11 @@ def test_a_loop_traced_for_one_batch_size_says_so() -> None:
     assert "'Filter' computes with one batch size only" in str(untraceable("'Filter'", error))
 
 
+def test_a_tensor_cached_between_calls_says_so() -> None:
+    error = RuntimeError("Constant tensor lifted_tensor_0 is not in the constants dictionary.")
+    assert "forward keeps a tensor that it computes" in str(untraceable("forward", error))
+
+
 def test_the_heading_of_a_message_is_followed_by_its_first_item() -> None:
     with pytest.raises(RuntimeError) as failed:
         nn.LSTM(4, 6).load_state_dict(nn.LSTM(5, 6).state_dict())

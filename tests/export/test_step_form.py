@@ -137,6 +137,21 @@ class Difference(nn.Module):
         return y
 
 
+class Mirrored(nn.Module):
+    """Also leaves the states it returns in buffers, which are empty before the first step and never read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(3, 5)
+        self.register_buffer("h", torch.zeros(0), persistent=False)
+        self.register_buffer("c", torch.zeros(0), persistent=False)
+
+    def forward(self, obs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.h, self.c = h, c
+        self.h, self.c = self.cell(obs, (self.h, self.c))
+        return (self.h > 0.1).float(), self.h, self.c
+
+
 def zeros(*size: int) -> Tensor:
     return torch.zeros(size)
 
@@ -178,6 +193,12 @@ CASES: dict[str, tuple[type[nn.Module], Arguments, Arguments, Callable[[Any], Ar
         {"state": {"h": "y1"}},
         lambda last: {"h": last[1].clone() if last else zeros(1, 5)},
     ),
+    "mirrored": (
+        Mirrored,
+        {"obs": OBS, "h": zeros(6, 5), "c": zeros(6, 5)},
+        {"state": {"h": "y1", "c": "y2"}},
+        lambda last: {"h": last[1], "c": last[2]} if last else {"h": zeros(1, 5), "c": zeros(1, 5)},
+    ),
     "optional": (
         Optional,
         {"obs": OBS, "steps": torch.zeros(6, dtype=torch.int64)},
@@ -188,7 +209,7 @@ CASES: dict[str, tuple[type[nn.Module], Arguments, Arguments, Callable[[Any], Ar
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"rows first", "difference"}))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"rows first", "difference", "mirrored"}))
 def test_bundle_equals_repeated_calls_of_the_module(name: str, repository: Path) -> None:
     made, example, options, _ = CASES[name]
     module = made().eval()
@@ -238,8 +259,10 @@ def test_a_described_state_is_a_tensor_or_a_tuple_of_them() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["rows first", "difference"])
-def test_carried_state_may_be_transposed_an_input_or_one_row(name: str, few_steps: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rows first", "difference", "mirrored"])
+def test_carried_state_may_be_transposed_an_input_one_row_or_mirrored(
+    name: str, few_steps: None, tmp_path: Path
+) -> None:
     made, example, options, _ = CASES[name]
     module = made().eval()
     unroll.export(module, example, name=made.__name__.lower(), repository=tmp_path, step=True, **options)
