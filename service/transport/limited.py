@@ -158,10 +158,6 @@ class LimitedProtocol(HttpToolsProtocol):
         stream.on_lost = self.all_connections.becomes_stream(self)
         stream.data_received(frames)
 
-    def shutdown(self) -> None:
-        if not self._takes_offer:  # the application will refuse it
-            super().shutdown()
-
     def connection_lost(self, exc: Exception | None) -> None:
         self.all_connections.leave(self)
         self.body.resize(0)

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import wire
-from raw_http import UPGRADE, Wire
+from raw_http import Wire
 from redis_server import RedisServer
 from serving import Oracle, Running, Serve, raw_steps
 from streams import Client, frame, last_messages, replies
@@ -145,19 +145,3 @@ def test_durable_stream_continues_on_another_server(
     for i, reply in (other.step(*left) if left else {}).items():
         assert np.array_equal(reply.outputs[0], oracle("lstm")(x[i])[reached[i] :])
     other.socket.close()
-
-
-def test_a_stream_that_is_being_taken_over_is_refused(serve: Serve) -> None:
-    running = serve()
-    turns, client, listener = running.server.turns, Wire(running.port), running.uvicorn.servers[0]
-
-    def wait() -> None:
-        if listener.is_serving():
-            turns.call(wait, first=True)
-
-    running.uvicorn.loop.call_soon_threadsafe(turns.call, wait)
-    client.send(UPGRADE)
-    until(lambda: len(turns._waiting) > 1, "a stream to take over")
-    terminate(running)
-    assert client.head()[0] == 503
-    client.socket.close()
