@@ -275,13 +275,6 @@ async def _in_memory(server: Server) -> Figures:
     }
 
 
-async def _alone(server: Server) -> Figures:
-    connection = server.connect()
-    await send([Request(connection, post(_SESSIONS, {"session_id": "alone"}))])
-    step = Request(connection, post(f"{_SESSIONS}/alone/steps", _ROW.tobytes()))
-    return {"raw step of the only client": await count([step])}
-
-
 async def _durable(server: Server) -> Figures:
     return {"durable raw step": await count([await server.step("stored", _ROW.tobytes())])}
 
@@ -303,7 +296,7 @@ def measure() -> Figures:
             step = await server.step("keyed", _ROW.tobytes(), authorization=f"Bearer {secret}")
             return {"raw step with an API key": await count([step])}
 
-        figures = Server(repository).run(_in_memory) | Server(repository).run(_alone)
+        figures = Server(repository).run(_in_memory)
         figures |= Server(repository, keys=keys).run(with_key)
         return figures | Server(repository, store=f"file://{folder / 'store'}").run(_durable)
 

@@ -95,10 +95,8 @@ class RepeatedStep:
         if self._session.durable is not None:
             request.again = self._again
             self._step, self._position, self._left = step, request.position, ATTEMPTS
-        join, app = self._served.loop.join, self._app
-        clients = 0 if app.streams else len(app.connections.http)
         place = self._session, request.position, step, self._timeout, self
-        if not join(*place, opening=self._opening, ends=self._ends, clients=clients):
+        if not self._served.loop.join(*place, opening=self._opening, ends=self._ends):
             if not self._is_behind(request.position):
                 return None
             self._app.sessions.verify(self._served.name, self._session.id, self._looked_up)

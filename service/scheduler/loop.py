@@ -74,7 +74,6 @@ class Loop:
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._launched: deque[_BegunBatch] = deque()
-        self._running = 0  # batches that have begun and not ended
         self._commits: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
         self._ended = 0.0  # when the last batch ended
@@ -163,37 +162,15 @@ class Loop:
         *,
         opening: Opening | None = None,
         ends: bool = False,
-        clients: int = 0,
     ) -> bool:
-        """Queue the next step of a session, see `JoinedSteps.join`.
-
-        clients: How many can have a step in flight; 0 if not known. Once all have one, none need wait for another turn.
-        """
+        """Queue the next step of a session, see `JoinedSteps.join`."""
         if session.durable is not None:
             self._refresh(session)
         now = self.clock.now()
         if not self.scheduler.joined.join(session, position, step, now, now + timeout, listener, opening, ends=ends):
             return False
-        if self._admission.in_flight != clients or not self._run_steps(clients, now):
-            self._work.set()
+        self._work.set()
         return True
-
-    def _run_steps(self, count: int, now: float) -> bool:
-        """Run so many single steps without a turn, whose cost a single client feels; False if there is other work."""
-        if self._running or self._admission.waiting_steps != count or self._cost(count, 1) > LAUNCHED_SECONDS:
-            return False
-        try:
-            actions, batch = self.scheduler.next_turn(now)
-            for action in actions:
-                self._act(action)
-            if batch.rows:
-                failpoints.reach("batched")
-                started = perf_counter()
-                result = self._launch(batch) or partial(self.engine.run, batch)
-                self._complete(batch, started, result())
-        except Exception as error:  # noqa: BLE001 it must end the loop instead of a connection
-            self._crash = error
-        return self._crash is None and self.scheduler.idle
 
     def leave_joined(self, session: Session, listener: StepListener) -> None:
         """Cancel a joined step, unless a batch has taken it."""
@@ -269,7 +246,6 @@ class Loop:
 
     def _launch(self, batch: Batch) -> Callable[[], BatchResult] | None:
         """Write the states that the batch starts from, and launch it if the device runs asynchronously."""
-        self._running += 1
         for slot, row in batch.uploads:
             self.engine.write(slot, row)
         return self.engine.launch(batch)
@@ -291,7 +267,6 @@ class Loop:
 
     def _complete(self, batch: Batch, started: float, result: BatchResult) -> None:
         failpoints.reach("ran")
-        self._running -= 1
         ended = perf_counter()
         seconds, self._ended = ended - max(started, self._ended), ended
         for chunk in batch.readback:

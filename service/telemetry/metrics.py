@@ -53,10 +53,9 @@ class RequestFigures:
 
 @dataclass(slots=True)
 class ConnectionFigures:
-    """Open connections of the main port, those of HTTP among them, and refused ones by limit."""
+    """Open connections of the main port, and refused ones by limit."""
 
     open: Sized = ()
-    http: Sized = ()
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys((OF_ALL, OF_ADDRESS), 0))
 
 

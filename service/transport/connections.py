@@ -87,7 +87,7 @@ class Connections:
             )
         self._most_of_one = limits.per_address
         self._watched: OrderedDict[Connection, str] = OrderedDict()
-        self._figures.open, self._figures.http = self, self._watched
+        self._figures.open = self
         self._probes: OrderedDict[Connection, str] = OrderedDict()
         self._streams = 0
         self._addresses: Counter[str] = Counter()

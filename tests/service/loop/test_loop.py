@@ -331,8 +331,7 @@ async def test_session_is_in_at_most_one_launched_batch():
         assert engine.log == ["launch 0", "result 0", "launch 1", "result 1"]
 
 
-@pytest.mark.parametrize("is_joined", [False, True])
-async def test_a_device_that_fails_ends_the_loop(is_joined: bool):
+async def test_a_device_that_fails_ends_the_loop():
     engine = LaunchingEngine()
     engine.fails = DeviceFailed("it has fallen off the bus")
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
@@ -340,65 +339,10 @@ async def test_a_device_that_fails_ends_the_loop(is_joined: bool):
         thread = EngineThread(engine, executor, lambda rows, steps: 0.0)
         loop = Loop("m", scheduler, thread, None, ManualClock())
         task = asyncio.create_task(loop.run())
-        if is_joined:
-            assert loop.join(scheduler.open("a", 0), None, bytes(4), 10, Listener(), clients=1)
-        else:
-            waiting = asyncio.create_task(sequences(loop, 10))
+        waiting = asyncio.create_task(sequences(loop, 10))
         with pytest.raises(DeviceFailed, match="off the bus"):
             await task
-        if not is_joined:
-            waiting.cancel()
-
-
-@pytest.mark.parametrize("make", [GatedEngine, LaunchingEngine])
-async def test_the_last_step_that_can_arrive_runs_at_once_with_those_before_it(make: Callable[[], GatedEngine]):
-    async with running(0.0, make) as (loop, _, _, engine):
-        engine.gate.set()
-        if isinstance(engine, LaunchingEngine):
-            engine.done.release(1)
-        first, last = Listener(), Listener()
-        loop.join(loop.scheduler.open("a", 0), None, bytes(4), 10, first, clients=2)
-        assert not engine.batches
-        loop.join(loop.scheduler.open("b", 0), None, bytes(4), 10, last, clients=2)
-        assert (engine.batches, first.position.result(), last.position.result()) == ([2], 1, 1)
-
-
-async def test_the_last_step_waits_for_its_turn_while_other_work_is_in_flight():
-    async with running(0.0) as (loop, _, _, engine):
-        engine.gate.set()
-        replies, listener = list[object](), Listener()
-        loop.submit_sequences([(X[0][:1],)], 10, replies.append)
-        assert loop.join(loop.scheduler.open("a", 0), None, bytes(4), 10, listener, clients=1)
-        assert not engine.batches
-        assert await listener.position == 1
-        assert (engine.batches, len(replies)) == ([2], 1)
-
-
-async def test_the_last_step_waits_for_the_engines_thread_even_behind_cancelled_steps():
-    async with running(1e-4) as (loop, _, _, engine):
-        scheduler, listener = loop.scheduler, Listener()
-        long = asyncio.create_task(steps(loop, scheduler.open("long", 0).id, (np.zeros(400, np.float32),), 10))
-        await engine.began()
-        left = scheduler.open("left", 0)
-        loop.join(left, None, bytes(4), 10, gone := Listener())
-        loop.leave_joined(left, gone)
-        loop.join(scheduler.open("last", 0), None, bytes(4), 10, listener, clients=2)
-        assert len(engine.batches) == 1, "two threads called the engine at once"
-        engine.gate.set()
-        assert (await listener.position, (await long).position) == (1, 400)
-
-
-async def test_the_last_step_waits_for_its_turn_while_a_long_chunk_waits_even_behind_cancelled_steps():
-    async with running(1e-4) as (loop, _, _, engine):
-        engine.gate.set()
-        scheduler, listener = loop.scheduler, Listener()
-        loop.submit(Chunk((np.zeros(400, np.float32),), scheduler.open("long", 0)), 10, lambda outcome: None)
-        left = scheduler.open("left", 0)
-        loop.join(left, None, bytes(4), 10, gone := Listener())
-        loop.leave_joined(left, gone)
-        loop.join(scheduler.open("last", 0), None, bytes(4), 10, listener, clients=2)
-        assert not engine.batches
-        assert await listener.position == 1
+        waiting.cancel()
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(0.001, 0.0), (0.015, 0.001)])
